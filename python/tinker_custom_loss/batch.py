@@ -1,0 +1,82 @@
+"""All tensors of one kind of a batch, one per datum, in one piece of memory.
+
+A thousand logprob tensors cost about four times one tensor of their total size to differentiate,
+so everything inside this package works on :class:`TensorBatch`, and only a user's function gets
+the plain list of views that it expects.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .errors import RequestError
+
+__all__ = ["Shape", "TensorBatch"]
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TensorBatch:
+    """``flat`` [N] holds the tensors of ``shapes`` one after another, row-major.
+
+    ``N`` is the sum of the products of the shapes. Shapes may differ in rank.
+    """
+
+    flat: Tensor
+    shapes: tuple[Shape, ...]
+
+    def __post_init__(self) -> None:
+        if self.flat.ndim != 1 or self.flat.numel() != sum(self.sizes):
+            raise RequestError(
+                f"the shapes of {len(self.shapes)} tensors hold {sum(self.sizes)} values, "
+                f"but the buffer has shape {list(self.flat.shape)}"
+            )
+
+    @classmethod
+    def from_tensors(cls, tensors: Sequence[Tensor]) -> TensorBatch:
+        """Copy ``tensors`` (any shapes, one dtype and device) into one buffer."""
+        shapes = tuple(tuple(t.shape) for t in tensors)
+        if not tensors:
+            return cls(torch.empty(0), shapes)
+        return cls(torch.cat([t.reshape(-1) for t in tensors]), shapes)
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of values of each tensor."""
+        return tuple(math.prod(shape) for shape in self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def tensors(self) -> list[Tensor]:
+        """One view a datum, of its own shape; no copy, differentiable through ``flat``."""
+        return [
+            part if len(shape) == 1 else part.view(shape)
+            for part, shape in zip(self.flat.split(self.sizes), self.shapes, strict=True)
+        ]
+
+    def with_flat(self, flat: Tensor) -> TensorBatch:
+        """The same shapes over another buffer of the same size."""
+        return TensorBatch(flat, self.shapes)
+
+    def locate(self, position: int) -> tuple[int, tuple[int, ...]]:
+        """``(datum, token)`` of the value at ``flat[position]``; token indexes its shape."""
+        for datum, size in enumerate(self.sizes):
+            if position < size:
+                index = torch.unravel_index(torch.tensor(position), self.shapes[datum])
+                return datum, tuple(int(i) for i in index)
+            position -= size
+        raise IndexError(position)
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(str(list(shape)) for shape in self.shapes[:3])
+        more = f", … {len(self)} in all" if len(self) > 3 else ""
+        dtype = str(self.flat.dtype).removeprefix("torch.")
+        return f"TensorBatch({dtype}, [{shapes}{more}])"

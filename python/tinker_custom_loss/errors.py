@@ -1,0 +1,123 @@
+"""One exception per who-is-at-fault.
+
+    CustomLossError
+    ├── RequestError      the caller's request: an option, a shape, a name (also a ValueError)
+    ├── TermError         the user's term: it raised, or returned what no term may return
+    │   ├── NonFiniteError    its loss or gradient is nan or infinite
+    │   └── TermTimeoutError  it outlived its own timeout
+    ├── CancelledError    the caller withdrew the request
+    └── ProtocolError     bytes that are not a frame, or a frame that is not a message
+
+``kind`` is the word that travels over the port (see docs/protocol.md, "Errors").
+"""
+
+from __future__ import annotations
+
+import traceback as _traceback
+from typing import ClassVar
+
+__all__ = [
+    "CancelledError",
+    "CustomLossError",
+    "NonFiniteError",
+    "ProtocolError",
+    "RequestError",
+    "TermError",
+    "TermTimeoutError",
+]
+
+
+class CustomLossError(Exception):
+    """Base of everything this package raises on purpose."""
+
+    kind: ClassVar[str] = "internal"
+
+
+class RequestError(CustomLossError, ValueError):
+    """The request cannot be carried out as written; the message says where and what is allowed."""
+
+    kind: ClassVar[str] = "request"
+
+    def __init__(self, message: str, *, path: str | None = None) -> None:
+        super().__init__(message)
+        self.path = path
+
+
+class TermError(CustomLossError):
+    """A base loss or regularizer raised, or returned something that is not a loss.
+
+    ``term`` is the regularizer's name (``"base_loss"`` for the base loss), ``error_type`` the
+    Python type of what it raised, ``traceback`` its traceback as text, from the term's own frames.
+    """
+
+    kind: ClassVar[str] = "term"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        term: str,
+        error_type: str | None = None,
+        traceback: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.term = term
+        self.error_type = error_type
+        self.traceback = traceback
+
+    @classmethod
+    def from_exception(cls, term: str, error: BaseException) -> TermError:
+        """Wrap what a term raised. Use as ``raise TermError.from_exception(...) from error``."""
+        kind = type(error)
+        name = kind.__qualname__
+        if kind.__module__ not in ("builtins", "__main__"):
+            name = f"{kind.__module__}.{name}"
+        text = "".join(_traceback.format_exception(error))
+        return cls(
+            f'the term "{term}" raised {name}: {error}', term=term, error_type=name, traceback=text
+        )
+
+
+class NonFiniteError(TermError):
+    """A loss or gradient is nan or infinite.
+
+    ``datum`` and ``token`` locate the first such gradient entry (``token`` is a tuple of indices
+    into that datum's [T] or [T,K] logprobs); both are None when the loss itself is not finite.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        term: str,
+        datum: int | None = None,
+        token: tuple[int, ...] | None = None,
+    ) -> None:
+        super().__init__(message, term=term)
+        self.datum = datum
+        self.token = token
+
+
+class TermTimeoutError(TermError):
+    """A term outlived the ``timeout`` it was given."""
+
+    kind: ClassVar[str] = "deadline"
+
+
+class CancelledError(CustomLossError):
+    """The caller withdrew the request before it was answered."""
+
+    kind: ClassVar[str] = "cancelled"
+
+
+class ProtocolError(CustomLossError):
+    """What came over the wire is not a frame, not MessagePack, or not a message of the protocol.
+
+    ``path`` points into the message, for example ``regularizers[1].weight``.
+    """
+
+    kind: ClassVar[str] = "protocol"
+
+    def __init__(self, message: str, *, path: str | None = None) -> None:
+        super().__init__(message)
+        self.path = path
