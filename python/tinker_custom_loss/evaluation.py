@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,32 +26,28 @@ from .batch import Shape, TensorBatch
 from .errors import TermError
 from .regularizer import LossFn
 
-__all__ = ["Call", "FlatTerm", "Outcome", "current_term", "differentiate", "evaluate"]
+__all__ = ["Call", "Outcome", "current_term", "differentiate", "evaluate"]
 
 current_term: ContextVar[str | None] = ContextVar("current_term", default=None)
 """Name of the term that is running, for logging."""
 
 
-@runtime_checkable
-class FlatTerm(Protocol):
-    """A term that works on the whole batch as one buffer, as the built-in ones do."""
-
-    def evaluate_flat(self, data: Sequence[Any], logprobs: TensorBatch, **params: Any) -> Any:
-        """Like calling it, but with a TensorBatch in place of the list of tensors."""
-        ...
-
-
 @dataclass(frozen=True)
 class Call:
-    """A function with its keyword arguments, under the name that errors use."""
+    """A function with its keyword arguments, under the name that errors use.
+
+    A function that has an attribute ``evaluate_flat``, as built-in terms do, is called through it
+    with the :class:`TensorBatch` itself in place of the list of tensors.
+    """
 
     name: str
     fn: LossFn
     params: Mapping[str, Any]
 
     def __call__(self, data: Sequence[Any], logprobs: TensorBatch) -> Any:
-        if isinstance(self.fn, FlatTerm):
-            return self.fn.evaluate_flat(data, logprobs, **self.params)
+        evaluate_flat = getattr(self.fn, "evaluate_flat", None)
+        if evaluate_flat is not None:
+            return evaluate_flat(data, logprobs, **self.params)
         return self.fn(data, logprobs.tensors(), **self.params)
 
 
