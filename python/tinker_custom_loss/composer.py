@@ -25,7 +25,7 @@ from torch import Tensor
 from . import execution, processes
 from . import gradients as grad
 from .batch import TensorBatch, checked_batch
-from .errors import CancelledError, NonFiniteError, RequestError, TermError
+from .errors import CancelledError, ChangedLogprobsError, NonFiniteError, RequestError, TermError
 from .evaluation import Call, Outcome, evaluate
 from .finite import FinitePart, finite_part, record_of
 from .regularizer import BASE_LOSS, LossFn, Regularizer, regularizers_from
@@ -237,7 +237,6 @@ class Composer:
         """Every term's outcome, in order; an error only where the term may be skipped."""
         results: dict[int, Outcome | TermError] = {}
         pending: dict[int, execution.Started] = {}
-        flat_version = batch.flat._version
         try:
             for index, term in enumerate(self._terms):
                 if not execution.runs_inline(term):
@@ -255,12 +254,6 @@ class Composer:
         finally:
             for started in pending.values():
                 started.abandon()
-        if batch.flat._version != flat_version:
-            raise TermError(
-                "a term changed the logprobs in place, under the eyes of the others; "
-                "terms must leave their arguments as they are",
-                term=", ".join(term.name for term in self._terms),
-            )
         return [results[index] for index in range(len(self._terms))]
 
     def _collect(
@@ -368,7 +361,7 @@ def _skipping(term: Regularizer, index: int, results: dict[int, Outcome | TermEr
     try:
         yield
     except TermError as error:
-        if term.on_error == "raise":
+        if term.on_error == "raise" or isinstance(error, ChangedLogprobsError):
             raise
         results[index] = error
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .batch import Shape, TensorBatch
-from .errors import TermError
+from .errors import ChangedLogprobsError, TermError
 from .regularizer import LossFn
 
 __all__ = ["Call", "Outcome", "current_term", "differentiate", "evaluate"]
@@ -67,8 +67,12 @@ class Outcome:
 
 
 def leaf_of(logprobs: TensorBatch) -> TensorBatch:
-    """A leaf of a new graph over the same memory: each term has its own."""
-    return logprobs.with_flat(logprobs.flat.detach().requires_grad_(True))
+    """A leaf of a new graph over the same memory: each term has its own.
+
+    ``.data`` rather than ``.detach()``: it counts in-place changes on its own, so that they can
+    be told apart by term.
+    """
+    return logprobs.with_flat(logprobs.flat.data.requires_grad_(True))
 
 
 def evaluate(call: Call, data: Sequence[Any], logprobs: TensorBatch, gradients: bool) -> Outcome:
@@ -79,7 +83,7 @@ def evaluate(call: Call, data: Sequence[Any], logprobs: TensorBatch, gradients: 
     """
     started = time.perf_counter()
     leaf = leaf_of(logprobs)
-    with running(call.name), torch.enable_grad(), guarding(call.name):
+    with running(call.name), torch.enable_grad(), guarding(call.name, leaf):
         returned = call(data, leaf)
         if inspect.isawaitable(returned):
             returned = _await_here(returned)
@@ -119,16 +123,27 @@ def running(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def guarding(name: str) -> Iterator[None]:
+def guarding(name: str, leaf: TensorBatch | None = None) -> Iterator[None]:
     """Whatever a term raises becomes a TermError that names it.
 
     ``sys.exit`` in a term ends that term, not the process. KeyboardInterrupt is the user's own
-    and passes through.
+    and passes through. A term that changed its ``leaf`` in place changed everyone's logprobs.
     """
     try:
         yield
     except (Exception, SystemExit) as error:
+        _check_unchanged(name, leaf, error)
         raise TermError.from_exception(name, error) from error
+    _check_unchanged(name, leaf, None)
+
+
+def _check_unchanged(name: str, leaf: TensorBatch | None, error: BaseException | None) -> None:
+    if leaf is not None and leaf.flat._version:
+        raise ChangedLogprobsError(
+            f'the term "{name}" changed the logprobs in place, which the other terms share; '
+            "terms must leave their arguments as they are: clone what you change",
+            term=name,
+        ) from error
 
 
 def _await_here(awaitable: Awaitable[Any]) -> Any:

@@ -302,7 +302,7 @@ class TestTermsThatFail:
                 r'the term "bad" returned a tensor of shape \[\]; a term returns a',
             ),
             (returns_text_metric, r'the metric "note" of the term "bad" is \'fine\' \(str\)'),
-            (changes_in_place, r'the term "bad" raised RuntimeError: .* modified inplace'),
+            (changes_in_place, r'the term "bad" changed the logprobs in place'),
         ],
     )
     @pytest.mark.parametrize("place", [False, True])
@@ -335,7 +335,7 @@ class TestTermsThatFail:
 
     def test_changing_the_logprobs_cannot_be_skipped(self, logprobs):
         terms = [spec(changes_in_place, 1.0, "bad", on_error="skip"), spec(square, 1.0, "good")]
-        with pytest.raises(TermError, match="a term changed the logprobs in place"):
+        with pytest.raises(TermError, match='"bad" changed the logprobs in place'):
             Composer(None, terms).compute(DATA, logprobs)
 
     def test_keyboard_interrupt_passes_through(self, logprobs):
