@@ -99,7 +99,7 @@ defmodule Tinkex.CustomLoss.MessagePack do
 
       iex> {:error, error} = Tinkex.CustomLoss.MessagePack.decode(<<0x92, 1>>)
       iex> Exception.message(error)
-      "not MessagePack: an array of 2 items, but only 1 bytes are left (at byte 1)"
+      "not MessagePack: an array of 2 items, but bytes left: 1 (at byte 1)"
   """
   @spec decode(binary()) :: {:ok, term()} | {:error, DecodeError.t()}
   def decode(frame) when is_binary(frame) do

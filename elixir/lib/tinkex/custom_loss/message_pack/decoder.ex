@@ -104,7 +104,7 @@ defmodule Tinkex.CustomLoss.MessagePack.Decoder do
   # byte at least, an entry of a map two.
 
   defp array(<<rest::binary>>, n, _open, _left) when n > byte_size(rest),
-    do: {:error, "an array of #{n} items, but #{byte_size(rest)} bytes are left", rest}
+    do: {:error, "an array of #{n} items, but bytes left: #{byte_size(rest)}", rest}
 
   defp array(<<rest::binary>>, n, _open, left) when n > left, do: too_many(rest)
 
@@ -115,7 +115,7 @@ defmodule Tinkex.CustomLoss.MessagePack.Decoder do
   defp array(<<rest::binary>>, n, open, left), do: value(rest, [{n, []} | open], left - n)
 
   defp map(<<rest::binary>>, n, _open, _left) when 2 * n > byte_size(rest),
-    do: {:error, "a map of #{n} entries, but #{byte_size(rest)} bytes are left", rest}
+    do: {:error, "a map of #{n} entries, but bytes left: #{byte_size(rest)}", rest}
 
   defp map(<<rest::binary>>, n, _open, left) when 2 * n > left, do: too_many(rest)
   defp map(<<rest::binary>>, _n, open, _left) when length(open) >= @max_depth, do: too_deep(rest)
@@ -162,7 +162,7 @@ defmodule Tinkex.CustomLoss.MessagePack.Decoder do
   defp give(<<>>, value, [], _left), do: {:ok, value}
 
   defp give(<<rest::binary>>, _value, [], _left),
-    do: {:error, "#{byte_size(rest)} bytes follow the value", rest}
+    do: {:error, "the frame goes on after the value", rest}
 
   defp ext(<<rest::binary>>, -1, <<seconds::32>>, open, left),
     do: give(rest, %Timestamp{seconds: seconds}, open, left)
