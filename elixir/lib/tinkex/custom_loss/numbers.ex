@@ -1,7 +1,8 @@
 defmodule Tinkex.CustomLoss.Numbers do
   @moduledoc false
   # Flat lists of numbers <-> little-endian bytes. A training step turns hundreds of thousands of
-  # them, so both directions take eight at a time: five times as fast as one (2.7 ms for 64 x 4096).
+  # them, so both directions take several at a time: 64 x 4096 floats are packed in about 4 ms and
+  # unpacked in 6, where a comprehension takes 15 and 7.
 
   import Bitwise
 

@@ -8,6 +8,14 @@ defmodule Tinkex.CustomLoss.MessagePack.Decoder do
   @max_depth 64
   @max_values 1_048_576
 
+  @doc "Most levels of arrays and maps, the outermost included."
+  @spec max_depth() :: pos_integer()
+  def max_depth, do: @max_depth
+
+  @doc "Most values of a frame, keys included: a byte of MessagePack can claim 16 of memory."
+  @spec max_values() :: pos_integer()
+  def max_values, do: @max_values
+
   @doc "The one value of a frame, or what is wrong with it and the bytes from there on."
   @spec decode(binary()) :: {:ok, term()} | {:error, String.t(), binary()}
   def decode(frame), do: value(frame, [], @max_values)
@@ -188,6 +196,7 @@ defmodule Tinkex.CustomLoss.MessagePack.Decoder do
   defp non_finite(1, 0), do: :neg_infinity
   defp non_finite(_sign, _fraction), do: :nan
 
+  @doc "Whether a binary is text."
   # String.valid?/1 looks at one character at a time; seven ASCII ones fit a small integer.
   @spec utf8?(binary()) :: boolean()
   def utf8?(<<seven::56, rest::binary>>) when (seven &&& 0x80808080808080) == 0, do: utf8?(rest)
