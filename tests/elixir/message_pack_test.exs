@@ -20,7 +20,7 @@ defmodule Tinkex.CustomLoss.MessagePackTest do
 
   describe "encode/1" do
     test "of equal terms gives equal bytes, whatever the keys are" do
-      assert frame(%{b: 1, a: 2}) == frame(%{"a" => 2, "b" => 1})
+      assert frame(%{:b => 1, "a" => 2}) == frame(%{"b" => 1, :a => 2})
 
       assert frame(%{"aa" => 1, "b" => 2, "" => 3}) ==
                <<0x83, 0xA0, 3, 0xA2, "aa", 1, 0xA1, ?b, 2>>
