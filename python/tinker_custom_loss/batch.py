@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .errors import RequestError
 
-__all__ = ["Shape", "TensorBatch"]
+__all__ = ["Shape", "TensorBatch", "checked_batch"]
 
 Shape = tuple[int, ...]
 
@@ -59,12 +59,18 @@ class TensorBatch:
         """One view a datum, of its own shape; no copy, differentiable through ``flat``."""
         return [
             part if len(shape) == 1 else part.view(shape)
-            for part, shape in zip(self.flat.split(self.sizes), self.shapes, strict=True)
+            for part, shape in zip(
+                torch.split(self.flat, list(self.sizes)), self.shapes, strict=True
+            )
         ]
 
     def with_flat(self, flat: Tensor) -> TensorBatch:
         """The same shapes over another buffer of the same size."""
-        return TensorBatch(flat, self.shapes)
+        if flat.shape != self.flat.shape:
+            raise ValueError(f"expected a buffer of shape {list(self.flat.shape)}")
+        batch = object.__new__(TensorBatch)  # its shapes and sizes are known to fit
+        batch.__dict__.update(flat=flat, shapes=self.shapes, sizes=self.sizes)
+        return batch
 
     def locate(self, position: int) -> tuple[int, tuple[int, ...]]:
         """``(datum, token)`` of the value at ``flat[position]``; token indexes its shape."""
@@ -80,3 +86,53 @@ class TensorBatch:
         more = f", … {len(self)} in all" if len(self) > 3 else ""
         dtype = str(self.flat.dtype).removeprefix("torch.")
         return f"TensorBatch({dtype}, [{shapes}{more}])"
+
+
+def checked_batch(data: Sequence[object], logprobs: Sequence[Tensor] | TensorBatch) -> TensorBatch:
+    """Logprobs as one float32 or float64 buffer, after checking that they fit the data.
+
+    Raises:
+        RequestError: the counts differ, the batch is empty, or something is no float tensor.
+    """
+    if len(data) != len(logprobs):
+        raise RequestError(
+            f"there are {len(data)} datums but {len(logprobs)} logprob tensors; expected one "
+            "tensor a datum",
+            path="logprobs",
+        )
+    if not len(logprobs):
+        raise RequestError("the batch is empty: there are no datums", path="data")
+    if isinstance(logprobs, TensorBatch):
+        flat = logprobs.flat
+        _check_float(flat, 0)
+        if flat.dtype not in (torch.float32, torch.float64):
+            return logprobs.with_flat(flat.float())
+        return logprobs.with_flat(flat.clone()) if flat.is_inference() else logprobs
+    for index, tensor in enumerate(logprobs):
+        if not isinstance(tensor, Tensor):
+            raise RequestError(
+                f"logprobs[{index}] is a {type(tensor).__name__}; expected a torch.Tensor",
+                path=f"logprobs[{index}]",
+            )
+        _check_float(tensor, index)
+    return _common_buffer(logprobs)
+
+
+def _check_float(tensor: Tensor, index: int) -> None:
+    if not tensor.is_floating_point():
+        raise RequestError(
+            f"logprobs[{index}] has dtype {str(tensor.dtype).removeprefix('torch.')}; expected a "
+            "floating point type",
+            path=f"logprobs[{index}]",
+        )
+
+
+def _common_buffer(logprobs: Sequence[Tensor]) -> TensorBatch:
+    """Copy logprobs ([T] or [T,K] each) into one buffer.
+
+    The buffer is float64 if any tensor is, else float32 (half precision is widened); it lies on
+    the device of the first tensor.
+    """
+    dtype = torch.float64 if any(t.dtype == torch.float64 for t in logprobs) else torch.float32
+    device = logprobs[0].device
+    return TensorBatch.from_tensors([t.detach().to(device, dtype) for t in logprobs])

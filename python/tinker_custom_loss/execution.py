@@ -1,0 +1,233 @@
+"""Where a term runs, and how long it may take.
+
+    False        inline: on the calling thread; an async function on this package's event loop
+    True         a thread
+    "process"    a process of its own (see processes.py)
+    an Executor  whatever it is: a thread or process pool, a Dask cluster
+
+Everything that does not run inline is started first, so that it overlaps with the inline terms
+and with everything else that was started.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextvars
+import os
+import pickle
+import queue
+import threading
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .batch import TensorBatch
+from .errors import RequestError, TermError, TermTimeoutError
+from .evaluation import (
+    Call,
+    Outcome,
+    Parcel,
+    ParcelReply,
+    differentiate,
+    evaluate,
+    evaluate_parcel,
+    guarding,
+    leaf_of,
+    open_reply,
+    running,
+)
+from .processes import ProcessRun
+from .regularizer import Regularizer
+
+__all__ = ["THREADS", "Started", "check_picklable", "runs_inline", "start"]
+
+
+class Threads(concurrent.futures.Executor):
+    """Daemon threads, reused: as many as there is work at one time.
+
+    A ThreadPoolExecutor joins its threads when the interpreter ends, so one term that never
+    returns would keep the process alive for ever; and a bounded pool would make terms wait.
+    """
+
+    def __init__(self) -> None:
+        self._idle: list[queue.SimpleQueue[Callable[[], None]]] = []
+        self._lock = threading.Lock()
+
+    def submit(
+        self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any
+    ) -> concurrent.futures.Future[Any]:
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        context = contextvars.copy_context()
+
+        def job() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                result = context.run(fn, *args, **kwargs)
+            except BaseException as error:
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+
+        with self._lock:
+            inbox = self._idle.pop() if self._idle else None
+        if inbox is None:
+            inbox = queue.SimpleQueue()
+            threading.Thread(
+                target=self._work, args=(inbox,), name="tinker-custom-loss-term", daemon=True
+            ).start()
+        inbox.put(job)
+        return future
+
+    def _work(self, inbox: queue.SimpleQueue[Callable[[], None]]) -> None:
+        while True:
+            inbox.get()()
+            with self._lock:
+                self._idle.append(inbox)
+
+
+class _EventLoop:
+    """One event loop for async terms, in a thread of ours.
+
+    The tinker SDK calls custom losses from inside its own running loop, where nothing can be
+    awaited synchronously.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def submit(self, coroutine: Coroutine[Any, Any, Any]) -> concurrent.futures.Future[Any]:
+        with self._lock:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                threading.Thread(
+                    target=self._loop.run_forever, name="tinker-custom-loss-async", daemon=True
+                ).start()
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+
+THREADS = Threads()
+_LOOP = _EventLoop()
+
+
+def _forget_after_fork() -> None:
+    """Threads do not survive a fork; the child starts its own."""
+    global THREADS, _LOOP
+    THREADS, _LOOP = Threads(), _EventLoop()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_after_fork)
+
+
+@dataclass(frozen=True)
+class Started:
+    """A term that is running somewhere else.
+
+    ``finish`` turns what the future holds into an Outcome, on the calling thread; ``abandon``
+    ends the term, where that is possible.
+    """
+
+    future: concurrent.futures.Future[Any]
+    finish: Callable[[Any], Outcome]
+    abandon: Callable[[], object]
+    expires: float  # time.monotonic()
+
+    def outcome(self, name: str) -> Outcome:
+        """The outcome of a term whose future is done.
+
+        Raises:
+            TermError: whatever went wrong, under the term's name.
+        """
+        try:
+            returned = self.future.result(timeout=0)
+        except TermError:
+            raise
+        except (Exception, concurrent.futures.CancelledError) as error:
+            raise TermError.from_exception(name, error) from error
+        return self.finish(returned)
+
+    def time_out(self, name: str, timeout: float) -> TermTimeoutError:
+        """End the term and say that it was late."""
+        self.abandon()
+        return TermTimeoutError(
+            f'the term "{name}" outlived its timeout of {timeout:g} s', term=name
+        )
+
+
+def runs_inline(term: Regularizer) -> bool:
+    """Whether a term runs on the calling thread."""
+    return term.run_in_executor is False and not term.is_async
+
+
+def check_picklable(term: Regularizer) -> None:
+    """Refuse, when a composer is built, a term that cannot be sent to a process.
+
+    Raises:
+        RequestError: naming the term, why, and what to do.
+    """
+    place = term.run_in_executor
+    if place != "process" and not isinstance(place, concurrent.futures.ProcessPoolExecutor):
+        return
+    try:
+        pickle.dumps((term.fn, dict(term.params)))
+    except Exception as error:
+        raise RequestError(
+            f'regularizer "{term.name}" cannot run in a process, because its function or params '
+            f"cannot be pickled: {error}; define the function at the top level of a module, or "
+            "set run_in_executor to True",
+            path="run_in_executor",
+        ) from error
+
+
+def start(
+    term: Regularizer, call: Call, data: Sequence[Any], logprobs: TensorBatch, gradients: bool
+) -> Started:
+    """Start a term that does not run inline."""
+    place, timeout = term.run_in_executor, term.timeout
+    expires = time.monotonic() + timeout if timeout is not None else float("inf")
+    if place is False:
+        return _start_async(call, data, logprobs, gradients, expires)
+    if place is True:
+        future = THREADS.submit(evaluate, call, data, logprobs, gradients)
+        return Started(future, _as_is, future.cancel, expires)
+
+    values = logprobs.flat.cpu().numpy()
+    parcel = Parcel(call, data, values, logprobs.shapes, gradients)
+
+    def finish(reply: ParcelReply) -> Outcome:
+        return open_reply(reply, logprobs.flat)
+
+    if place == "process":
+        run = ProcessRun(parcel, timeout)
+        # The run keeps its own time, from when its process is ready.
+        return Started(THREADS.submit(run.run), finish, run.kill, float("inf"))
+    assert isinstance(place, concurrent.futures.Executor)
+    with guarding(call.name):
+        future = place.submit(evaluate_parcel, parcel)
+    return Started(future, finish, future.cancel, expires)
+
+
+def _start_async(
+    call: Call, data: Sequence[Any], logprobs: TensorBatch, gradients: bool, expires: float
+) -> Started:
+    started = time.perf_counter()
+    leaf = leaf_of(logprobs)
+
+    async def awaited() -> Any:
+        with running(call.name), guarding(call.name, leaf):
+            return await call(data, leaf)
+
+    def finish(returned: object) -> Outcome:
+        # Differentiating here leaves the loop to the terms that are still awaiting.
+        return differentiate(call.name, returned, leaf, gradients, started)
+
+    future = _LOOP.submit(awaited())
+    return Started(future, finish, future.cancel, expires)
+
+
+def _as_is(outcome: Outcome) -> Outcome:
+    return outcome
