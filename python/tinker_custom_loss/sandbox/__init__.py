@@ -5,6 +5,7 @@ with the official client or with Tinkex, without a key, a network or a GPU.
 """
 
 from .examples import VOCABULARY, Examples
+from .gradient_check import GradientCheck, check_gradient
 from .model import AdamParams, ForwardBackwardResult, LanguageModel
 from .server import SandboxServer
 
@@ -13,6 +14,8 @@ __all__ = [
     "AdamParams",
     "Examples",
     "ForwardBackwardResult",
+    "GradientCheck",
     "LanguageModel",
     "SandboxServer",
+    "check_gradient",
 ]

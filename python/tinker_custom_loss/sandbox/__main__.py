@@ -30,6 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--threads", type=int, default=1, help="of torch (%(default)s)")
     options = parser.parse_args(arguments)
+    if not 0 <= options.port < 65536:
+        parser.error(f"--port: expected 0 to 65535, got {options.port}")
     if options.threads < 1:
         parser.error(f"--threads: expected at least 1, got {options.threads}")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
