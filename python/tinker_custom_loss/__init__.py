@@ -8,6 +8,7 @@ from .batch import TensorBatch
 from .composer import Composer, Composition
 from .errors import (
     CancelledError,
+    ChangedLogprobsError,
     CustomLossError,
     NonFiniteError,
     ProtocolError,
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CancelledError",
+    "ChangedLogprobsError",
     "Composer",
     "Composition",
     "CustomLossError",

@@ -66,7 +66,11 @@ class TensorBatch:
 
     def with_flat(self, flat: Tensor) -> TensorBatch:
         """The same shapes over another buffer of the same size."""
-        return TensorBatch(flat, self.shapes)
+        if flat.shape != self.flat.shape:
+            raise ValueError(f"expected a buffer of shape {list(self.flat.shape)}")
+        batch = object.__new__(TensorBatch)  # its shapes and sizes are known to fit
+        batch.__dict__.update(flat=flat, shapes=self.shapes, sizes=self.sizes)
+        return batch
 
     def locate(self, position: int) -> tuple[int, tuple[int, ...]]:
         """``(datum, token)`` of the value at ``flat[position]``; token indexes its shape."""

@@ -25,7 +25,7 @@ from torch import Tensor
 from . import execution, processes
 from . import gradients as grad
 from .batch import TensorBatch, checked_batch
-from .errors import CancelledError, NonFiniteError, RequestError, TermError
+from .errors import CancelledError, ChangedLogprobsError, NonFiniteError, RequestError, TermError
 from .evaluation import Call, Outcome, evaluate
 from .finite import FinitePart, finite_part, record_of
 from .regularizer import BASE_LOSS, LossFn, Regularizer, regularizers_from
@@ -140,6 +140,7 @@ class Composer:
             except RequestError as error:
                 where = f"regularizers[{index}]"
                 raise RequestError(f"{where}: {error}", path=f"{where}.{error.path}") from error
+        self._calls = [Call(term.name, term.fn, term.params) for term in self._terms]
         self._inline_lock = inline_lock or contextlib.nullcontext()
         own_processes = sum(term.run_in_executor == "process" for term in enabled)
         if own_processes:
@@ -176,7 +177,7 @@ class Composer:
         with torch.inference_mode(False):
             batch = checked_batch(data, logprobs)
             weights = [term.weight_at(step) for term in self._terms]
-            results = self._evaluate(data, batch, gradients, cancelled or threading.Event())
+            results = self._evaluate(data, batch, gradients, cancelled)
             return self._compose(
                 batch, logprobs, weights, results, gradients, term_gradients, step, started
             )
@@ -231,49 +232,45 @@ class Composer:
         data: Sequence[Any],
         batch: TensorBatch,
         gradients: bool,
-        cancelled: threading.Event,
+        cancelled: threading.Event | None,
     ) -> list[Outcome | TermError]:
         """Every term's outcome, in order; an error only where the term may be skipped."""
         results: dict[int, Outcome | TermError] = {}
         pending: dict[int, execution.Started] = {}
-        calls = [Call(term.name, term.fn, term.params) for term in self._terms]
-        flat_version = batch.flat._version
         try:
             for index, term in enumerate(self._terms):
                 if not execution.runs_inline(term):
                     with _skipping(term, index, results):
-                        pending[index] = execution.start(term, calls[index], data, batch, gradients)
+                        pending[index] = execution.start(
+                            term, self._calls[index], data, batch, gradients
+                        )
             with self._inline_lock:
                 for index, term in enumerate(self._terms):
                     if execution.runs_inline(term):
                         _check_cancelled(cancelled)
                         with _skipping(term, index, results):
-                            results[index] = evaluate(calls[index], data, batch, gradients)
+                            results[index] = evaluate(self._calls[index], data, batch, gradients)
             self._collect(pending, results, cancelled)
         finally:
             for started in pending.values():
                 started.abandon()
-        if batch.flat._version != flat_version:
-            raise TermError(
-                "a term changed the logprobs in place, under the eyes of the others; "
-                "terms must leave their arguments as they are",
-                term=", ".join(term.name for term in self._terms),
-            )
         return [results[index] for index in range(len(self._terms))]
 
     def _collect(
         self,
         pending: dict[int, execution.Started],
         results: dict[int, Outcome | TermError],
-        cancelled: threading.Event,
+        cancelled: threading.Event | None,
     ) -> None:
         """Wait for the started terms; the first one that fails ends the wait."""
         while pending:
             _check_cancelled(cancelled)
             patience = min(started.expires for started in pending.values()) - time.monotonic()
+            if cancelled is not None:
+                patience = min(patience, _CANCEL_POLL_SECONDS)
             concurrent.futures.wait(
                 [started.future for started in pending.values()],
-                timeout=max(0.0, min(patience, _CANCEL_POLL_SECONDS)),
+                timeout=max(0.0, min(patience, threading.TIMEOUT_MAX)),
                 return_when=concurrent.futures.FIRST_COMPLETED,
             )
             for index, started in sorted(pending.items()):
@@ -364,13 +361,13 @@ def _skipping(term: Regularizer, index: int, results: dict[int, Outcome | TermEr
     try:
         yield
     except TermError as error:
-        if term.on_error == "raise":
+        if term.on_error == "raise" or isinstance(error, ChangedLogprobsError):
             raise
         results[index] = error
 
 
-def _check_cancelled(cancelled: threading.Event) -> None:
-    if cancelled.is_set():
+def _check_cancelled(cancelled: threading.Event | None) -> None:
+    if cancelled is not None and cancelled.is_set():
         raise CancelledError("the computation was cancelled by its caller")
 
 

@@ -4,6 +4,7 @@
     ├── RequestError      the caller's request: an option, a shape, a name (also a ValueError)
     ├── TermError         the user's term: it raised, or returned what no term may return
     │   ├── NonFiniteError    its loss or gradient is nan or infinite
+    │   ├── ChangedLogprobsError  it changed the logprobs in place
     │   └── TermTimeoutError  it outlived its own timeout
     ├── CancelledError    the caller withdrew the request
     └── ProtocolError     bytes that are not a frame, or a frame that is not a message
@@ -18,6 +19,7 @@ from typing import ClassVar
 
 __all__ = [
     "CancelledError",
+    "ChangedLogprobsError",
     "CustomLossError",
     "NonFiniteError",
     "ProtocolError",
@@ -96,6 +98,10 @@ class NonFiniteError(TermError):
         super().__init__(message, term=term)
         self.datum = datum
         self.token = token
+
+
+class ChangedLogprobsError(TermError):
+    """A term changed the logprobs in place. Never skipped: what the others computed is wrong."""
 
 
 class TermTimeoutError(TermError):

@@ -16,42 +16,38 @@ from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .batch import Shape, TensorBatch
-from .errors import TermError
+from .errors import ChangedLogprobsError, TermError
 from .regularizer import LossFn
 
-__all__ = ["Call", "FlatTerm", "Outcome", "current_term", "differentiate", "evaluate"]
+__all__ = ["Call", "Outcome", "current_term", "differentiate", "evaluate"]
 
 current_term: ContextVar[str | None] = ContextVar("current_term", default=None)
 """Name of the term that is running, for logging."""
 
 
-@runtime_checkable
-class FlatTerm(Protocol):
-    """A term that works on the whole batch as one buffer, as the built-in ones do."""
-
-    def evaluate_flat(self, data: Sequence[Any], logprobs: TensorBatch, **params: Any) -> Any:
-        """Like calling it, but with a TensorBatch in place of the list of tensors."""
-        ...
-
-
 @dataclass(frozen=True)
 class Call:
-    """A function with its keyword arguments, under the name that errors use."""
+    """A function with its keyword arguments, under the name that errors use.
+
+    A function that has an attribute ``evaluate_flat``, as built-in terms do, is called through it
+    with the :class:`TensorBatch` itself in place of the list of tensors.
+    """
 
     name: str
     fn: LossFn
     params: Mapping[str, Any]
 
     def __call__(self, data: Sequence[Any], logprobs: TensorBatch) -> Any:
-        if isinstance(self.fn, FlatTerm):
-            return self.fn.evaluate_flat(data, logprobs, **self.params)
+        evaluate_flat = getattr(self.fn, "evaluate_flat", None)
+        if evaluate_flat is not None:
+            return evaluate_flat(data, logprobs, **self.params)
         return self.fn(data, logprobs.tensors(), **self.params)
 
 
@@ -71,8 +67,12 @@ class Outcome:
 
 
 def leaf_of(logprobs: TensorBatch) -> TensorBatch:
-    """A leaf of a new graph over the same memory: each term has its own."""
-    return logprobs.with_flat(logprobs.flat.detach().requires_grad_(True))
+    """A leaf of a new graph over the same memory: each term has its own.
+
+    ``.data`` rather than ``.detach()``: it counts in-place changes on its own, so that they can
+    be told apart by term.
+    """
+    return logprobs.with_flat(logprobs.flat.data.requires_grad_(True))
 
 
 def evaluate(call: Call, data: Sequence[Any], logprobs: TensorBatch, gradients: bool) -> Outcome:
@@ -83,7 +83,7 @@ def evaluate(call: Call, data: Sequence[Any], logprobs: TensorBatch, gradients: 
     """
     started = time.perf_counter()
     leaf = leaf_of(logprobs)
-    with running(call.name), torch.enable_grad(), guarding(call.name):
+    with running(call.name), torch.enable_grad(), guarding(call.name, leaf):
         returned = call(data, leaf)
         if inspect.isawaitable(returned):
             returned = _await_here(returned)
@@ -123,16 +123,27 @@ def running(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def guarding(name: str) -> Iterator[None]:
+def guarding(name: str, leaf: TensorBatch | None = None) -> Iterator[None]:
     """Whatever a term raises becomes a TermError that names it.
 
     ``sys.exit`` in a term ends that term, not the process. KeyboardInterrupt is the user's own
-    and passes through.
+    and passes through. A term that changed its ``leaf`` in place changed everyone's logprobs.
     """
     try:
         yield
     except (Exception, SystemExit) as error:
+        _check_unchanged(name, leaf, error)
         raise TermError.from_exception(name, error) from error
+    _check_unchanged(name, leaf, None)
+
+
+def _check_unchanged(name: str, leaf: TensorBatch | None, error: BaseException | None) -> None:
+    if leaf is not None and leaf.flat._version:
+        raise ChangedLogprobsError(
+            f'the term "{name}" changed the logprobs in place, which the other terms share; '
+            "terms must leave their arguments as they are: clone what you change",
+            term=name,
+        ) from error
 
 
 def _await_here(awaitable: Awaitable[Any]) -> Any:

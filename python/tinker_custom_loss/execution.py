@@ -218,7 +218,7 @@ def _start_async(
     leaf = leaf_of(logprobs)
 
     async def awaited() -> Any:
-        with running(call.name), guarding(call.name):
+        with running(call.name), guarding(call.name, leaf):
             return await call(data, leaf)
 
     def finish(returned: object) -> Outcome:

@@ -12,6 +12,7 @@ import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any, Literal, NoReturn
 
 from .errors import RequestError, TermError
@@ -87,7 +88,7 @@ class Regularizer:
     def _title(self) -> str:
         return "the base loss" if self.name == BASE_LOSS else f'regularizer "{self.name}"'
 
-    @property
+    @cached_property
     def is_async(self) -> bool:
         """Whether ``fn`` is a coroutine function."""
         return _is_coroutine_function(self.fn)

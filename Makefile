@@ -1,0 +1,67 @@
+# Every target sets up what it needs, once (scripts/setup.sh). PYTHON=python3.12 chooses the
+# interpreter that .venv is made with.
+
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+BIN := .venv/bin
+
+# The Python that Tinkex.CustomLoss starts.
+export TINKEX_CUSTOM_LOSS_PYTHON := $(CURDIR)/$(BIN)/python
+# Elixir wants a UTF-8 locale, and this is the one that every Debian has.
+export LC_ALL := C.UTF-8
+
+.PHONY: help
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
+
+.PHONY: setup
+setup: ## install Elixir, and the package with its extras in .venv, if they are not there
+	@scripts/setup.sh
+
+.PHONY: demo demo-python
+demo: setup ## train a small language model from Elixir (TEXT=path for another text)
+	@mix compile
+	@mix run docs/examples/demo.exs
+
+demo-python: setup ## the same with the official SDK, over HTTP
+	@$(BIN)/python docs/examples/demo.py
+
+.PHONY: test test-elixir test-python
+test: setup ## run all tests, Elixir's and Python's
+	@$(MAKE) --keep-going test-elixir test-python
+
+test-elixir: setup ## run the Elixir tests, and those of both languages through the port
+	mix test
+
+test-python: setup ## run the Python tests
+	$(BIN)/pytest
+
+.PHONY: lint lint-elixir lint-python lint-tree
+lint: setup ## check formatting, types, warnings
+	@$(MAKE) --keep-going lint-elixir lint-python lint-tree
+
+lint-elixir: setup
+	mix format --check-formatted
+	MIX_ENV=dev mix compile --force --warnings-as-errors
+	MIX_ENV=test mix compile --force --warnings-as-errors
+
+lint-python: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+# A path of one machine works on that machine alone.
+lint-tree:
+	@! git grep -nIE '(^|[^[:alnum:]_.~-])/(home|root|Users|work|opt)/' || \
+		{ echo 'These lines name a path that other machines do not have.'; exit 1; }
+
+.PHONY: bench
+bench: setup ## measure: one line a figure, NAME VALUE (target T) ok|short
+	@mix compile
+	-@mix run tests/bench/bridge.exs
+	-@$(BIN)/python tests/bench/native.py
+
+.PHONY: clean
+clean: ## remove all that make made
+	rm -rf .venv .make _build .mypy_cache .ruff_cache .pytest_cache .hypothesis

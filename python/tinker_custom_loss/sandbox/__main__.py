@@ -1,0 +1,63 @@
+"""``python -m tinker_custom_loss.sandbox``: a Tinker server on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import sys
+import threading
+
+import torch
+
+from ..errors import RequestError
+
+_SNIPPET = """\
+  service = tinker.ServiceClient(base_url="{url}", api_key="tml-sandbox")
+  client = service.create_lora_training_client("sandbox").result()
+  client.forward_backward_custom(data, loss_fn).result()   # tokens are bytes, 0 to 255\
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tinker_custom_loss.sandbox", description=__doc__
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="a loopback address (%(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (%(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of models that name none (%(default)s)"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="of torch (%(default)s)")
+    options = parser.parse_args(arguments)
+    if options.threads < 1:
+        parser.error(f"--threads: expected at least 1, got {options.threads}")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    torch.set_num_threads(options.threads)
+    return _serve_http(options)
+
+
+def _serve_http(options: argparse.Namespace) -> int:
+    from .server import SandboxServer
+
+    interrupted = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: interrupted.set())
+    try:
+        server = SandboxServer(seed=options.seed, host=options.host, port=options.port)
+    except RequestError as error:
+        print(f"--{error.path}: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"--port: cannot listen on {options.host}:{options.port}: {error}", file=sys.stderr)
+        return 1
+    with server:
+        print(f"Tinker sandbox at {server.url} (Ctrl-C ends it)\n")
+        print(_SNIPPET.format(url=server.url), flush=True)
+        interrupted.wait()
+    print("\nsandbox ended", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""What one forward or forward_backward works on: tokens, targets and weights, checked once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..errors import RequestError
+
+if TYPE_CHECKING:
+    from ..batch import TensorBatch
+
+__all__ = ["VOCABULARY", "Examples"]
+
+VOCABULARY = 512
+"""Tokens 0 to 255 are bytes, 256 stands for the beginning of a text, the rest are free."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """A batch of datums.
+
+    ``tokens`` holds an int64 [T] a datum. ``target_tokens`` holds an int64 [T], the token that
+    should follow each position, or [T,K], K alternatives at each position; the two may be mixed.
+    ``weights`` holds float32 values of the targets' shapes, or is None where nothing is weighted.
+
+    :raises RequestError: counts or shapes that disagree, a token outside the vocabulary, a weight
+        that is not finite; ``path`` says where.
+    """
+
+    tokens: TensorBatch
+    target_tokens: TensorBatch
+    weights: TensorBatch | None = None
+
+    def __post_init__(self) -> None:
+        self._check_count("target_tokens", self.target_tokens)
+        for i, (tokens, targets) in enumerate(
+            zip(self.tokens.shapes, self.target_tokens.shapes, strict=True)
+        ):
+            if len(tokens) != 1:
+                raise RequestError(
+                    f"model_input has shape {list(tokens)}; expected [T]",
+                    path=f"data[{i}].model_input",
+                )
+            if targets[:1] != tokens or len(targets) > 2:
+                raise RequestError(
+                    f"target_tokens has shape {list(targets)}, but the model input has "
+                    f"{tokens[0]} tokens; expected [{tokens[0]}] or [{tokens[0]}, K]",
+                    path=_input_path(i, "target_tokens"),
+                )
+        self._check_vocabulary("model_input", self.tokens)
+        self._check_vocabulary("target_tokens", self.target_tokens)
+        if self.weights is not None:
+            self._check_weights(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def _check_count(self, key: str, batch: TensorBatch) -> None:
+        if len(batch) != len(self.tokens):
+            raise RequestError(
+                f"there are {len(self.tokens)} datums, but {len(batch)} tensors of {key}",
+                path="data",
+            )
+
+    def _check_vocabulary(self, key: str, batch: TensorBatch) -> None:
+        if batch.flat.dtype != torch.int64:
+            raise RequestError(
+                f"{key} must be int64, got {str(batch.flat.dtype).removeprefix('torch.')}",
+                path="data",
+            )
+        outside = (batch.flat < 0) | (batch.flat >= VOCABULARY)
+        if outside.any():
+            position = int(outside.nonzero()[0])
+            datum, index = batch.locate(position)
+            raise RequestError(
+                f"token {int(batch.flat[position])} is outside the sandbox's vocabulary of "
+                f"{VOCABULARY}: bytes are 0 to 255, the beginning of a text is 256",
+                path=_input_path(datum, key) + str(list(index)),
+            )
+
+    def _check_weights(self, weights: TensorBatch) -> None:
+        self._check_count("weights", weights)
+        for i, (expected, got) in enumerate(
+            zip(self.target_tokens.shapes, weights.shapes, strict=True)
+        ):
+            if expected != got:
+                raise RequestError(
+                    f"weights has shape {list(got)}, but target_tokens has {list(expected)}; "
+                    "there must be one weight a target",
+                    path=_input_path(i, "weights"),
+                )
+        if weights.flat.dtype != torch.float32:
+            raise RequestError("weights must be float32", path="data")
+        finite = weights.flat.isfinite()
+        if not finite.all():
+            position = int((~finite).nonzero()[0])
+            datum, index = weights.locate(position)
+            raise RequestError(
+                f"weights holds {float(weights.flat[position])}, which would spread to every "
+                "parameter of the model",
+                path=_input_path(datum, "weights") + str(list(index)),
+            )
+
+
+def _input_path(datum: int, key: str) -> str:
+    if key == "model_input":
+        return f"data[{datum}].model_input"
+    return f'data[{datum}].loss_fn_inputs["{key}"]'

@@ -1,0 +1,207 @@
+"""Sessions, models and the order in which a model's requests run.
+
+A Tinker client numbers the training calls of a model from 1 without gaps and may send the chunks
+of one call in any order. So each model executes by number, on a thread of its own, and holds
+everything behind a gap.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import RequestError
+from .model import ForwardBackwardResult, LanguageModel
+
+__all__ = ["ClosedError", "Operation", "Result", "Trainer", "TrainingRun", "UnknownError"]
+
+Result = ForwardBackwardResult | dict[str, Any]
+Operation = Callable[[LanguageModel], Result]
+
+_RESULTS_KEPT = 4096
+
+
+class UnknownError(RequestError):
+    """A session, model or request that this server does not have."""
+
+
+class ClosedError(Exception):
+    """The server was closed before the request was executed."""
+
+
+@dataclass
+class _Request:
+    future: Future[Result]
+    fingerprint: object
+
+
+@dataclass
+class TrainingRun:
+    """One model and its requests by ``seq_id``."""
+
+    model_id: str
+    base_model: str
+    lora_rank: int | None
+    model: LanguageModel
+    _executor: ThreadPoolExecutor = field(init=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _next: int = 1
+    _held: dict[int, tuple[Operation, Future[Result]]] = field(default_factory=dict)
+    _requests: OrderedDict[int, _Request] = field(default_factory=OrderedDict)
+
+    def __post_init__(self) -> None:
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix=f"sandbox {self.model_id}")
+
+    def submit(self, seq_id: int, operation: Operation, fingerprint: object) -> None:
+        """Execute ``operation`` once every smaller ``seq_id`` has been executed.
+
+        A client that lost an answer sends the same request again: the same ``seq_id`` with the
+        same ``fingerprint`` (anything with equality) changes nothing.
+
+        :raises RequestError: ``seq_id`` is not positive, or another request had it.
+        """
+        if isinstance(seq_id, bool) or not isinstance(seq_id, int) or seq_id < 1:
+            raise RequestError(
+                f"expected an integer of at least 1, got {seq_id!r}: the training calls of a model "
+                "are numbered from 1",
+                path="seq_id",
+            )
+        with self._lock:
+            if self._repeats(seq_id, fingerprint):
+                return
+            future: Future[Result] = Future()
+            self._requests[seq_id] = _Request(future, fingerprint)
+            self._held[seq_id] = operation, future
+            while self._next in self._held:
+                self._executor.submit(self._execute, *self._held.pop(self._next))
+                self._next += 1
+            while len(self._requests) > _RESULTS_KEPT:
+                self._requests.popitem(last=False)
+
+    def future(self, seq_id: int) -> Future[Result]:
+        """The future of a submitted request."""
+        request = self._requests.get(seq_id)
+        if request is None:
+            raise UnknownError(
+                f"the model {self.model_id} has no request {seq_id}, or answered it more than "
+                f"{_RESULTS_KEPT} requests ago",
+                path="request_id",
+            )
+        return request.future
+
+    def missing(self, seq_id: int) -> int | None:
+        """The ``seq_id`` that has to arrive before ``seq_id`` can be executed, if one has."""
+        with self._lock:
+            return self._next if seq_id in self._held else None
+
+    def close(self) -> None:
+        """Fail what is held and wait for what is executing."""
+        with self._lock:
+            held = [future for _, future in self._held.values()]
+            self._held.clear()
+        for future in held:
+            future.set_exception(ClosedError("the sandbox was closed"))
+        self._executor.shutdown(wait=True, cancel_futures=True)
+        for request in self._requests.values():
+            if not request.future.done():
+                request.future.set_exception(ClosedError("the sandbox was closed"))
+
+    def _repeats(self, seq_id: int, fingerprint: object) -> bool:
+        if seq_id in self._requests:
+            if self._requests[seq_id].fingerprint == fingerprint:
+                return True
+        elif seq_id >= self._next:
+            return False
+        raise RequestError(
+            f"seq_id {seq_id} of the model {self.model_id} was already used by another request; "
+            f"the next is {self._next}. A second client of one model has to go on where the first "
+            "stopped; to start over, create a model",
+            path="seq_id",
+        )
+
+    def _execute(self, operation: Operation, future: Future[Result]) -> None:
+        try:
+            future.set_result(operation(self.model))
+        except Exception as error:
+            future.set_exception(error)
+
+
+class Trainer:
+    """Everything that clients of one server have created.
+
+    ``seed`` initializes the models of clients that name none.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self._seed = seed
+        self._session_numbers = itertools.count(1)
+        self._sessions: set[str] = set()
+        self._runs: dict[str, TrainingRun] = {}
+        self._lock = threading.Lock()
+
+    def create_session(self) -> str:
+        with self._lock:
+            session_id = f"sandbox-{next(self._session_numbers)}"
+            self._sessions.add(session_id)
+        return session_id
+
+    def check_session(self, session_id: object) -> None:
+        """:raises UnknownError: there is no such session."""
+        if not isinstance(session_id, str) or session_id not in self._sessions:
+            raise UnknownError(
+                f"there is no session {session_id!r} here; sandboxes forget theirs when they end",
+                path="session_id",
+            )
+
+    def create_model(
+        self,
+        session_id: object,
+        model_seq_id: object,
+        *,
+        base_model: str = "sandbox",
+        seed: int | None = None,
+        lora_rank: int | None = None,
+    ) -> str:
+        """The id of a new model, or of the one that this session created under that number."""
+        self.check_session(session_id)
+        model_id = f"{session_id}:train:{model_seq_id}"
+        with self._lock:
+            if model_id not in self._runs:
+                model = LanguageModel(self._seed if seed is None else seed)
+                self._runs[model_id] = TrainingRun(model_id, base_model, lora_rank, model)
+        return model_id
+
+    def run(self, model_id: object) -> TrainingRun:
+        """:raises UnknownError: there is no such model."""
+        run = self._runs.get(model_id) if isinstance(model_id, str) else None
+        if run is None:
+            known = ", ".join(self._runs) or "none yet"
+            raise UnknownError(
+                f"there is no model {model_id!r} here; the models are: {known}", path="model_id"
+            )
+        return run
+
+    def unload_model(self, model_id: object) -> None:
+        """Forget a model."""
+        run = self.run(model_id)
+        with self._lock:
+            self._runs.pop(run.model_id, None)
+        run.close()
+
+    @property
+    def model_ids(self) -> list[str]:
+        """In the order of their creation."""
+        return list(self._runs)
+
+    def close(self) -> None:
+        """Forget every model; requests that wait are answered with an error."""
+        with self._lock:
+            runs = list(self._runs.values())
+            self._runs.clear()
+        for run in runs:
+            run.close()
