@@ -232,9 +232,7 @@ class _Api:
         run.submit(call.seq_id, call.operation, (len(body), zlib.crc32(body)))
         return {"request_id": f"{run.model_id}/{call.seq_id}"}
 
-    def _retrieve_future(
-        self, request: dict[str, Any], headers: _Headers
-    ) -> tuple[str, bytes]:
+    def _retrieve_future(self, request: dict[str, Any], headers: _Headers) -> tuple[str, bytes]:
         request_id = str(request.get("request_id"))
         model_id, _, what = request_id.rpartition("/")
         if what in ("create_model", "unload_model"):
