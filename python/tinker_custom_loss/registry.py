@@ -96,18 +96,21 @@ class Registry:
         if inspect.isclass(found):
             return ": it is a class; a term is a function or a callable object"
         if callable(found) and not _takes_data_and_logprobs(found):
-            return f": it cannot be called as fn(data, logprobs); its signature is {inspect.signature(found)}"
+            signature = inspect.signature(found)
+            return f": it cannot be called as fn(data, logprobs); its signature is {signature}"
         return f': "{module_name}" does not offer it: it is private, imported or not in __all__'
 
 
 def _load(target: str) -> ModuleType:
     path = Path(target)
+    search_path = [*sys.path]
     name = path.stem if path.suffix == ".py" else target
     if path.suffix == ".py":
         _make_importable(path, name)
     try:
         return importlib.import_module(name)
     except BaseException as error:  # a module that calls sys.exit is a module that fails
+        sys.path[:] = search_path
         kind = type(error).__name__
         raise LoadError(
             f'"{target}" cannot be loaded: {kind}: {error}',
@@ -170,7 +173,7 @@ def _takes_data_and_logprobs(fn: Callable[..., Any]) -> bool:
     room = 0
     for parameter in parameters:
         if parameter.kind is parameter.VAR_POSITIONAL:
-            return room <= 2
+            return True
         if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
             room += 1
     return room >= 2
@@ -219,4 +222,3 @@ def _plain(value: object) -> Any:
     if type(value) is dict and all(type(key) is str for key in value):
         return {key: _plain(inner) for key, inner in value.items()}
     return repr(value)
-

@@ -13,13 +13,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import msgpack
 import torch
 
 from ..batch import Shape, TensorBatch
 from ..errors import ProtocolError, RequestError
 from .data import Column, WireData
-from .messagepack import pack, pack_pieces, unpack
+from .messagepack import Ext, pack, pack_pieces, unpack
 
 __all__ = [
     "DTYPES",
@@ -30,6 +29,7 @@ __all__ = [
     "decode_data",
     "encode_batch",
     "get",
+    "name_of",
     "pack",
     "pack_pieces",
     "unpack",
@@ -57,7 +57,7 @@ _NAMES: dict[type, str] = {
     memoryview: "a bin",
     list: "an array",
     dict: "a map",
-    msgpack.ExtType: "an ext",
+    Ext: "an ext",
 }
 _REQUIRED: Any = object()
 _MAX_RANK = 8
@@ -65,13 +65,13 @@ _MAX_RANK = 8
 
 @dataclass(frozen=True)
 class TermSpec:
-    """A base loss or regularizer as a request names it: ``fn`` is a name yet.
+    """A base loss or regularizer as a request names it; ``fn`` is a name still.
 
-    ``options`` are the keyword arguments of :class:`~tinker_custom_loss.Regularizer` that the
-    request holds.
+    ``options`` are further keyword arguments of :class:`~tinker_custom_loss.Regularizer`.
     """
 
     fn: str
+    params: dict[str, Any]
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -234,8 +234,7 @@ def _column(batch: Mapping[str, Any], count: int, path: str) -> Column:
 def _check_ids(column: Column, path: str) -> None:
     if column.flat.is_floating_point():
         raise RequestError(
-            f"expected an integer dtype at `{path}.dtype`, got "
-            f'"{_DTYPE_NAMES[column.flat.dtype]}"',
+            f'expected an integer dtype at `{path}.dtype`, got "{_DTYPE_NAMES[column.flat.dtype]}"',
             path=f"{path}.dtype",
         )
     for index, shape in enumerate(column.shapes):
@@ -291,25 +290,22 @@ def _chunk(chunk: object, path: str) -> dict[str, Any]:
 
 
 def _base_loss(spec: Mapping[str, Any]) -> TermSpec:
-    fn = get(spec, "fn", (str,), "base_loss")
-    return TermSpec(fn, {"params": _params(spec, "base_loss")})
+    return TermSpec(get(spec, "fn", (str,), "base_loss"), _params(spec, "base_loss"))
 
 
 def _regularizer(spec: object, path: str) -> TermSpec:
     if not isinstance(spec, dict):
         raise _unexpected(spec, "a map", path)
-    fn = get(spec, "fn", (str,), path)
     options = {
         "name": get(spec, "name", (str,), path),
         "weight": get(spec, "weight", (float,), path),
-        "params": _params(spec, path),
         "run_in_executor": get(spec, "run_in_executor", (bool, str), path, default=False),
         "timeout": get(spec, "timeout", (float,), path, default=None),
         "on_error": get(spec, "on_error", (str,), path, default="raise"),
         "on_non_finite": get(spec, "on_non_finite", (str,), path, default="raise"),
         "enabled": get(spec, "enabled", (bool,), path, default=True),
     }
-    return TermSpec(fn, options)
+    return TermSpec(get(spec, "fn", (str,), path), _params(spec, path), options)
 
 
 def _params(spec: Mapping[str, Any], path: str) -> dict[str, Any]:
@@ -335,7 +331,10 @@ def _shape(value: object, path: str, index: int) -> Shape | None:
         raise _unexpected(value, "an array of sizes or nil", f"{path}[{index}]")
     for size in value:
         if type(size) is not int or size < 0:
-            raise _unexpected(value, "an array of sizes", f"{path}[{index}]")
+            raise ProtocolError(
+                f"expected sizes, integers of at least 0, at `{path}[{index}]`, got {value}",
+                path=f"{path}[{index}]",
+            )
     if len(value) > _MAX_RANK:
         raise RequestError(
             f"expected at most {_MAX_RANK} sizes at `{path}[{index}]`, got {len(value)}",
@@ -349,8 +348,10 @@ def _unknown(key: str, value: str, known: str, path: str) -> RequestError:
     return RequestError(f'unknown {key} "{value}" at `{where}`; expected {known}', path=where)
 
 
+def name_of(value: object) -> str:
+    """What a decoded value is in MessagePack: "a string", "an array" and so on."""
+    return _NAMES.get(type(value), type(value).__name__)
+
+
 def _unexpected(value: object, expected: str, path: str) -> ProtocolError:
-    got = _NAMES.get(type(value), type(value).__name__)
-    if type(value) in (int, float):
-        got = str(value)
-    return ProtocolError(f"expected {expected} at `{path}`, got {got}", path=path)
+    return ProtocolError(f"expected {expected} at `{path}`, got {name_of(value)}", path=path)
