@@ -6,7 +6,6 @@ import fcntl
 import itertools
 import os
 import select
-import signal
 import struct
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from tinker_custom_loss import TensorBatch
 from tinker_custom_loss.port.messages import decode_batch, encode_batch, pack, unpack
 
@@ -26,12 +26,18 @@ PATIENCE = 60.0  # seconds; only a failing test waits that long
 class PortClient:
     """Starts ``python -m tinker_custom_loss.port`` and speaks with it."""
 
-    def __init__(self, *options: str, load: list[str] | None = None, await_ready: bool = True):
+    def __init__(
+        self,
+        *options: str,
+        load: list[str] | None = None,
+        await_ready: bool = True,
+        module: str = "tinker_custom_loss.port",
+    ):
         for path in load or []:
             options = (*options, "--load", str(path))
         from_host, self.to_worker = os.pipe()
         self.from_worker, to_host = os.pipe()
-        self.stderr = tempfile.TemporaryFile()
+        self.stderr = tempfile.TemporaryFile()  # noqa: SIM115
 
         def put_at_3_and_4() -> None:
             reading = fcntl.fcntl(from_host, fcntl.F_DUPFD, 10)
@@ -40,7 +46,7 @@ class PortClient:
             os.dup2(writing, 4)
 
         self.process = subprocess.Popen(
-            [sys.executable, "-u", "-m", "tinker_custom_loss.port", *options],
+            [sys.executable, "-u", "-m", module, *options],
             pass_fds=(3, 4),
             preexec_fn=put_at_3_and_4,
             stdout=self.stderr,
@@ -178,11 +184,8 @@ def group_is_empty(pid: int, within: float = 10.0) -> bool:
 
 def _group_of(pid: str) -> int | None:
     try:
-        state, _parent, group = Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()[:3]
+        stat = Path("/proc", pid, "stat").read_text()
     except OSError:
         return None
+    state, _parent, group = stat.rpartition(")")[2].split()[:3]
     return None if state == "Z" else int(group)
-
-
-def kill(pid: int) -> None:
-    os.kill(pid, signal.SIGKILL)
