@@ -11,6 +11,7 @@ import concurrent.futures
 import contextvars
 import inspect
 import numbers
+import threading
 import time
 from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -126,15 +127,35 @@ def running(name: str) -> Iterator[None]:
 def guarding(name: str, leaf: TensorBatch | None = None) -> Iterator[None]:
     """Whatever a term raises becomes a TermError that names it.
 
-    ``sys.exit`` in a term ends that term, not the process. KeyboardInterrupt is the user's own
-    and passes through. A term that changed its ``leaf`` in place changed everyone's logprobs.
+    ``sys.exit`` in a term ends that term, not the process. A term that changed its ``leaf`` in
+    place changed everyone's logprobs.
     """
     try:
         yield
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
+        if _is_for_others(error):
+            raise
         _check_unchanged(name, leaf, error)
         raise TermError.from_exception(name, error) from error
     _check_unchanged(name, leaf, None)
+
+
+def _is_for_others(error: BaseException) -> bool:
+    """Ctrl-C, which only ever reaches the main thread, is the user's own; and a task that is being
+    cancelled must end as cancelled."""
+    if isinstance(error, KeyboardInterrupt):
+        return threading.current_thread() is threading.main_thread()
+    if isinstance(error, asyncio.CancelledError):
+        return _in_event_loop()
+    return isinstance(error, GeneratorExit)
+
+
+def _in_event_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _check_unchanged(name: str, leaf: TensorBatch | None, error: BaseException | None) -> None:
@@ -152,9 +173,7 @@ def _await_here(awaitable: Awaitable[Any]) -> Any:
     async def awaited() -> Any:
         return await awaitable
 
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
+    if not _in_event_loop():
         return asyncio.run(awaited())
     with concurrent.futures.ThreadPoolExecutor(1) as beside:
         return beside.submit(contextvars.copy_context().run, asyncio.run, awaited()).result()

@@ -17,7 +17,14 @@ from typing import Any, Literal, NoReturn
 
 from .errors import RequestError, TermError
 
-__all__ = ["BASE_LOSS", "LossFn", "Regularizer", "nearest", "regularizers_from"]
+__all__ = [
+    "BASE_LOSS",
+    "LossFn",
+    "Regularizer",
+    "is_coroutine_function",
+    "nearest",
+    "regularizers_from",
+]
 
 LossFn = Callable[..., Any]
 """``fn(data, logprobs, **params) -> (loss, metrics)``, or a coroutine function of the same shape.
@@ -91,7 +98,7 @@ class Regularizer:
     @cached_property
     def is_async(self) -> bool:
         """Whether ``fn`` is a coroutine function."""
-        return _is_coroutine_function(self.fn)
+        return is_coroutine_function(self.fn)
 
     def weight_at(self, step: int) -> float:
         """The weight at a training step.
@@ -243,7 +250,8 @@ def nearest(wrong: str, names: Sequence[str]) -> str:
     return "known are: " + ", ".join(ranked) if ranked else "none are known"
 
 
-def _is_coroutine_function(fn: object) -> bool:
+def is_coroutine_function(fn: object) -> bool:
+    """Whether a function, partial or callable object returns a coroutine when called."""
     while hasattr(fn, "func"):  # functools.partial
         fn = fn.func
     return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(

@@ -1,0 +1,136 @@
+"""``python -m tinker_custom_loss.port``: a worker, for a host that speaks docs/protocol.md."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import faulthandler
+import importlib.metadata
+import logging
+import os
+import platform
+import signal
+import sys
+from typing import Any, NoReturn
+
+import torch
+
+from .. import __version__
+from ..registry import LoadError, Registry
+from .cancellation import InlineTurn
+from .frames import MAX_FRAME, FrameReader, FrameWriter
+from .logs import LEVELS, LogStream
+from .messagepack import pack
+from .process import FROM_HOST, TO_HOST, attached, end, settle
+from .server import Server
+from .service import Service, error_message
+
+PROTOCOL = 1
+
+
+class _Arguments(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise LoadError(f"the worker's options are not valid: {message}")
+
+
+def _at_least(least: int) -> Any:
+    def integer(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"expected an integer of at least {least}, got {text}")
+        return value
+
+    return integer
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Arguments(
+        prog="python -m tinker_custom_loss.port",
+        description="Computes custom losses for a host, such as Tinkex.CustomLoss, over an Erlang "
+        "port: frames of MessagePack on file descriptors 3 and 4.",
+    )
+    parser.add_argument(
+        "--load",
+        action="append",
+        default=[],
+        metavar="MODULE_OR_FILE",
+        help="a module, or a .py file, whose functions may be named as terms (repeatable)",
+    )
+    parser.add_argument("--max-frame", type=_at_least(1 << 20), default=MAX_FRAME, metavar="BYTES")
+    parser.add_argument("--max-in-flight", type=_at_least(1), default=4, metavar="N")
+    parser.add_argument(
+        "--threads", type=_at_least(1), default=1, metavar="N", help="threads of torch"
+    )
+    parser.add_argument("--log-level", choices=LEVELS, default="info")
+    return parser
+
+
+def main(arguments: list[str]) -> NoReturn:
+    """Serve until the host goes away."""
+    parser = _parser()
+    if not attached():
+        with contextlib.suppress(LoadError):
+            parser.parse_args(arguments)  # answers --help
+        print(
+            "python -m tinker_custom_loss.port is started by Tinkex.CustomLoss, or another host "
+            "that holds its file descriptors 3 and 4 (see docs/protocol.md); it does nothing by "
+            "itself.",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    settle()
+    faulthandler.enable()
+    writer = FrameWriter(TO_HOST)
+    try:
+        options = parser.parse_args(arguments)
+        logs = LogStream(writer)
+        logs.install(options.log_level)
+        torch.set_num_threads(options.threads)
+        torch.set_num_interop_threads(1)
+        registry = Registry(options.load)
+        writer.max_frame = options.max_frame
+        logs.drain()
+        writer.write([pack(_ready(registry, options))])
+    except BaseException as error:
+        if not isinstance(error, LoadError):
+            error = LoadError(f"the worker cannot start: {type(error).__name__}: {error}")
+        writer.write([pack(error_message(error))])
+        end(1)
+    server = Server(
+        FrameReader(FROM_HOST, options.max_frame),
+        writer,
+        logs,
+        Service(registry, InlineTurn()),
+        options.max_in_flight,
+    )
+    server.start()
+    _import_tinker()
+    while True:  # this thread is for signals
+        signal.pause()
+
+
+def _ready(registry: Registry, options: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "op": "ready",
+        "protocol": PROTOCOL,
+        "package": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "tinker": importlib.metadata.version("tinker"),
+        "pid": os.getpid(),
+        "max_frame": options.max_frame,
+        "max_in_flight": options.max_in_flight,
+        "terms": registry.describe(),
+    }
+
+
+def _import_tinker() -> None:
+    """Now, beside the first requests, rather than when a term first looks at a datum."""
+    try:
+        import tinker  # noqa: F401
+    except Exception:
+        logging.getLogger(__name__).exception("tinker cannot be imported, so no term sees a datum")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

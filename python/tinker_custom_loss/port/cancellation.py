@@ -1,0 +1,105 @@
+"""Requests in flight, and how one of them is stopped.
+
+A request that waits is told by an event. One whose Python code runs inline is interrupted: an
+exception is raised in its thread, at the next bytecode. That is done only while the thread is
+inside the user's function, so it can neither hit this package's code, nor the next request.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import threading
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+from ..errors import CancelledError
+
+__all__ = ["InlineTurn", "Request", "current_request", "interruptible"]
+
+_POLL_SECONDS = 0.02
+
+
+class _Interrupted(BaseException):
+    """The request of the function in which this is raised was cancelled."""
+
+
+class Request:
+    """A request in flight. ``cancelled`` is set once it has been withdrawn."""
+
+    def __init__(self, request_id: int) -> None:
+        self.id = request_id
+        self.cancelled = threading.Event()
+        self._lock = threading.Lock()
+        self._thread: int | None = None  # that runs a function of the user for this request
+        self._interrupted = False
+
+    def cancel(self) -> None:
+        """Withdraw it."""
+        self.cancelled.set()
+        with self._lock:
+            if self._thread is not None and not self._interrupted:
+                self._interrupted = True
+                _set_async_exception(self._thread, _Interrupted)
+
+    def enter(self) -> None:
+        """The calling thread is about to run a function of the user.
+
+        Raises:
+            CancelledError: too late, the request is cancelled.
+        """
+        with self._lock:
+            if self.cancelled.is_set():
+                raise CancelledError("the computation was cancelled by its caller")
+            self._thread = threading.get_ident()
+
+    def leave(self) -> None:
+        """It has done so. An interruption that has not arrived is taken back."""
+        with self._lock:
+            thread, self._thread = self._thread, None
+            if self._interrupted and thread is not None:
+                _set_async_exception(thread, None)
+
+
+current_request: ContextVar[Request | None] = ContextVar("current_request", default=None)
+"""The request that is running, for logging and cancellation."""
+
+
+def interruptible(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """``fn``, interrupted when the request it runs for is cancelled."""
+
+    @functools.wraps(fn)
+    def inline(*args: Any, **kwargs: Any) -> Any:
+        request = current_request.get()
+        if request is None:
+            return fn(*args, **kwargs)
+        request.enter()
+        try:
+            return fn(*args, **kwargs)
+        finally:
+            request.leave()
+
+    return inline
+
+
+class InlineTurn:
+    """A lock around inline code that a cancelled request stops waiting for."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        request = current_request.get()
+        while not self._lock.acquire(timeout=_POLL_SECONDS):
+            if request is not None and request.cancelled.is_set():
+                raise CancelledError("the computation was cancelled by its caller")
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+def _set_async_exception(thread: int, kind: type[BaseException] | None) -> None:
+    """Raise ``kind`` in a thread at its next bytecode; None: take back one that is to be raised."""
+    argument = None if kind is None else ctypes.py_object(kind)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), argument)

@@ -1,0 +1,113 @@
+"""Frames: a 4-byte big-endian length and that many bytes, as ``{:packet, 4}`` ports have them."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import stat
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..errors import ProtocolError
+from .messagepack import Buffer
+
+__all__ = ["MAX_FRAME", "FrameReader", "FrameTooLargeError", "FrameWriter", "widen_pipe"]
+
+MAX_FRAME = 1 << 30
+"""The largest frame, unless an option says otherwise, in bytes without its header."""
+
+_PIPE_BYTES = 1 << 20
+_MAX_PIECES = os.sysconf("SC_IOV_MAX")
+
+
+class FrameTooLargeError(ProtocolError):
+    """A frame is larger than the limit. One that was to be read leaves the stream unusable."""
+
+
+class FrameReader:
+    """Reads frames from a blocking file descriptor. One thread at a time."""
+
+    def __init__(self, fd: int, max_frame: int = MAX_FRAME) -> None:
+        self._fd = fd
+        self.max_frame = max_frame
+
+    def read(self) -> memoryview | None:
+        """The next frame, or None when the writer is gone.
+
+        Every frame has memory of its own, writable, so that tensors may be views of it. A length
+        alone costs nothing: the memory is not touched before the bytes are there.
+
+        Raises:
+            FrameTooLargeError: the frame is over the limit. No further frame can be found.
+        """
+        header = memoryview(bytearray(4))
+        if not self._fill(header):
+            return None
+        size = int.from_bytes(header, "big")
+        if size > self.max_frame:
+            raise FrameTooLargeError(
+                f"a frame of {size} bytes was announced, but the limit is {self.max_frame}; "
+                "raise --max-frame, or send fewer datums at a time"
+            )
+        frame = np.empty(size, np.uint8).data  # a bytearray would be zeroed first
+        return frame if self._fill(frame) else None
+
+    def _fill(self, view: memoryview) -> bool:
+        while view:
+            count = os.readv(self._fd, [view])
+            if count == 0:
+                return False
+            view = view[count:]
+        return True
+
+
+class FrameWriter:
+    """Writes frames to a blocking file descriptor, from any thread."""
+
+    def __init__(self, fd: int, max_frame: int = MAX_FRAME) -> None:
+        self._fd = fd
+        self._lock = threading.Lock()
+        self.max_frame = max_frame
+
+    def write(self, pieces: Sequence[Buffer]) -> None:
+        """Write one frame whose bytes are ``pieces`` one after another; they are not joined.
+
+        Raises:
+            FrameTooLargeError: they are over the limit; nothing was written.
+            BrokenPipeError: the reader is gone.
+        """
+        views = [memoryview(piece).cast("B") for piece in pieces]
+        size = sum(map(len, views))
+        if size > self.max_frame:
+            raise FrameTooLargeError(
+                f"the answer would be a frame of {size} bytes, but the limit is {self.max_frame}; "
+                "raise --max-frame, or send fewer datums at a time"
+            )
+        views = [memoryview(size.to_bytes(4, "big")), *(view for view in views if view)]
+        with self._lock:
+            while views:
+                _drop(views, os.writev(self._fd, views[:_MAX_PIECES]))
+
+
+def _drop(views: list[memoryview], written: int) -> None:
+    """Remove the first ``written`` bytes of ``views``."""
+    whole = 0
+    while whole < len(views) and written >= len(views[whole]):
+        written -= len(views[whole])
+        whole += 1
+    del views[:whole]
+    if written:
+        views[0] = views[0][written:]
+
+
+def widen_pipe(fd: int) -> None:
+    """Let a pipe hold 1 MiB (Linux), so that a large frame takes few system calls.
+
+    The kernel may refuse: the pipe then stays as it is, which is slower and nothing worse.
+    """
+    if hasattr(fcntl, "F_SETPIPE_SZ") and stat.S_ISFIFO(os.fstat(fd).st_mode):
+        with contextlib.suppress(OSError):  # EPERM: over the user's share; EBUSY: it holds data
+            fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)

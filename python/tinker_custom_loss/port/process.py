@@ -1,0 +1,103 @@
+"""The operating system's side of a worker: its descriptors, its group, its end."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import select
+import signal
+import stat
+import sys
+import threading
+from typing import NoReturn
+
+from ..processes import die_with_parent
+from .frames import widen_pipe
+
+__all__ = ["FROM_HOST", "TO_HOST", "attached", "end", "resident_bytes", "settle"]
+
+FROM_HOST = 3
+TO_HOST = 4
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
+_KEPT_FREE_BYTES = 256 << 20
+_LARGEST_MMAP_THRESHOLD = 32 << 20
+
+
+def attached() -> bool:
+    """Whether a host holds the other ends of descriptors 3 and 4."""
+    try:
+        kinds = [os.fstat(fd).st_mode for fd in (FROM_HOST, TO_HOST)]
+    except OSError:
+        return False
+    return all(stat.S_ISFIFO(kind) or stat.S_ISSOCK(kind) for kind in kinds)
+
+
+def settle() -> None:
+    """Make this process a worker: from here on it ends with its host, whatever it is doing.
+
+    Call it on the main thread, before any code of a user runs.
+    """
+    for fd in (FROM_HOST, TO_HOST):
+        os.set_inheritable(fd, False)
+        widen_pipe(fd)
+    _give_terms_their_descriptors()
+    # A group of its own, so that the processes a term starts can be ended together with it.
+    with contextlib.suppress(PermissionError):  # the host made it a leader already
+        os.setsid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a shell is the host's to handle
+    signal.signal(signal.SIGTERM, lambda *_: end(0))
+    threading.Thread(target=_end_with_host, name="tinker-custom-loss-host", daemon=True).start()
+    # While C code holds the interpreter's lock no thread of ours can run, but the kernel can act.
+    die_with_parent(os.getppid())
+    _keep_freed_memory()
+
+
+def end(status: int) -> NoReturn:
+    """End now: no handler, no join, no flush. Status 0 takes what the terms started along."""
+    if status == 0 and os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)
+    os._exit(status)
+
+
+def _end_with_host() -> None:
+    """Wait until the host's end of descriptor 3 is closed, even if unread frames are before it."""
+    poll = select.poll()
+    poll.register(FROM_HOST, getattr(select, "POLLRDHUP", 0))  # and POLLHUP, which is always on
+    poll.poll()
+    end(0)
+
+
+def _give_terms_their_descriptors() -> None:
+    """0 reads nothing; 1 writes where 2 does: nothing printed, by anyone, reaches the stream."""
+    null = os.open(os.devnull, os.O_RDWR)
+    try:
+        os.fstat(2)
+    except OSError:
+        os.dup2(null, 2)
+    os.dup2(null, 0)
+    os.dup2(2, 1)
+    os.close(null)
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc reuse the memory of large frames: fresh pages cost more than reading into them."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.gnu_get_libc_version  # noqa: B018 - only glibc's mallopt knows these options
+        libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
+        libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_FREE_BYTES)
+        libc.mallopt(_M_ARENA_MAX, 1)  # or every thread would keep free memory of its own
+
+
+def resident_bytes() -> int:
+    """How much memory this process has in RAM; 0 where the system does not say."""
+    try:
+        with open("/proc/self/statm", "rb") as statm:
+            return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0

@@ -1,0 +1,199 @@
+"""A worker's threads: frames in, requests side by side, one reply for each.
+
+All serving threads do the same: wait for their turn to read, read a request, pass the turn on,
+compute, reply. So a request is never handed from one thread to another, which would cost a small
+one a good part of its time; and there is one thread more than there may be requests, so that
+somebody always reads, and a ``ping`` or ``cancel`` is answered whatever the others do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import threading
+import time
+from typing import Any
+
+from ..errors import CancelledError, CustomLossError, ProtocolError, RequestError
+from .cancellation import Request, current_request
+from .frames import FrameReader, FrameTooLargeError, FrameWriter
+from .logs import LogStream
+from .messagepack import pack_pieces
+from .messages import get
+from .process import FROM_HOST, end, resident_bytes
+from .service import Service, error_message, id_of, parse
+
+__all__ = ["Server"]
+
+
+class Server:
+    """Serves one host until it goes away.
+
+    Args:
+        max_in_flight: most requests that are computed at one time; one more is refused.
+    """
+
+    def __init__(
+        self,
+        reader: FrameReader,
+        writer: FrameWriter,
+        logs: LogStream,
+        service: Service,
+        max_in_flight: int,
+    ) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._logs = logs
+        self._service = service
+        self._max_in_flight = max_in_flight
+        self._turn = _ReadingTurn(FROM_HOST)
+        self._in_flight: dict[int, Request] = {}
+        self._lock = threading.Lock()
+        self._started = time.monotonic()
+
+    def start(self) -> None:
+        """Start the serving threads. They end with the process."""
+        for number in range(self._max_in_flight + 1):
+            threading.Thread(
+                target=self._serve, name=f"tinker-custom-loss-port-{number}", daemon=True
+            ).start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                with self._turn:
+                    request, message = self._next_request()
+                self._compute(request, message)
+            except BrokenPipeError:
+                end(0)
+            except BaseException as error:  # the stream may be anywhere: no thread may go on
+                with contextlib.suppress(OSError):
+                    self._writer.write(pack_pieces(error_message(error)))
+                end(2)
+
+    def _next_request(self) -> tuple[Request, dict[str, Any]]:
+        """Read until there is something to compute; answer everything else at once.
+
+        A request is registered before the next frame is read, so a ``cancel`` finds it.
+        """
+        while True:
+            try:
+                frame = self._reader.read()
+            except FrameTooLargeError as error:
+                self._send(error_message(error))
+                end(2)
+            if frame is None:
+                end(0)
+            message: dict[str, Any] = {}
+            try:
+                message = parse(frame)
+                request = self._dispatch(message)
+            except CustomLossError as error:
+                # What is wrong with an id cannot be told under that id.
+                about_id = isinstance(error, ProtocolError) and error.path == "id"
+                self._send(error_message(error, None if about_id else id_of(message)))
+                continue
+            if request is not None:
+                return request, message
+
+    def _dispatch(self, message: dict[str, Any]) -> Request | None:
+        op = get(message, "op", (str,))
+        request_id = id_of(message)
+        if request_id is None:
+            raise ProtocolError(
+                f'a "{op}" needs an "id", a non-negative integer at `id`', path="id"
+            )
+        if op == "cancel":
+            with self._lock:
+                request = self._in_flight.get(request_id)
+            if request is not None:
+                request.cancel()
+        elif op == "ping":
+            self._send(self._pong(request_id))
+        elif op == "terms":
+            self._send({**self._service.terms(), "id": request_id})
+        elif op == "compute":
+            return self._register(request_id)
+        else:
+            raise ProtocolError(
+                f'unknown op "{op}" at `op`; known are compute, cancel, terms and ping', path="op"
+            )
+        return None
+
+    def _register(self, request_id: int) -> Request:
+        with self._lock:
+            if request_id in self._in_flight:
+                raise ProtocolError(
+                    f"the id {request_id} is in use by a request in flight", path="id"
+                )
+            if len(self._in_flight) >= self._max_in_flight:
+                raise RequestError(
+                    f"{self._max_in_flight} requests are being computed already, which is the "
+                    "limit; wait for one of them, or raise --max-in-flight"
+                )
+            request = self._in_flight[request_id] = Request(request_id)
+        return request
+
+    def _compute(self, request: Request, message: dict[str, Any]) -> None:
+        current_request.set(request)
+        try:
+            reply = {**self._service.compute(message, request.cancelled), "id": request.id}
+        except BaseException as error:  # whatever a term did, it ends its request and no more
+            reply = error_message(error, request.id)
+        finally:
+            current_request.set(None)
+        # The host may use the id again, and can no longer cancel, once it has the answer.
+        with self._lock:
+            del self._in_flight[request.id]
+        if request.cancelled.is_set():
+            cancelled = CancelledError("the computation was cancelled by its caller")
+            reply = error_message(cancelled, request.id)
+        self._send(reply)
+
+    def _send(self, message: dict[str, Any]) -> None:
+        self._logs.drain()  # what a request logged is with the host before its answer
+        try:
+            self._writer.write(pack_pieces(message))
+        except (FrameTooLargeError, TypeError, ValueError) as error:
+            self._writer.write(pack_pieces(error_message(error, message["id"])))
+
+    def _pong(self, request_id: int) -> dict[str, Any]:
+        with self._lock:
+            in_flight = len(self._in_flight)
+        return {
+            "op": "result",
+            "id": request_id,
+            "in_flight": in_flight,
+            "uptime": time.monotonic() - self._started,
+            "rss": resident_bytes(),
+        }
+
+
+class _ReadingTurn:
+    """The right to read, held by one thread at a time.
+
+    On Linux the kernel passes it on: it wakes one of the waiting threads when there is something
+    to read. With a lock, passing it on would wake a thread for every request, and that would
+    compete for the interpreter with the thread that computes.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._lock = threading.Lock()
+        self._epoll = None
+        if hasattr(select, "epoll"):
+            self._epoll = select.epoll()
+            self._epoll.register(fd, select.EPOLLIN | select.EPOLLONESHOT)
+
+    def __enter__(self) -> None:
+        if self._epoll is None:
+            self._lock.acquire()
+        else:
+            while not self._epoll.poll():
+                pass
+
+    def __exit__(self, *_: object) -> None:
+        if self._epoll is None:
+            self._lock.release()
+        else:
+            self._epoll.modify(self._fd, select.EPOLLIN | select.EPOLLONESHOT)

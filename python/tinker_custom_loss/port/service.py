@@ -1,0 +1,164 @@
+"""From a request to its reply, with no thread, descriptor or process in sight."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import traceback
+from collections.abc import Mapping
+from typing import Any
+
+from ..composer import Composer
+from ..errors import (
+    CustomLossError,
+    ProtocolError,
+    RequestError,
+)
+from ..registry import Registry
+from ..regularizer import BASE_LOSS, is_coroutine_function
+from ..terms import Term
+from .cancellation import interruptible
+from .logs import shorten
+from .messagepack import Buffer
+from .messages import ComputeRequest, TermSpec, decode_compute, encode_batch, name_of, unpack
+
+__all__ = ["Service", "error_message", "id_of", "parse"]
+
+_MOST_COMPOSERS = 64
+_CONSTANTS = {type(None), bool, int, float, str}
+
+
+def parse(frame: Buffer) -> dict[str, Any]:
+    """The message of a frame.
+
+    Raises:
+        ProtocolError: the frame does not hold a map.
+    """
+    message = unpack(frame)
+    if not isinstance(message, dict):
+        raise ProtocolError(f"a message is a map, but the frame holds {name_of(message)}")
+    return message
+
+
+def id_of(message: Mapping[str, Any]) -> int | None:
+    """The id of a request; None if it has none, or one that is not valid."""
+    request_id = message.get("id")
+    return request_id if type(request_id) is int and request_id >= 0 else None
+
+
+class Service:
+    """Answers requests that need no knowledge of other requests.
+
+    Args:
+        registry: what may be named.
+        inline_lock: see :class:`~tinker_custom_loss.Composer`.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        inline_lock: contextlib.AbstractContextManager[Any] | None = None,
+    ) -> None:
+        self.registry = registry
+        self._inline_lock = inline_lock
+        self._composers: dict[str, Composer] = {}
+
+    def compute(
+        self, message: Mapping[str, Any], cancelled: threading.Event | None = None
+    ) -> dict[str, Any]:
+        """The ``result`` of a ``compute`` message, without its id.
+
+        Raises:
+            CustomLossError: whatever is at fault, see :mod:`tinker_custom_loss.errors`.
+        """
+        request = decode_compute(message)
+        composition = self._composer(request).compute(
+            request.data,
+            request.logprobs,
+            step=request.step,
+            gradients=request.gradients,
+            cancelled=cancelled,
+        )
+        gradient = composition.gradient
+        return {
+            "op": "result",
+            "loss_total": composition.loss_total,
+            "gradients": None if gradient is None else encode_batch(gradient),
+            "telemetry": composition.telemetry,
+        }
+
+    def terms(self) -> dict[str, Any]:
+        """The ``result`` of a ``terms`` message, without its id."""
+        return {"op": "result", "terms": self.registry.describe()}
+
+    def _composer(self, request: ComputeRequest) -> Composer:
+        """A training loop asks for the same terms at every step: check them once."""
+        key = _key(request)
+        composer = None if key is None else self._composers.get(key)
+        if composer is None:
+            composer = self._new_composer(request)
+            if key is not None:
+                if len(self._composers) >= _MOST_COMPOSERS:
+                    self._composers.clear()
+                self._composers[key] = composer
+        return composer
+
+    def _new_composer(self, request: ComputeRequest) -> Composer:
+        base = request.base_loss
+        return Composer(
+            None if base is None else self._fn(base, BASE_LOSS),
+            [
+                {
+                    **spec.options,
+                    "fn": self._fn(spec, f"regularizers[{index}]"),
+                    "params": spec.params,
+                }
+                for index, spec in enumerate(request.regularizers)
+            ],
+            base_params=None if base is None else base.params,
+            inline_lock=self._inline_lock,
+        )
+
+    def _fn(self, spec: TermSpec, path: str) -> Any:
+        try:
+            fn = self.registry.resolve(spec.fn)
+        except RequestError as error:
+            raise RequestError(f"{path}: {error}", path=f"{path}.fn") from None
+        inline = not spec.options.get("run_in_executor") and not is_coroutine_function(fn)
+        return interruptible(fn) if inline and not isinstance(fn, Term) else fn
+
+
+def _key(request: ComputeRequest) -> str | None:
+    """Equal for requests whose composer is the same. None if a term could change one of its
+    params, which the next request must not see."""
+    specs = [request.base_loss, *request.regularizers]
+    for spec in specs:
+        if spec is not None and not _CONSTANTS.issuperset(map(type, spec.params.values())):
+            return None
+    return repr(specs)
+
+
+def error_message(error: BaseException, request_id: int | None = None) -> dict[str, Any]:
+    """The ``error`` message that tells of an exception. What is not of this package is its bug."""
+    kind, message = "internal", f"{type(error).__name__}: {error}"
+    error_type: str | None = type(error).__qualname__
+    trace: str | None = "".join(traceback.format_exception(error))
+    if isinstance(error, CustomLossError):
+        kind, message = error.kind, str(error)
+        error_type = getattr(error, "error_type", None)
+        trace = getattr(error, "traceback", None)
+    token = getattr(error, "token", None)
+    return {
+        "op": "error",
+        "id": request_id,
+        "error": {
+            "kind": kind,
+            "message": shorten(message),
+            "type": error_type,
+            "term": getattr(error, "term", None),
+            "traceback": None if trace is None else shorten(trace),
+            "path": getattr(error, "path", None),
+            "datum": getattr(error, "datum", None),
+            "token": None if token is None else list(token),
+        },
+    }

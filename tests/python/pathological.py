@@ -1,0 +1,185 @@
+"""Terms that do what terms should not, each named after what it does."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import logging
+import os
+import subprocess
+import sys
+import time
+import warnings
+
+import torch
+
+
+def harmless(data, logprobs, *, scale: float = 1.0):
+    """The sum of the logprobs, scaled."""
+    return scale * sum(t.sum() for t in logprobs), {"datums": len(data)}
+
+
+def raises(data, logprobs):
+    raise LookupError("the moon is missing")
+
+
+def exits(data, logprobs):
+    sys.exit(3)
+
+
+def interrupts(data, logprobs):
+    raise KeyboardInterrupt
+
+
+async def interrupts_while_awaited(data, logprobs):
+    raise KeyboardInterrupt
+
+
+def cancels(data, logprobs):
+    raise asyncio.CancelledError
+
+
+class Catastrophe(BaseException):
+    """Derives from nothing that anybody catches."""
+
+
+def raises_base_exception(data, logprobs):
+    raise Catastrophe("quite unusual")
+
+
+def prints(data, logprobs):
+    print("printed by Python")
+    os.write(1, b"written to descriptor 1\n")
+    libc = ctypes.CDLL(None)
+    libc.puts(b"put by C")
+    libc.fflush(None)
+    subprocess.run(["echo", "echoed by a subprocess"], check=True)
+    return harmless(data, logprobs)
+
+
+def floods(data, logprobs):
+    for number in range(100_000):
+        os.write(1, b"flood %d\n" % number)
+    return harmless(data, logprobs)
+
+
+def logs(data, logprobs):
+    logging.getLogger("my.term").warning("watch %s", "out")
+    warnings.warn("this is deprecated", stacklevel=1)
+    try:
+        raise ValueError("inner")
+    except ValueError:
+        logging.getLogger("my.term").exception("it failed")
+    return harmless(data, logprobs)
+
+
+def floods_log(data, logprobs):
+    for number in range(20_000):
+        logging.getLogger("flood").info("record %d", number)
+    return harmless(data, logprobs)
+
+
+class LogsWhenShown:
+    def __str__(self):
+        logging.getLogger("inner").info("shown: %s", self)
+        return "shown"
+
+
+def logs_recursively(data, logprobs):
+    logging.getLogger("outer").info("%s", LogsWhenShown())
+    return harmless(data, logprobs)
+
+
+def reads_stdin(data, logprobs):
+    return harmless(data, logprobs)[0], {"read": len(sys.stdin.read())}
+
+
+def loops(data, logprobs):
+    logging.getLogger("loops").info("looping")
+    while True:
+        pass
+
+
+def swallows_everything(data, logprobs):
+    logging.getLogger("loops").info("looping")
+    while True:
+        try:
+            time.sleep(0.01)
+        except BaseException:
+            pass
+
+
+def sleeps(data, logprobs):
+    logging.getLogger("sleeps").info("sleeping")
+    time.sleep(3600)
+
+
+def holds_the_interpreter(data, logprobs):
+    logging.getLogger("holds").info("holding")
+    while True:
+        ctypes.PyDLL(None).usleep(900_000)
+
+
+def crashes(data, logprobs):
+    ctypes.string_at(0)
+
+
+async def waits_for_ever(data, logprobs):
+    logging.getLogger("waits").info("waiting")
+    await asyncio.sleep(3600)
+
+
+async def waits(data, logprobs, *, seconds: float):
+    await asyncio.sleep(seconds)
+    return harmless(data, logprobs)
+
+
+def starts_a_child(data, logprobs):
+    child = subprocess.Popen(["sleep", "3600"])
+    return harmless(data, logprobs)[0], {"pid": child.pid}
+
+
+def shows_its_descriptors(data, logprobs):
+    listed = subprocess.run(["ls", "-l", "/proc/self/fd"], capture_output=True, text=True)
+    logging.getLogger("fds").info(listed.stdout)
+    return harmless(data, logprobs)
+
+
+def looks_at_data(data, logprobs):
+    tokens = [d.model_input.to_ints() for d in data]
+    weights = [d.loss_fn_inputs["weights"].to_torch() for d in data]
+    loss = sum((w * t).sum() for w, t in zip(weights, logprobs, strict=True))
+    return loss, {"tokens": sum(map(len, tokens)), "first": tokens[0][0]}
+
+
+def not_a_number(data, logprobs):
+    return (logprobs[1].flatten()[2:].sum() * 0 + 1).log() * torch.inf, {}
+
+
+def nan_gradient(data, logprobs):
+    return sum(t.sum() for t in logprobs[:-1]) + logprobs[-1].sub(logprobs[-1].detach()).sqrt().sum(), {}
+
+
+def no_tensor(data, logprobs):
+    return 1.0, {}
+
+
+def no_scalar(data, logprobs):
+    return logprobs[0] * 1, {}
+
+
+def bad_metrics(data, logprobs):
+    return harmless(data, logprobs)[0], {"text": "no number"}
+
+
+def slow(data, logprobs, *, seconds: float):
+    time.sleep(seconds)
+    return harmless(data, logprobs)
+
+
+def _private(data, logprobs):
+    return harmless(data, logprobs)
+
+
+def takes_one_argument(data):
+    return data
