@@ -37,8 +37,8 @@ defmodule Tinkex.CustomLoss.Data do
   def to_wire(nil, _count), do: nil
 
   def to_wire(data, count) when length(data) == count do
-    chunks = Enum.with_index(data, &chunks(&1, ["model_input", &2, "data"]))
     inputs = Enum.with_index(data, &inputs(&1, [&2, "data"]))
+    chunks = Enum.with_index(data, &chunks(&1, ["model_input", &2, "data"]))
 
     %{"count" => count, "inputs" => input_batches(inputs)}
     |> put_tokens(chunks)
@@ -84,7 +84,7 @@ defmodule Tinkex.CustomLoss.Data do
   defp weights(part, dtype, path) do
     case Numbers.negate(part, dtype) do
       {:ok, float32} -> float32
-      {:error, sentence} -> refuse!(path, "cannot be trained on: its gradient #{sentence}")
+      :error -> refuse!(path, "cannot be trained on: its gradient is not finite in float32")
     end
   end
 

@@ -17,13 +17,14 @@ defmodule Tinkex.CustomLoss.MessagePack do
   Encoding yields the canonical form of docs/protocol.md: equal terms give equal bytes. The result
   is iodata that refers to the payload of a `{:bin, iodata}`; nothing large is copied.
 
-  Decoding makes no atom from the wire, nests at most #{64} deep, and checks every declared length
-  against the bytes that are left before it builds anything. A bin is a part of the frame and keeps
-  the whole frame alive; strings are copied out, so that keeping a metric's name does not.
+  Decoding makes no atom from the wire, and checks every declared length against the bytes that are
+  left before it builds anything. A bin is a part of the frame and keeps the whole frame alive;
+  strings are copied out of it, so that keeping a metric's name does not.
 
-  What only one side of a wire could mean is refused by both directions: a str that is not UTF-8
-  (bytes belong in a bin), and a map that repeats a key. Atoms are written as strings where they
-  are keys, whichever they are; as values, only the six of the table are.
+  Both directions refuse the same things, so that what was encoded can be decoded: more than 64
+  levels, more than 1,048,576 values, a map whose keys are not all different strings, a str that is
+  not UTF-8 (bytes belong in a bin). Any atom may be a key and becomes a string; as values, only the
+  six of the table may.
   """
 
   defmodule Ext do
@@ -99,7 +100,7 @@ defmodule Tinkex.CustomLoss.MessagePack do
 
       iex> {:error, error} = Tinkex.CustomLoss.MessagePack.decode(<<0x92, 1>>)
       iex> Exception.message(error)
-      "not MessagePack: an array of 2 items, but only 1 bytes are left (at byte 1)"
+      "not MessagePack: an array of 2 items, but bytes left: 1 (at byte 1)"
   """
   @spec decode(binary()) :: {:ok, term()} | {:error, DecodeError.t()}
   def decode(frame) when is_binary(frame) do

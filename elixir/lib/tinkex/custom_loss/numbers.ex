@@ -1,7 +1,10 @@
 defmodule Tinkex.CustomLoss.Numbers do
   @moduledoc false
   # Flat lists of numbers <-> little-endian bytes. A training step turns hundreds of thousands of
-  # them, so both directions take eight at a time: five times as fast as one (2.7 ms for 64 x 4096).
+  # them, so both directions take several at a time: 64 x 4096 floats are packed in about 4 ms and
+  # unpacked in 6, where a comprehension takes 15 and 7.
+
+  import Bitwise
 
   @type dtype :: :float32 | :float64 | :float16 | :bfloat16 | :int64 | :int32
   @type non_finite :: :nan | :infinity | :neg_infinity
@@ -31,18 +34,28 @@ defmodule Tinkex.CustomLoss.Numbers do
     do: {:error, "is a list, which cannot be bfloat16; give a binary, or float32"}
 
   def pack(list, dtype) do
-    {:ok, pack(list, dtype, <<>>)}
-  rescue
-    # The fast path takes numbers that fit. Names the value that does not, or packs what it cannot.
-    ArgumentError -> pack_each(list, dtype, 0, [])
-    FunctionClauseError -> pack_each(list, dtype, 0, [])
+    case pack(list, dtype, <<>>) do
+      {:error, why, rest} -> {:error, "holds #{why} at #{length(list) - length(rest)}"}
+      packed -> {:ok, packed}
+    end
   end
 
-  # Within these bounds an integer is one machine word, and comparing costs nothing.
-  defguardp is_word(n) when is_integer(n) and n in -0x400000000000000..0x3FFFFFFFFFFFFFF
+  @sign 0x80000000
+  @float32 3.4028235677973362e38
+  defguardp within(x, limit) when x <= limit and x >= -limit
 
-  for {dtype, bits} <- [float64: 64, float32: 32, float16: 16] do
-    defp pack([a, b, c, d, e, f, g, h | rest], unquote(dtype), packed) do
+  # A number beyond its limit would be packed as infinity. The limit is the greatest double that
+  # still rounds to a finite value. Whatever is no number compares greater than all of them.
+  for {dtype, bits, limit} <- [
+        {:float64, 64, 1.7976931348623157e308},
+        {:float32, 32, @float32},
+        {:float16, 16, 65519.99999999999}
+      ] do
+    defp pack([a, b, c, d, e, f, g, h | rest], unquote(dtype), packed)
+         when within(a, unquote(limit)) and within(b, unquote(limit)) and
+                within(c, unquote(limit)) and within(d, unquote(limit)) and
+                within(e, unquote(limit)) and within(f, unquote(limit)) and
+                within(g, unquote(limit)) and within(h, unquote(limit)) do
       pack(
         rest,
         unquote(dtype),
@@ -53,9 +66,12 @@ defmodule Tinkex.CustomLoss.Numbers do
       )
     end
 
-    defp pack([a | rest], unquote(dtype), packed),
+    defp pack([a | rest], unquote(dtype), packed) when within(a, unquote(limit)),
       do: pack(rest, unquote(dtype), <<packed::binary, a::float-little-unquote(bits)>>)
   end
+
+  # Within these bounds an integer is one machine word, and comparing costs nothing.
+  defguardp is_word(n) when is_integer(n) and n in -0x400000000000000..0x3FFFFFFFFFFFFFF
 
   defp pack([a, b, c, d, e, f, g, h | rest], :int64, packed)
        when is_word(a) and is_word(b) and is_word(c) and is_word(d) and
@@ -76,21 +92,12 @@ defmodule Tinkex.CustomLoss.Numbers do
 
   defp pack([], _dtype, packed), do: packed
 
-  defp pack_each([value | rest], dtype, index, packed) do
-    case pack_one(value, dtype) do
-      {:ok, bytes} -> pack_each(rest, dtype, index + 1, [packed, bytes])
-      {:error, why} -> {:error, "holds #{shown(value)} at #{index}, #{why}"}
+  # What is no number, or none that fits: some of it has bytes.
+  defp pack([value | rest] = list, dtype, packed) do
+    case odd(value, dtype) do
+      {:ok, bytes} -> pack(rest, dtype, <<packed::binary, bytes::binary>>)
+      {:error, why} -> {:error, "#{inspect(value, limit: 3, printable_limit: 20)}, #{why},", list}
     end
-  end
-
-  defp pack_each([], _dtype, _index, packed), do: {:ok, IO.iodata_to_binary(packed)}
-  defp pack_each(_tail, _dtype, _index, _packed), do: {:error, "is an improper list"}
-
-  defp pack_one(value, dtype) when is_number(value) do
-    {:ok, pack([value], dtype, <<>>)}
-  rescue
-    ArgumentError -> {:error, "which #{dtype} cannot hold"}
-    FunctionClauseError -> {:error, "which #{dtype} cannot hold"}
   end
 
   for {dtype, nan, infinity, neg_infinity} <- [
@@ -100,17 +107,16 @@ defmodule Tinkex.CustomLoss.Numbers do
          <<0xFF800000::32-little>>},
         {:float16, <<0x7E00::16-little>>, <<0x7C00::16-little>>, <<0xFC00::16-little>>}
       ] do
-    defp pack_one(:nan, unquote(dtype)), do: {:ok, unquote(nan)}
-    defp pack_one(:infinity, unquote(dtype)), do: {:ok, unquote(infinity)}
-    defp pack_one(:neg_infinity, unquote(dtype)), do: {:ok, unquote(neg_infinity)}
+    defp odd(:nan, unquote(dtype)), do: {:ok, unquote(nan)}
+    defp odd(:infinity, unquote(dtype)), do: {:ok, unquote(infinity)}
+    defp odd(:neg_infinity, unquote(dtype)), do: {:ok, unquote(neg_infinity)}
   end
 
-  defp pack_one(value, _dtype) when is_binary(value),
-    do: {:error, "a string; a non-finite number is :nan, :infinity or :neg_infinity"}
+  defp odd(value, _dtype) when is_binary(value),
+    do: {:error, "a string (what is not finite is :nan, :infinity or :neg_infinity)"}
 
-  defp pack_one(_value, _dtype), do: {:error, "which is not a number"}
-
-  defp shown(value), do: inspect(value, limit: 3, printable_limit: 20)
+  defp odd(value, dtype) when is_number(value), do: {:error, "which #{dtype} cannot hold"}
+  defp odd(_value, _dtype), do: {:error, "which is not a number"}
 
   @doc "The floats of a binary; non-finite ones are the atoms that Nx uses."
   @spec unpack(binary(), dtype()) :: [float() | non_finite()]
@@ -149,10 +155,35 @@ defmodule Tinkex.CustomLoss.Numbers do
   defp non_finite(_sign, _fraction), do: :nan
 
   @doc "The float32 bytes of the negated values: weights from a gradient."
-  @spec negate(binary(), dtype()) :: {:ok, binary()} | {:error, String.t()}
+  @spec negate(binary(), dtype()) :: {:ok, binary()} | :error
+  def negate(binary, :float32), do: negate_words(binary, <<>>)
+
   def negate(binary, dtype) do
-    binary |> unpack(dtype) |> Enum.map(&(-&1)) |> pack(:float32)
-  rescue
-    ArithmeticError -> {:error, "is not finite"}
+    case binary |> unpack(dtype) |> pack(:float32) do
+      {:ok, float32} -> negate(float32, :float32)
+      {:error, _too_large} -> :error
+    end
   end
+
+  # As integers, which need no memory of their own as floats do: a sign to flip, an exponent that
+  # must not be all ones.
+  defguardp is_finite_word(word) when (word &&& 0x7F800000) != 0x7F800000
+
+  defp negate_words(
+         <<a::32-little, b::32-little, c::32-little, d::32-little, rest::binary>>,
+         negated
+       )
+       when is_finite_word(a) and is_finite_word(b) and is_finite_word(c) and is_finite_word(d) do
+    negate_words(
+      rest,
+      <<negated::binary, bxor(a, @sign)::32-little, bxor(b, @sign)::32-little,
+        bxor(c, @sign)::32-little, bxor(d, @sign)::32-little>>
+    )
+  end
+
+  defp negate_words(<<a::32-little, rest::binary>>, negated) when is_finite_word(a),
+    do: negate_words(rest, <<negated::binary, bxor(a, @sign)::32-little>>)
+
+  defp negate_words(<<>>, negated), do: {:ok, negated}
+  defp negate_words(_not_finite, _negated), do: :error
 end

@@ -178,38 +178,33 @@ defmodule Tinkex.CustomLoss.Protocol do
     with {:ok, ready} <- check(message, @ready), do: {:ready, ready}
   end
 
-  defp message(%{"op" => "result", "id" => id} = message) when is_integer(id) do
-    case check(message, result_type(message)) do
-      {:ok, result} -> {:result, id, result}
-      {:invalid, reason} -> {:error, id, malformed(reason)}
+  defp message(%{"op" => "result"} = message) do
+    with {:ok, %{id: id}} <- check(message, {:record, id: :integer}) do
+      case check(message, result_type(message)) do
+        {:ok, result} -> {:result, id, result}
+        {:invalid, reason} -> {:error, id, malformed(reason)}
+      end
     end
   end
 
-  defp message(%{"op" => "error", "id" => id} = message) when is_integer(id) do
-    case check(message, @failure) do
-      {:ok, %{error: error}} -> {:error, id, error}
-      {:invalid, reason} -> {:error, id, malformed(reason)}
+  defp message(%{"op" => "error"} = message) do
+    with {:ok, %{id: id}} <- check(message, {:record, id: {:nilable, :integer}}) do
+      case check(message, @failure) do
+        {:ok, %{error: error}} -> {:error, id, error}
+        {:invalid, reason} when is_nil(id) -> {:invalid, reason}
+        {:invalid, reason} -> {:error, id, malformed(reason)}
+      end
     end
-  end
-
-  defp message(%{"op" => "error", "id" => nil} = message) do
-    with {:ok, %{error: error}} <- check(message, @failure), do: {:error, nil, error}
-  end
-
-  defp message(%{"op" => op} = message) when op in ["result", "error"] do
-    with {:ok, _} <- check(message, {:record, id: :integer}), do: {:invalid, "unreachable"}
   end
 
   defp message(%{"op" => "log"} = message) do
     with {:ok, log} <- check(message, @log), do: {:log, log}
   end
 
-  defp message(%{"op" => op}) when is_binary(op),
+  defp message(%{"op" => op}),
     do: {:invalid, "the worker's message has the op #{inspect(op)}, which the protocol lacks"}
 
-  defp message(message) do
-    with {:ok, _} <- check(message, {:record, op: :string}), do: {:invalid, "unreachable"}
-  end
+  defp message(_message), do: {:invalid, "the worker's message has no op"}
 
   defp result_type(%{"terms" => _}), do: @listed
   defp result_type(%{"in_flight" => _}), do: @alive
@@ -232,7 +227,7 @@ defmodule Tinkex.CustomLoss.Protocol do
     {:ok, typed(type, message, [])}
   catch
     {:unexpected, sentence} ->
-      {:invalid, "the worker's #{message["op"] || "message"} is malformed: #{sentence}"}
+      {:invalid, "the worker's #{message["op"]} is malformed: #{sentence}"}
   end
 
   defp typed(:any, value, _path), do: value

@@ -225,7 +225,7 @@ defmodule Tinkex.CustomLoss.Tensor do
   end
 
   defp read_within(map, key, tensor, default, path) do
-    {dtype, shape, values, form} = read(tensor, default, ["logprobs" | path])
+    {dtype, shape, values, form} = read(tensor, default, path)
     {dtype, shape, values, {:within, Map.put(map, key, nil), key, form}}
   end
 

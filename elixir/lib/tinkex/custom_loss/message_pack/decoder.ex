@@ -8,6 +8,14 @@ defmodule Tinkex.CustomLoss.MessagePack.Decoder do
   @max_depth 64
   @max_values 1_048_576
 
+  @doc "Most levels of arrays and maps, the outermost included."
+  @spec max_depth() :: pos_integer()
+  def max_depth, do: @max_depth
+
+  @doc "Most values of a frame, keys included: a byte of MessagePack can claim 16 of memory."
+  @spec max_values() :: pos_integer()
+  def max_values, do: @max_values
+
   @doc "The one value of a frame, or what is wrong with it and the bytes from there on."
   @spec decode(binary()) :: {:ok, term()} | {:error, String.t(), binary()}
   def decode(frame), do: value(frame, [], @max_values)
@@ -104,7 +112,7 @@ defmodule Tinkex.CustomLoss.MessagePack.Decoder do
   # byte at least, an entry of a map two.
 
   defp array(<<rest::binary>>, n, _open, _left) when n > byte_size(rest),
-    do: {:error, "an array of #{n} items, but #{byte_size(rest)} bytes are left", rest}
+    do: {:error, "an array of #{n} items, but bytes left: #{byte_size(rest)}", rest}
 
   defp array(<<rest::binary>>, n, _open, left) when n > left, do: too_many(rest)
 
@@ -115,7 +123,7 @@ defmodule Tinkex.CustomLoss.MessagePack.Decoder do
   defp array(<<rest::binary>>, n, open, left), do: value(rest, [{n, []} | open], left - n)
 
   defp map(<<rest::binary>>, n, _open, _left) when 2 * n > byte_size(rest),
-    do: {:error, "a map of #{n} entries, but #{byte_size(rest)} bytes are left", rest}
+    do: {:error, "a map of #{n} entries, but bytes left: #{byte_size(rest)}", rest}
 
   defp map(<<rest::binary>>, n, _open, left) when 2 * n > left, do: too_many(rest)
   defp map(<<rest::binary>>, _n, open, _left) when length(open) >= @max_depth, do: too_deep(rest)
@@ -162,7 +170,7 @@ defmodule Tinkex.CustomLoss.MessagePack.Decoder do
   defp give(<<>>, value, [], _left), do: {:ok, value}
 
   defp give(<<rest::binary>>, _value, [], _left),
-    do: {:error, "#{byte_size(rest)} bytes follow the value", rest}
+    do: {:error, "the frame goes on after the value", rest}
 
   defp ext(<<rest::binary>>, -1, <<seconds::32>>, open, left),
     do: give(rest, %Timestamp{seconds: seconds}, open, left)
@@ -188,6 +196,7 @@ defmodule Tinkex.CustomLoss.MessagePack.Decoder do
   defp non_finite(1, 0), do: :neg_infinity
   defp non_finite(_sign, _fraction), do: :nan
 
+  @doc "Whether a binary is text."
   # String.valid?/1 looks at one character at a time; seven ASCII ones fit a small integer.
   @spec utf8?(binary()) :: boolean()
   def utf8?(<<seven::56, rest::binary>>) when (seven &&& 0x80808080808080) == 0, do: utf8?(rest)

@@ -4,8 +4,9 @@ defmodule Tinkex.CustomLoss.MessagePack.Encoder do
   alias Tinkex.CustomLoss.MessagePack
   alias Tinkex.CustomLoss.MessagePack.{Decoder, Ext, Timestamp}
 
-  @max_depth 64
-  @max_values 1_048_576
+  # What a reader refuses is refused here, since the one who wrote too much should hear of it.
+  @max_depth Decoder.max_depth()
+  @max_values Decoder.max_values()
   @max_length 0xFFFFFFFF
 
   @doc "The canonical form, as iodata; raises `ArgumentError`."
@@ -17,8 +18,7 @@ defmodule Tinkex.CustomLoss.MessagePack.Encoder do
     [pack(term, [], 0)]
   end
 
-  # How many more values there may be after those of a term. The reader's limit is the writer's, too,
-  # since the one who wrote too much should hear of it.
+  # How many more values there may be after those of a term.
   defp count([item | rest], left) when left >= 0, do: count(rest, count(item, left - 1))
 
   defp count(map, left) when is_map(map) and not is_struct(map) and left >= 0,
@@ -28,7 +28,9 @@ defmodule Tinkex.CustomLoss.MessagePack.Encoder do
 
   # Bytes stay integers: an iolist holds them as they are.
   defp pack(term, path, _depth) when is_binary(term) do
-    if Decoder.utf8?(term), do: [str_header(byte_size(term), path) | term], else: not_utf8!(path)
+    if Decoder.utf8?(term),
+      do: [str_header(byte_size(term), path) | term],
+      else: refuse!("is a string that is not UTF-8; send bytes as {:bin, bytes}", path)
   end
 
   defp pack(int, path, _depth) when is_integer(int), do: pack_integer(int, path)
@@ -187,20 +189,12 @@ defmodule Tinkex.CustomLoss.MessagePack.Encoder do
     ArgumentError -> nil
   end
 
-  @spec not_utf8!([String.t() | non_neg_integer()]) :: no_return()
-  defp not_utf8!(path),
-    do: refuse!("is a string that is not UTF-8; send bytes as {:bin, bytes}", path)
-
   defp too_long!(n, unit, path),
     do: refuse!("has #{n} #{unit}; MessagePack holds at most #{@max_length}", path)
 
   @spec refuse!(String.t(), [String.t() | non_neg_integer()]) :: no_return()
-  defp refuse!(sentence, []), do: raise(ArgumentError, "cannot encode: the term #{sentence}")
-
-  defp refuse!(sentence, path),
-    do:
-      raise(
-        ArgumentError,
-        "cannot encode: the value at `#{MessagePack.format_path(path)}` #{sentence}"
-      )
+  defp refuse!(sentence, path) do
+    place = if path == [], do: "the term", else: "the value at `#{MessagePack.format_path(path)}`"
+    raise ArgumentError, "cannot encode: #{place} #{sentence}"
+  end
 end
