@@ -10,6 +10,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 __all__ = ["REQUIRED", "Finding", "examine"]
 
@@ -34,28 +35,24 @@ class Finding:
 def examine(load: Sequence[str] = ()) -> Iterator[Finding]:
     """Check Python, the packages, the terms of ``load`` and a gradient, one after another.
 
-    What builds on a failed check is not tried.
+    What builds on a package that is missing is not tried.
     """
-    yield from _failures_as_findings("Python", _python)
-    packages = [
-        _failures_as_findings(name, lambda name=name, low=low: _package(name, low))
-        for name, low in REQUIRED.items()
-    ]
+    yield _check("Python", _python)
     sound = True
-    for findings in packages:
-        for finding in findings:
-            sound = sound and finding.remedy is None
-            yield finding
+    for name, lowest in REQUIRED.items():
+        finding = _check(name, partial(_package, name, lowest))
+        sound = sound and finding.remedy is None
+        yield finding
     if sound:
-        yield from _failures_as_findings("terms", lambda: _terms(load))
-        yield from _failures_as_findings("gradient", _gradient)
+        yield _check("terms", partial(_terms, load))
+        yield _check("gradient", _gradient)
 
 
-def _failures_as_findings(what: str, check: Callable[[], Finding]) -> Iterator[Finding]:
+def _check(what: str, check: Callable[[], Finding]) -> Finding:
     try:
-        yield check()
+        return check()
     except Exception as error:
-        yield Finding(f"{what}: {type(error).__name__}: {error}", "see docs/troubleshooting.md")
+        return Finding(f"{what}: {type(error).__name__}: {error}", _REPORT)
 
 
 def _python() -> Finding:

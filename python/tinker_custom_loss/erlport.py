@@ -71,15 +71,13 @@ def load(targets: Sequence[bytes | str]) -> bytes:
 
 
 def _names(targets: object) -> list[str]:
-    given = targets if isinstance(targets, (list, tuple)) else [targets]
+    given: Sequence[object] = targets if isinstance(targets, (list, tuple)) else [targets]
     names = [name.decode() if isinstance(name, bytes) else name for name in given]
-    for name in names:
-        if not isinstance(name, str):
-            raise LoadError(
-                f"expected a list of names of modules or paths of .py files, as binaries, "
-                f"got {given!r}"
-            )
-    return names
+    if not all(isinstance(name, str) for name in names):
+        raise LoadError(
+            f"expected a list of names of modules or paths of .py files, as binaries, got {given!r}"
+        )
+    return list(map(str, names))
 
 
 def _bytes(answer: Callable[[], dict[str, Any]], request_id: Callable[[], int | None]) -> bytes:

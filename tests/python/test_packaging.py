@@ -43,16 +43,15 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     source = tmp_path_factory.mktemp("source")
     # A copy, so that the checkout gets no egg-info: what git lists, or would if it were added.
     listed = run("git", "ls-files", "-co", "--exclude-standard", cwd=ROOT).splitlines()
-    for name in listed:
+    for name in filter(lambda name: (ROOT / name).is_file(), listed):
         target = source / name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes((ROOT / name).read_bytes())
 
     def build(kind: str, directory: Path, name: str) -> Path:
-        program = (
-            f"import setuptools.build_meta as b; print(); print(b.build_{kind}({str(out / name)!r}))"
-        )
         (out / name).mkdir()
+        call = f"build_{kind}({str(out / name)!r})"
+        program = f"from setuptools.build_meta import *; print({call})"
         printed = run(sys.executable, "-W", "ignore", "-c", program, cwd=directory)
         return out / name / printed.splitlines()[-1]
 
