@@ -103,12 +103,14 @@ class Registry:
 
 def _load(target: str) -> ModuleType:
     path = Path(target)
+    search_path = [*sys.path]
     name = path.stem if path.suffix == ".py" else target
     if path.suffix == ".py":
         _make_importable(path, name)
     try:
         return importlib.import_module(name)
     except BaseException as error:  # a module that calls sys.exit is a module that fails
+        sys.path[:] = search_path
         kind = type(error).__name__
         raise LoadError(
             f'"{target}" cannot be loaded: {kind}: {error}',

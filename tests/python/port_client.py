@@ -6,7 +6,6 @@ import fcntl
 import itertools
 import os
 import select
-import signal
 import struct
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from tinker_custom_loss import TensorBatch
 from tinker_custom_loss.port.messages import decode_batch, encode_batch, pack, unpack
 
@@ -31,7 +31,7 @@ class PortClient:
             options = (*options, "--load", str(path))
         from_host, self.to_worker = os.pipe()
         self.from_worker, to_host = os.pipe()
-        self.stderr = tempfile.TemporaryFile()
+        self.stderr = tempfile.TemporaryFile()  # noqa: SIM115
 
         def put_at_3_and_4() -> None:
             reading = fcntl.fcntl(from_host, fcntl.F_DUPFD, 10)
@@ -178,11 +178,8 @@ def group_is_empty(pid: int, within: float = 10.0) -> bool:
 
 def _group_of(pid: str) -> int | None:
     try:
-        state, _parent, group = Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()[:3]
+        stat = Path("/proc", pid, "stat").read_text()
     except OSError:
         return None
+    state, _parent, group = stat.rpartition(")")[2].split()[:3]
     return None if state == "Z" else int(group)
-
-
-def kill(pid: int) -> None:
-    os.kill(pid, signal.SIGKILL)

@@ -83,7 +83,7 @@ class FrameWriter:
         size = sum(map(len, views))
         if size > self.max_frame:
             raise FrameTooLargeError(
-                f"the answer would be a frame of {size} bytes, but the limit is {self.max_frame}; "
+                f"the answer is a frame of {size} bytes, but the limit is {self.max_frame}; "
                 "raise --max-frame, or send fewer datums at a time"
             )
         views = [memoryview(size.to_bytes(4, "big")), *(view for view in views if view)]

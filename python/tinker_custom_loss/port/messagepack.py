@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import os
 import struct
+from dataclasses import dataclass
 from typing import Any
 
 import msgpack
 
 from ..errors import ProtocolError
 
-__all__ = ["MAX_DEPTH", "MAX_VALUES", "Buffer", "pack", "pack_pieces", "unpack"]
+__all__ = ["MAX_DEPTH", "MAX_VALUES", "Buffer", "Ext", "pack", "pack_pieces", "unpack"]
 
 Buffer = bytes | bytearray | memoryview
 
@@ -25,6 +26,15 @@ MAX_DEPTH = 64
 
 MAX_VALUES = 1 << 20
 """Most values in a message (a tensor is one): a byte of MessagePack can claim 64 of Python's."""
+
+
+@dataclass(frozen=True)
+class Ext:
+    """A value of an extension type. No message has one; a reader must get past them."""
+
+    code: int
+    data: bytes
+
 
 _LARGE = 1 << 16  # from this size on, bytes are worth leaving where they are
 
@@ -47,7 +57,7 @@ _LENGTHS = [struct.Struct(">B"), struct.Struct(">H"), struct.Struct(">I")]
 def unpack(frame: Buffer) -> Any:
     """The one value that ``frame`` holds; every *bin* in it is a ``memoryview`` of ``frame``.
 
-    Maps become dicts (string keys only, none twice), arrays lists, ext types ``msgpack.ExtType``.
+    Maps become dicts (string keys only, none twice), arrays lists, ext types :class:`Ext`.
 
     Raises:
         ProtocolError: this is not exactly one value within the limits.
@@ -131,10 +141,10 @@ class _Reader:
         self.at = end = start + size
         return self.view[start:end]
 
-    def ext(self, size: int) -> msgpack.ExtType:
+    def ext(self, size: int) -> Ext:
         (code,) = _NUMBERS[0xD0].unpack_from(self.data, self.at)
         self.at += 1
-        return msgpack.ExtType(code, bytes(self.bin(size)))
+        return Ext(code, bytes(self.bin(size)))
 
     def array(self, count: int, depth: int) -> list[Any]:
         self.check(count, depth)

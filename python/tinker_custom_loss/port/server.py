@@ -154,8 +154,10 @@ class Server:
         self._logs.drain()  # what a request logged is with the host before its answer
         try:
             self._writer.write(pack_pieces(message))
-        except (FrameTooLargeError, TypeError, ValueError) as error:
-            self._writer.write(pack_pieces(error_message(error, message["id"])))
+        except FrameTooLargeError as error:
+            self._send(error_message(RequestError(str(error)), message["id"]))
+        except (TypeError, ValueError) as error:  # a value that MessagePack does not have
+            self._send(error_message(error, message["id"]))
 
     def _pong(self, request_id: int) -> dict[str, Any]:
         with self._lock:
