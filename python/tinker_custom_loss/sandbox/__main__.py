@@ -28,13 +28,45 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--seed", type=int, default=0, help="of models that name none (%(default)s)"
     )
+    parser.add_argument(
+        "--erlang-port",
+        action="store_true",
+        help="serve an Erlang port on file descriptors 3 and 4 instead (docs/sandbox.md)",
+    )
+    parser.add_argument(
+        "--load",
+        action="append",
+        default=[],
+        metavar="MODULE_OR_FILE",
+        help="functions that the port's gradient check may name as terms (repeatable)",
+    )
     parser.add_argument("--threads", type=int, default=1, help="of torch (%(default)s)")
     options = parser.parse_args(arguments)
+    if not 0 <= options.port < 65536:
+        parser.error(f"--port: expected 0 to 65535, got {options.port}")
     if options.threads < 1:
         parser.error(f"--threads: expected at least 1, got {options.threads}")
+    if options.erlang_port:
+        return _serve_port(options)
+    if options.load:
+        parser.error("--load: only an Erlang port names terms; over HTTP they stay in the client")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     torch.set_num_threads(options.threads)
     return _serve_http(options)
+
+
+def _serve_port(options: argparse.Namespace) -> int:
+    from . import erlang_port
+
+    if not erlang_port.attached():
+        print(
+            "--erlang-port is for a host that holds file descriptors 3 and 4 of this process, such "
+            "as Tinkex.CustomLoss.Sandbox",
+            file=sys.stderr,
+        )
+        return 2
+    torch.set_num_threads(options.threads)
+    return erlang_port.serve(options.load)
 
 
 def _serve_http(options: argparse.Namespace) -> int:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
+from ..batch import TensorBatch
 from ..errors import RequestError
 
 if TYPE_CHECKING:
-    from ..batch import TensorBatch
+    from collections.abc import Sequence
+
+    import tinker
 
 __all__ = ["VOCABULARY", "Examples"]
 
@@ -54,6 +57,20 @@ class Examples:
         self._check_vocabulary("target_tokens", self.target_tokens)
         if self.weights is not None:
             self._check_weights(self.weights)
+
+    @classmethod
+    def from_datums(cls, data: Sequence[tinker.Datum]) -> Examples:
+        """Tokens and targets of ``data``, without weights."""
+        return cls(
+            TensorBatch.from_tensors([torch.tensor(datum.model_input.to_ints()) for datum in data]),
+            TensorBatch.from_tensors(
+                [datum.loss_fn_inputs["target_tokens"].to_torch() for datum in data]
+            ),
+        )
+
+    def weighted(self, weights: TensorBatch) -> Examples:
+        """The same tokens and targets with other weights."""
+        return replace(self, weights=weights)
 
     def __len__(self) -> int:
         return len(self.tokens)

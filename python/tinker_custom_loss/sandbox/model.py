@@ -138,23 +138,24 @@ class LanguageModel:
         :raises RequestError: without weights, or when the model has diverged; nothing is
             accumulated then.
         """
+        result, gradients = self.differentiate(examples)
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            cast("Tensor", parameter.grad).add_(gradient)
+        return result
+
+    def differentiate(self, examples: Examples) -> tuple[ForwardBackwardResult, list[Tensor]]:
+        """What :meth:`forward_backward` would accumulate, one tensor a parameter."""
         if examples.weights is None:
-            raise RequestError(
-                "forward_backward needs weights beside target_tokens", path="data[0].loss_fn_inputs"
-            )
-        weights = examples.weights.flat
+            raise RequestError("forward_backward needs weights beside target_tokens", path="data")
         parts, sums = [], [torch.zeros_like(parameter) for parameter in self.parameters]
         for part, logprobs in self._logprob_parts(examples):
-            surrogate = (-logprobs * weights[part]).sum()
+            loss = (-logprobs * examples.weights.flat[part]).sum()
             for total, gradient in zip(
-                sums, torch.autograd.grad(surrogate, self.parameters), strict=True
+                sums, torch.autograd.grad(loss, self.parameters), strict=True
             ):
                 total += gradient
             parts.append(logprobs.detach())
-        result = _result(_joined(parts, examples), examples)
-        for parameter, total in zip(self.parameters, sums, strict=True):
-            cast("Tensor", parameter.grad).add_(total)
-        return result
+        return _result(_joined(parts, examples), examples), sums
 
     def optim_step(self, params: AdamParams) -> dict[str, float]:
         """One step of AdamW on the accumulated gradient, which is zero afterwards.

@@ -42,6 +42,8 @@ _Headers = Message  # case-insensitive
 _MODEL_NAME = "sandbox"
 _TRAINING_CALLS = ("forward", "forward_backward", "optim_step")
 _NUMBERED_BUT_NOT_SERVED = ("save_weights", "save_weights_for_sampler", "load_weights")
+# The SDK asks for it through a connection pool of its own that it forgets without closing it.
+_LAST_OF_ITS_CONNECTION = "client/config"
 _WHAT_IT_DOES = "the sandbox trains one tiny model; it neither samples nor keeps checkpoints"
 
 
@@ -240,8 +242,9 @@ class _Api:
         if not what.isdecimal():
             raise UnknownError(f"{request_id!r} is no request of this server", path="request_id")
         run = self._trainer.run(model_id)
+        future = run.future(int(what))
         try:
-            result = run.future(int(what)).result(self._poll_seconds)
+            result = future.result(self._poll_seconds)
         except FutureTimeoutError:
             missing = run.missing(int(what))
             reason = None if missing is None else f"waiting for the request with seq_id {missing}"
@@ -362,6 +365,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", content_type)
         self.send_header("Content-Length", str(len(body)))
+        if endpoint == _LAST_OF_ITS_CONNECTION:
+            self.send_header("Connection", "close")
         self.end_headers()
         self.wfile.write(body)
 

@@ -1,0 +1,3 @@
+[
+  inputs: ["{mix,.formatter}.exs", "elixir/**/*.{ex,exs}", "tests/**/*.{ex,exs}", "docs/**/*.exs"]
+]

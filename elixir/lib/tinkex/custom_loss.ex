@@ -1,0 +1,285 @@
+defmodule Tinkex.CustomLoss do
+  alias Tinkex.CustomLoss.Options
+
+  @moduledoc """
+  Custom losses for Tinker, written in Python and trained on from Elixir.
+
+      loss_total = base_loss + Σ weight · regularizer
+
+  PyTorch composes and differentiates them in a pool of Python processes, which the BEAM supervises.
+  What comes back is the loss, its gradient with respect to every logprob, and a record of what each
+  term did.
+
+      children = [
+        {Tinkex.CustomLoss, name: MyLoss, load: ["my_losses"], workers: 2}
+      ]
+
+      {:ok, output} =
+        Tinkex.CustomLoss.compute(MyLoss, data, logprobs,
+          base_loss: :nll,
+          regularizers: [
+            %{name: "stay close", fn: :kl, weight: 0.1, params: %{reference: "ref_logprobs"}},
+            %{name: "topology", fn: "my_losses:topology", weight: 0.02}
+          ]
+        )
+
+      output.loss_total
+      output.telemetry["regularizers"]["topology"]["contribution"]
+
+  With a training client of Tinkex, `forward_backward_custom/4` is the whole step: forward, loss and
+  gradient, backward.
+
+  ## What is returned, what is raised
+
+  What the caller got wrong raises `ArgumentError`. What the world got wrong is
+  `{:error, exception}`, where the exception says who is at fault:
+
+    * `Tinkex.CustomLoss.TermError` - a term raised; it has Python's traceback
+    * `Tinkex.CustomLoss.RequestError` - Python refused the request
+    * `Tinkex.CustomLoss.TimeoutError` - the deadline passed
+    * `Tinkex.CustomLoss.OverloadedError` - too many requests wait already
+    * `Tinkex.CustomLoss.WorkerError` - no worker could serve it
+
+  ## What happens when
+
+    * **the deadline passes**: the call returns at once. Python is told to cancel, and if it does not
+      stop within the grace period, its process is killed and replaced.
+    * **the caller dies**: the same, without a call to return.
+    * **a term raises**: that call gets the error. Nothing else changes.
+    * **a worker's process ends**, by a crash, the operating system, or because it was killed: another
+      one is started after a pause. Requests that it had are tried once more elsewhere, since a
+      computation is pure; one that was on two workers that ended is given up.
+    * **the BEAM ends**, in any way: so do the Python processes and their children.
+
+  Calls may come from any process. From another node, say `{MyLoss, node}`; deadlines and errors are
+  the same.
+
+  ## Options of a pool
+
+  #{Options.start_docs()}
+  """
+
+  use Supervisor
+
+  alias Tinkex.CustomLoss.{
+    Call,
+    Data,
+    LossFn,
+    Output,
+    Pool,
+    Reaper,
+    Regularizer,
+    Telemetry,
+    Tensor,
+    Training,
+    Worker,
+    WorkerError
+  }
+
+  @typedoc "The name of a pool, the pid that `start_link/1` returned, or `{name, node}`."
+  @type server :: Supervisor.supervisor()
+
+  @type error ::
+          Tinkex.CustomLoss.TermError.t()
+          | Tinkex.CustomLoss.RequestError.t()
+          | Tinkex.CustomLoss.TimeoutError.t()
+          | Tinkex.CustomLoss.OverloadedError.t()
+          | WorkerError.t()
+
+  @doc """
+  Starts a pool, linked to the caller. See the module's documentation for the options.
+
+  Returns `{:error, exception}` only with `await_ready: true`, if no worker can be started.
+  """
+  @spec start_link(keyword()) :: Supervisor.on_start()
+  def start_link(opts) do
+    config = Options.start!(opts)
+    name = if config.name, do: [name: config.name], else: []
+
+    with {:error, {:shutdown, {:failed_to_start_child, :await_ready, error}}} <-
+           Supervisor.start_link(__MODULE__, config, name),
+         do: {:error, error}
+  end
+
+  @doc false
+  def child_spec(opts) do
+    opts
+    |> super()
+    |> Supervisor.child_spec(id: {__MODULE__, Keyword.get(opts, :name)})
+  end
+
+  @impl true
+  def init(config) do
+    Telemetry.load()
+
+    children = [
+      {Reaper, self()},
+      {Pool, {self(), config}},
+      %{
+        id: :workers,
+        type: :supervisor,
+        start: {__MODULE__, :start_workers, [self(), config]}
+      }
+    ]
+
+    await = %{id: :await_ready, start: {__MODULE__, :await_ready, [self(), config]}}
+    children = if config.await_ready, do: children ++ [await], else: children
+
+    # Whoever loses the account of what workers have starts over with new ones.
+    Supervisor.init(children, strategy: :rest_for_one)
+  end
+
+  @doc false
+  def start_workers(supervisor, config) do
+    pool = Pool.whereis(supervisor).pool
+    reaper = Reaper.whereis(supervisor)
+    workers = for index <- 1..config.workers, do: {Worker, {index, pool, reaper, config}}
+    Supervisor.start_link(workers, strategy: :one_for_one)
+  end
+
+  @doc false
+  def await_ready(supervisor, config) do
+    with :ok <- Pool.await_ready(Pool.whereis(supervisor).pool, config.start_timeout),
+         do: :ignore
+  end
+
+  @doc """
+  The loss of `logprobs`, its gradient, and what each term did.
+
+    * `data` - a list of datums, or nil: see `Tinkex.CustomLoss.Data`
+    * `logprobs` - a list with one tensor a datum, `[T]` or `[T, K]`: lists of floats, Nx tensors,
+      Tinkex's `TensorData` or raw outputs, or `{binary, shape}`. See `Tinkex.CustomLoss.Tensor`.
+
+  ## Options
+
+  #{Options.call_docs()}
+  """
+  @spec compute(server(), [Data.datum()] | nil, [Tensor.t()], keyword()) ::
+          {:ok, Output.t()} | {:error, error()}
+  def compute(server, data, logprobs, opts \\ []) do
+    options = Options.call!(opts)
+
+    with {:ok, output, _result} <- run(server, data, logprobs, options), do: {:ok, output}
+  end
+
+  @doc false
+  # Beside the output, the result of Call.run/3: the linear loss takes its gradients, which are a batch.
+  def run(server, data, logprobs, options) do
+    batch = Tensor.logprobs(logprobs)
+
+    request = %{
+      logprobs: %{batch | forms: []},
+      data: Data.to_wire(data, length(batch.shapes)),
+      base_loss: options.base_loss,
+      regularizers: Enum.map(options.regularizers, &Regularizer.to_wire/1),
+      step: options.step,
+      gradients: options.gradients
+    }
+
+    Telemetry.span(server, request, fn ->
+      with {:ok, result} <- Call.run(server, request, options.timeout),
+           {:ok, gradients} <- restore(result.gradients, batch) do
+        output = %Output{
+          loss_total: result.loss_total,
+          gradients: gradients,
+          telemetry: result.telemetry
+        }
+
+        {:ok, output, result}
+      else
+        # A name that only the pool could tell is none.
+        {:error, %ArgumentError{} = error} -> raise error
+        {:error, error} -> {:error, error}
+      end
+    end)
+  end
+
+  defp restore(nil, _batch), do: {:ok, nil}
+
+  defp restore(gradients, batch) do
+    with {:error, sentence} <- Tensor.restore(gradients, batch),
+         do: {:error, %WorkerError{reason: {:protocol, sentence}}}
+  end
+
+  @doc """
+  One training step's forward and backward pass, with the custom loss between them.
+
+  `training_client` is a Tinkex training client, or `{module, ref}` whose module has `forward/4` and
+  `forward_backward/4` as `Tinkex.TrainingClient` has them: `(ref, data, loss_fn, opts)`, returning
+  `{:ok, task}`.
+
+  Returns `{:ok, task}`. The task, which belongs to the caller, comes to `{:ok, output}`: the training
+  client's own `ForwardBackwardOutput`, whose `metrics` also hold
+
+    * `"loss:sum"` - the custom loss, and `"surrogate_loss:sum"`, what the server computed
+    * the telemetry of the step: nested as in `Tinkex.CustomLoss.Output`, or flat
+
+  or to `{:error, exception}`, the training client's error as it is. Nothing is sent backward
+  unless the loss and its gradient are there and finite; nothing is reserved, so that a step that
+  failed costs that step alone. Await the task before the next call to the training client: Tinkex
+  does not keep the order of calls that overtake each other.
+
+  ## Options
+
+  Those of `compute/4`, without `:gradients`, and
+
+  #{Options.train_docs()}
+  """
+  @spec forward_backward_custom(server(), term(), [Data.datum()], keyword()) :: {:ok, Task.t()}
+  def forward_backward_custom(server, training_client, data, opts \\ []),
+    do: Training.forward_backward_custom(server, training_client, data, Options.train!(opts))
+
+  @doc """
+  A loss function for Tinkex's own `forward_backward_custom/4`: its third argument.
+
+      loss_fn = Tinkex.CustomLoss.loss_fn(MyLoss, base_loss: :nll, regularizers: regularizers)
+      {:ok, task} = Tinkex.TrainingClient.forward_backward_custom(client, data, loss_fn)
+      {:ok, output} = Task.await(task, :infinity)
+
+  It takes the datums and a list of Nx tensors, one a datum, and returns `{loss, metrics}`. Tinkex
+  calls it once with tensors and once under `Nx.Defn.grad`; the bridge is asked once, and its
+  gradient is what grad comes to. `output.metrics` are then those of
+  `forward_backward_custom/4`, but without `"surrogate_loss:sum"`.
+
+  Where the loss fails, the task comes to `{:error, %Tinkex.Error{}}` with the exception in
+  `data.exception`. The server was then sent a backward pass with a gradient of zero, since Tinkex
+  has reserved a number for it that the server waits for; a raised error would leave the training
+  client stuck for good.
+
+  ## Options
+
+  Those of `forward_backward_custom/4`; `:client_opts` are Tinkex's fourth argument instead. Raises
+  `ArgumentError` where one is not valid, and where Nx is not there.
+  """
+  @spec loss_fn(server(), keyword()) :: ([Data.datum()], [Tensor.t()] -> {Tensor.t(), map()})
+  def loss_fn(server, opts \\ []), do: LossFn.new(server, Options.loss_fn!(opts))
+
+  @doc """
+  What may be named in `:fn`: built-in terms and those of the modules in `:load`.
+
+  Each is a map with `:name`, `:kind` (`"builtin"`, `"loaded"`), `:async`, `:doc` and `:params`, a
+  list of maps with `:name`, `:required`, `:default` and `:type`. Waits for the first worker.
+  """
+  @spec terms(server(), timeout()) :: {:ok, [map()]} | {:error, error()}
+  def terms(server, timeout \\ 30_000), do: Call.terms(server, timeout)
+
+  @doc """
+  What the pool is doing.
+
+      %{
+        workers: [
+          %{
+            index: 1, state: :ready, os_pid: 4242, in_flight: 1, restarts: 0, since_ms: 81_200,
+            reason: nil, rss: 412_000_000, versions: %{torch: "2.13.0", ...}
+          }
+        ],
+        in_flight: 1, queued: 0, max_in_flight: 4, max_queue: 100
+      }
+
+  A worker's `state` is `:starting`, `:ready` or `:down`, since `since_ms` milliseconds. `reason` is
+  why the one before it ended, as in `Tinkex.CustomLoss.WorkerError`; `rss` its resident memory in
+  bytes, at the last ping.
+  """
+  @spec info(server()) :: {:ok, map()} | {:error, error()}
+  def info(server), do: Call.info(server)
+end

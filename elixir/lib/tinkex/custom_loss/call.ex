@@ -1,0 +1,201 @@
+defmodule Tinkex.CustomLoss.Call do
+  @moduledoc false
+  # One request, from the side of the process that waits for it.
+
+  alias Tinkex.CustomLoss.{
+    Pool,
+    Protocol,
+    RequestError,
+    Telemetry,
+    TermError,
+    Terms,
+    TimeoutError,
+    Worker,
+    WorkerError
+  }
+
+  # A computation is pure and may be repeated, but one that ends its process would end them all.
+  @attempts 2
+
+  @doc """
+  The result map of a `compute` request (without `:id`), or an exception struct.
+
+  Beside what the protocol says it has `:async`, the names of the regularizers whose functions are.
+
+  An `ArgumentError` is the caller's to raise.
+  """
+  @spec run(GenServer.server(), map(), timeout()) :: {:ok, map()} | {:error, Exception.t()}
+  def run(server, request, timeout), do: run(server, request, timeout, self())
+
+  @doc "The same for another process, whose death withdraws the request."
+  def run(server, request, timeout, owner) do
+    with_pool(server, timeout, {:run, [server, request, timeout, owner]}, fn handle ->
+      call = %{handle: handle, owner: owner, timeout: timeout, deadline: deadline(timeout)}
+
+      with {:ok, terms} <- known_terms(call),
+           :ok <- Terms.check(request, terms),
+           {:ok, result} <- attempt(call, request, :first, []) do
+        {:ok, Map.put(result, :async, async(request.regularizers, terms))}
+      end
+    end)
+  end
+
+  @doc "The descriptors of the terms, by name."
+  @spec terms(GenServer.server(), timeout()) :: {:ok, [map()]} | {:error, Exception.t()}
+  def terms(server, timeout) do
+    with_pool(server, timeout, {:terms, [server, timeout]}, fn handle ->
+      call = %{handle: handle, timeout: timeout, deadline: deadline(timeout)}
+
+      with {:ok, terms} <- known_terms(call),
+           do: {:ok, Enum.sort_by(Map.values(terms), & &1.name)}
+    end)
+  end
+
+  @spec info(GenServer.server()) :: {:ok, map()} | {:error, Exception.t()}
+  def info(server),
+    do: with_pool(server, 5_000, {:info, [server]}, &{:ok, Pool.info(&1.pool)})
+
+  # Calls `fun` with the pool of `server`, or our `function` on the node where it is.
+  defp with_pool(server, timeout, {function, [_server | args]} = here, fun) do
+    case GenServer.whereis(server) do
+      pid when is_pid(pid) and node(pid) == node() ->
+        case Pool.whereis(pid) do
+          nil -> {:error, %WorkerError{reason: :not_running, worker: server}}
+          handle -> fun.(handle)
+        end
+
+      nil ->
+        {:error, %WorkerError{reason: :not_running, worker: server}}
+
+      pid when is_pid(pid) ->
+        remote(node(pid), timeout, function, [pid | args])
+
+      {name, node} when node == node() ->
+        with_pool(name, timeout, here, fun)
+
+      {name, node} ->
+        remote(node, timeout, function, [name | args])
+    end
+  end
+
+  # The process there does what a caller there does; only bytes cross, and the caller's own pid,
+  # whose death or whose node's loss withdraws the request.
+  defp remote(node, timeout, function, args) do
+    :erpc.call(node, __MODULE__, function, args, timeout)
+  catch
+    :error, {:erpc, :timeout} -> {:error, %TimeoutError{timeout: timeout, stage: :computing}}
+    :error, {:erpc, reason} -> {:error, %WorkerError{reason: {:node, node, reason}}}
+    :error, {:exception, reason, _stack} -> {:error, %WorkerError{reason: {:node, node, reason}}}
+    :exit, {:exception, reason} -> {:error, %WorkerError{reason: {:node, node, reason}}}
+  end
+
+  defp deadline(:infinity), do: :infinity
+  defp deadline(timeout), do: System.monotonic_time(:millisecond) + timeout
+
+  defp known_terms(%{handle: %{terms: nil} = handle} = call) do
+    case Pool.await_ready(handle.pool, Pool.remaining(call.deadline)) do
+      :ok -> {:ok, Pool.whereis(handle.supervisor).terms}
+      {:error, %TimeoutError{}} -> late(call, :queued)
+      {:error, error} -> {:error, error}
+    end
+  end
+
+  defp known_terms(%{handle: %{terms: terms}}), do: {:ok, terms}
+
+  defp async(regularizers, terms),
+    do: for(%{name: name, fn: fun} <- regularizers, terms[fun].async, do: name)
+
+  # The id is new for every attempt, so that no two are ever taken for one another.
+  defp attempt(call, request, kind, losses) do
+    id = System.unique_integer([:positive])
+    frame = request |> Map.put(:id, id) |> Protocol.encode_compute()
+    size = IO.iodata_length(frame)
+    max_frame = call.handle.config.max_frame
+
+    if size > max_frame do
+      {:error,
+       %RequestError{
+         reason:
+           "the request takes #{size} bytes, more than the #{max_frame} of :max_frame; " <>
+             "send fewer datums at a time, or start the pool with a larger :max_frame"
+       }}
+    else
+      case Pool.checkout(call.handle.pool, id, call.owner, kind, call.deadline) do
+        {:ok, worker, port} ->
+          send_and_wait(call, request, id, {worker, port}, {frame, size}, losses)
+
+        :timeout ->
+          late(call, :queued)
+
+        {:error, error} ->
+          {:error, error}
+      end
+    end
+  end
+
+  defp send_and_wait(call, request, id, {worker, port}, {frame, size}, losses) do
+    # A late answer goes to an alias that is no more, not to anyone's mailbox.
+    reply_to = :erlang.monitor(:process, worker, alias: :reply_demonitor)
+    Worker.request(worker, port, id, reply_to, frame, size)
+
+    receive do
+      {^reply_to, {:result, result}} -> {:ok, result}
+      {^reply_to, {:error, error}} -> {:error, exception(error)}
+      {^reply_to, {:lost, reason}} -> lost(call, request, [reason | losses])
+      {^reply_to, :unsent} -> attempt(call, request, :retry, losses)
+      {:DOWN, ^reply_to, _, _, reason} -> lost(call, request, [{:stopped, reason} | losses])
+    after
+      Pool.remaining(call.deadline) ->
+        :erlang.demonitor(reply_to, [:flush])
+        Pool.abandon(call.handle.pool, id)
+
+        # It may have come between the two lines above.
+        receive do
+          {^reply_to, _too_late} -> :ok
+        after
+          0 -> :ok
+        end
+
+        late(call, :computing)
+    end
+  end
+
+  defp late(call, stage) do
+    Telemetry.deadline(call.handle.config, stage, call.timeout)
+    {:error, %TimeoutError{timeout: call.timeout, stage: stage}}
+  end
+
+  defp lost(call, request, losses) when length(losses) < @attempts do
+    Telemetry.retry(call.handle.config, hd(losses))
+    attempt(call, request, :retry, losses)
+  end
+
+  defp lost(_call, _request, losses),
+    do: {:error, %WorkerError{reason: {:lost, Enum.reverse(losses)}}}
+
+  @doc "The exception that tells of an error of the protocol."
+  def exception(%{kind: :request} = error),
+    do: %RequestError{reason: error.message, path: error.path}
+
+  def exception(%{kind: kind} = error) when kind in [:term, :deadline] do
+    %TermError{
+      term: error.term,
+      type: error.type,
+      reason: error.message,
+      traceback: error.traceback,
+      datum: error.datum,
+      token: error.token,
+      timed_out: kind == :deadline
+    }
+  end
+
+  def exception(%{kind: :protocol, message: sentence}),
+    do: %WorkerError{reason: {:protocol, sentence}}
+
+  # internal, and what no worker answers to a request that nobody cancelled.
+  def exception(%{message: sentence, traceback: nil}),
+    do: %WorkerError{reason: {:internal, sentence}}
+
+  def exception(%{message: sentence, traceback: traceback}),
+    do: %WorkerError{reason: {:internal, "#{sentence}\n\n#{traceback}"}}
+end

@@ -1,0 +1,98 @@
+defmodule Tinkex.CustomLoss.Output do
+  @moduledoc """
+  What a composed loss comes to.
+
+    * `loss_total` - the loss, a float
+    * `gradients` - ∂loss_total/∂logprobs: one tensor a datum, `[T]` or `[T, K]`, in the form in which
+      its logprobs were given; nil if the call said `gradients: false`. Not negated: a training
+      client is sent `weights = -gradient`.
+    * `telemetry` - the record of the step, a map with string keys (docs/telemetry.md):
+      `telemetry["regularizers"]["kl"]["contribution"]`. Its gradient norms are with respect to
+      logprobs.
+
+  Non-finite numbers are the atoms `:nan`, `:infinity` and `:neg_infinity`.
+  """
+
+  @enforce_keys [:loss_total, :gradients, :telemetry]
+  defstruct [:loss_total, :gradients, :telemetry]
+
+  @type t :: %__MODULE__{
+          loss_total: float() | :nan | :infinity | :neg_infinity,
+          gradients: [Tinkex.CustomLoss.Tensor.t()] | nil,
+          telemetry: %{String.t() => term()}
+        }
+
+  @doc """
+  The telemetry in flat form, for loggers that take names and numbers.
+
+  Keys such as `"regularizers/kl/value"`, all values floats: true and false are 1.0 and 0.0; nil,
+  text and non-finite numbers are left out. A `:` in the name of a metric becomes `.`, since Tinker
+  splits metric names there.
+
+      iex> output = %Tinkex.CustomLoss.Output{
+      ...>   loss_total: 1.5,
+      ...>   gradients: nil,
+      ...>   telemetry: %{"loss_total" => 1.5, "base_loss" => %{"value" => 1, "error" => nil}}
+      ...> }
+      iex> Tinkex.CustomLoss.Output.flat(output)
+      %{"base_loss/value" => 1.0, "loss_total" => 1.5}
+  """
+  @spec flat(t() | map()) :: %{String.t() => float()}
+  def flat(%__MODULE__{telemetry: telemetry}), do: flat(telemetry)
+  def flat(telemetry) when is_map(telemetry), do: Map.new(flatten(telemetry, []))
+
+  defp flatten(map, path) when is_map(map),
+    do: Enum.flat_map(map, fn {key, value} -> flatten(value, [key | path]) end)
+
+  defp flatten(true, path), do: [{key(path), 1.0}]
+  defp flatten(false, path), do: [{key(path), 0.0}]
+  defp flatten(number, path) when is_number(number), do: [{key(path), number * 1.0}]
+  defp flatten(_no_number, _path), do: []
+
+  defp key(path), do: path |> Enum.reverse() |> Enum.join("/") |> String.replace(":", ".")
+
+  defimpl Inspect do
+    import Inspect.Algebra
+
+    def inspect(output, opts) do
+      fields = [
+        loss_total: output.loss_total,
+        gradients: output.gradients && shapes(output.gradients),
+        regularizers: contributions(output.telemetry)
+      ]
+
+      body =
+        container_doc("<", fields, ">", opts, fn {name, value}, opts ->
+          concat("#{name}: ", if(is_binary(value), do: value, else: to_doc(value, opts)))
+        end)
+
+      concat("#Tinkex.CustomLoss.Output", body)
+    end
+
+    defp contributions(telemetry) do
+      for {name, record} <- telemetry["regularizers"] || %{},
+          into: %{},
+          do: {name, record["contribution"]}
+    end
+
+    # Shapes, never data.
+    defp shapes(gradients) do
+      {shown, more} = Enum.split(gradients, 3)
+      shown = Enum.map(shown, &Kernel.inspect(shape(&1), charlists: :as_lists))
+      rest = if more == [], do: [], else: ["… #{length(gradients)} in all"]
+      "[" <> Enum.join(shown ++ rest, ", ") <> "]"
+    end
+
+    defp shape([row | _] = rows) when is_list(row), do: [length(rows) | shape(row)]
+    defp shape(values) when is_list(values), do: [length(values)]
+    defp shape({_bytes, shape}), do: shape(%{shape: shape})
+    defp shape({_bytes, shape, _dtype}), do: shape(%{shape: shape})
+    defp shape(%{"logprobs" => tensor}), do: shape(tensor)
+    defp shape(%{logprobs: tensor}), do: shape(tensor)
+    defp shape(%{shape: shape}) when is_tuple(shape), do: Tuple.to_list(shape)
+    defp shape(%{shape: shape}) when is_list(shape), do: shape
+    defp shape(%{"shape" => shape}) when is_list(shape), do: shape
+    defp shape(%{data: values}), do: shape(values)
+    defp shape(%{"data" => values}), do: shape(values)
+  end
+end

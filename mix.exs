@@ -1,0 +1,87 @@
+defmodule Mix.Tasks.Compile.TinkexPython do
+  @moduledoc false
+  # The Python sources live beside the Elixir ones, but a release carries only ebin and priv of an
+  # application: they become its priv/python, as a link here and as files in a release.
+  use Mix.Task.Compiler
+
+  @impl true
+  def run(_args) do
+    priv = Path.join(Mix.Project.app_path(), "priv")
+    File.mkdir_p!(priv)
+
+    case Mix.Utils.symlink_or_copy(Path.expand("python"), Path.join(priv, "python")) do
+      {:error, reason} -> Mix.raise("cannot put the Python sources into #{priv}: #{reason}")
+      _linked -> {:noop, []}
+    end
+  end
+end
+
+defmodule TinkexCustomLoss.MixProject do
+  use Mix.Project
+
+  @version "0.1.0"
+  @description "Custom losses for Tinker from Elixir: named, weighted regularizers, differentiated by PyTorch"
+
+  def project do
+    [
+      app: :tinkex_custom_loss,
+      version: @version,
+      description: @description,
+      elixir: "~> 1.14",
+      elixirc_paths: elixirc_paths(Mix.env()),
+      compilers: [:tinkex_python | Mix.compilers()],
+      test_paths: ["tests/elixir", "tests/bridge"],
+      start_permanent: Mix.env() == :prod,
+      deps: deps(),
+      package: package(),
+      docs: docs()
+    ]
+  end
+
+  def application, do: [extra_applications: [:logger]]
+
+  defp elixirc_paths(:test), do: ["elixir/lib", "tests/elixir/support"]
+  defp elixirc_paths(_env), do: ["elixir/lib"]
+
+  # Everything here is found at run time, and nothing needs it to compile or to pass the tests.
+  # A dependency makes Mix ask to install Hex where it is missing, so none is declared there; nor
+  # with TINKEX_CUSTOM_LOSS_DEPS=none, for a machine that has Hex but does not reach it.
+  defp deps do
+    if Code.ensure_loaded?(Hex) and System.get_env("TINKEX_CUSTOM_LOSS_DEPS") != "none" do
+      [
+        {:telemetry, "~> 1.0"},
+        {:nx, "~> 0.9", optional: true},
+        {:tinkex, "~> 0.4", optional: true},
+        {:ex_doc, "~> 0.34", only: :dev, runtime: false}
+      ]
+    else
+      []
+    end
+  end
+
+  defp package do
+    [
+      licenses: ["Apache-2.0"],
+      links: %{},
+      files: [
+        "elixir/lib",
+        "python/tinker_custom_loss/**/*.{py,typed}",
+        "pyproject.toml",
+        "docs/**/*.md",
+        "mix.exs",
+        ".formatter.exs",
+        "README.md",
+        "CHANGELOG.md",
+        "LICENSE"
+      ]
+    ]
+  end
+
+  defp docs do
+    [
+      main: "Tinkex.CustomLoss",
+      source_ref: "v#{@version}",
+      extras: ["README.md", "CHANGELOG.md"] ++ Path.wildcard("docs/*.md")
+    ]
+  end
+end

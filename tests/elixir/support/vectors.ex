@@ -1,0 +1,56 @@
+defmodule Tinkex.CustomLoss.Test.Vectors do
+  @moduledoc "The messages of tests/vectors; their README says how they are written."
+
+  alias Tinkex.CustomLoss.MessagePack.{Ext, Timestamp}
+  alias Tinkex.CustomLoss.Test.JSON
+
+  @directory Path.expand("../../vectors", __DIR__)
+
+  def formats, do: "formats.json" |> read() |> Enum.map(&vector(&1["name"], &1))
+  def invalid, do: "invalid.json" |> read() |> Enum.map(&vector(&1["name"], &1))
+
+  def messages do
+    for file <- @directory |> Path.join("messages") |> File.ls!() |> Enum.sort() do
+      message(Path.basename(file, ".json"))
+    end
+  end
+
+  def message(name), do: vector(name, read("messages/#{name}.json"))
+
+  defp read(file), do: @directory |> Path.join(file) |> File.read!() |> JSON.decode!()
+
+  defp vector(name, json) do
+    %{
+      name: name,
+      frame: Base.decode16!(json["hex"], case: :lower),
+      value: value(json["value"]),
+      canonical?: Map.get(json, "canonical", true),
+      from: json["from"]
+    }
+  end
+
+  defp value(%{"$bin" => hex}), do: {:bin, Base.decode16!(hex, case: :lower)}
+  defp value(%{"$float" => "nan"}), do: :nan
+  defp value(%{"$float" => "infinity"}), do: :infinity
+  defp value(%{"$float" => "neg_infinity"}), do: :neg_infinity
+
+  defp value(%{"$ext" => [type, hex]}),
+    do: %Ext{type: type, data: Base.decode16!(hex, case: :lower)}
+
+  defp value(%{"$timestamp" => [seconds, nanoseconds]}),
+    do: %Timestamp{seconds: seconds, nanoseconds: nanoseconds}
+
+  defp value(%{} = map), do: Map.new(map, fn {key, value} -> {key, value(value)} end)
+  defp value(list) when is_list(list), do: Enum.map(list, &value/1)
+  defp value(scalar), do: scalar
+
+  @doc "What decoding yields for a term that was encoded: bins and strings are both binaries."
+  def decoded({:bin, bytes}), do: IO.iodata_to_binary(bytes)
+  def decoded(list) when is_list(list), do: Enum.map(list, &decoded/1)
+  def decoded(%_{} = struct), do: struct
+
+  def decoded(%{} = map),
+    do: Map.new(map, fn {key, value} -> {to_string(key), decoded(value)} end)
+
+  def decoded(scalar), do: scalar
+end

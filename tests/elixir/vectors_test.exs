@@ -1,0 +1,77 @@
+defmodule Tinkex.CustomLoss.VectorsTest do
+  use ExUnit.Case, async: true
+
+  alias Tinkex.CustomLoss.{Batch, MessagePack, Protocol}
+  alias Tinkex.CustomLoss.Test.Vectors
+
+  test "every format decodes to its value, and its canonical form is what we encode" do
+    for vector <- Vectors.formats() do
+      assert {:ok, value} = MessagePack.decode(vector.frame), vector.name
+      assert value === Vectors.decoded(vector.value), vector.name
+
+      if vector.canonical?, do: assert(frame(vector.value) == vector.frame, vector.name)
+    end
+  end
+
+  test "every message decodes to its value and encodes to its bytes" do
+    for vector <- Vectors.messages() do
+      assert MessagePack.decode(vector.frame) === {:ok, Vectors.decoded(vector.value)},
+             vector.name
+
+      assert frame(vector.value) == vector.frame, vector.name
+    end
+  end
+
+  test "every invalid frame is refused" do
+    for vector <- Vectors.invalid() do
+      assert {:error, %MessagePack.DecodeError{}} = MessagePack.decode(vector.frame), vector.name
+    end
+  end
+
+  test "every message of the host is what the protocol encodes for the same request" do
+    host = Enum.filter(Vectors.messages(), &(&1.from == "host"))
+    assert length(host) > 10
+    for vector <- host, do: assert(request(vector.value) == vector.frame, vector.name)
+  end
+
+  test "every message of the worker is understood" do
+    for vector <- Vectors.messages(), vector.from == "worker" do
+      id = vector.value["id"]
+
+      case {vector.value["op"], Protocol.decode(vector.frame)} do
+        {"ready", {:ready, ready}} -> assert ready.protocol == vector.value["protocol"]
+        {"result", {:result, ^id, _}} -> :ok
+        {"result", {:error, ^id, %{kind: :protocol}}} -> assert vector.name =~ "ext_as_loss"
+        {"error", {:error, ^id, error}} -> same_error(error, vector.value["error"])
+        {"log", {:log, log}} -> assert to_string(log.level) == vector.value["level"]
+        {_op, other} -> flunk("#{vector.name}: #{inspect(other)}")
+      end
+    end
+  end
+
+  defp same_error(error, wire) do
+    for {key, value} <- error do
+      assert if(key == :kind, do: to_string(value), else: value) == wire[to_string(key)]
+    end
+  end
+
+  defp request(%{"op" => "compute"} = message) do
+    message
+    |> Map.new(fn {key, value} -> {String.to_existing_atom(key), value} end)
+    |> Map.update!(:logprobs, &batch/1)
+    |> Protocol.encode_compute()
+    |> IO.iodata_to_binary()
+  end
+
+  defp request(%{"op" => "cancel", "id" => id}), do: binary(Protocol.encode_cancel(id))
+  defp request(%{"op" => "terms", "id" => id}), do: binary(Protocol.encode_terms(id))
+  defp request(%{"op" => "ping", "id" => id}), do: binary(Protocol.encode_ping(id))
+
+  defp batch(%{"data" => {:bin, data}} = wire) do
+    {:ok, batch} = Batch.from_wire(%{wire | "data" => data})
+    batch
+  end
+
+  defp frame(term), do: term |> MessagePack.encode() |> binary()
+  defp binary(iodata), do: IO.iodata_to_binary(iodata)
+end
