@@ -26,7 +26,13 @@ PATIENCE = 60.0  # seconds; only a failing test waits that long
 class PortClient:
     """Starts ``python -m tinker_custom_loss.port`` and speaks with it."""
 
-    def __init__(self, *options: str, load: list[str] | None = None, await_ready: bool = True):
+    def __init__(
+        self,
+        *options: str,
+        load: list[str] | None = None,
+        await_ready: bool = True,
+        module: str = "tinker_custom_loss.port",
+    ):
         for path in load or []:
             options = (*options, "--load", str(path))
         from_host, self.to_worker = os.pipe()
@@ -40,7 +46,7 @@ class PortClient:
             os.dup2(writing, 4)
 
         self.process = subprocess.Popen(
-            [sys.executable, "-u", "-m", "tinker_custom_loss.port", *options],
+            [sys.executable, "-u", "-m", module, *options],
             pass_fds=(3, 4),
             preexec_fn=put_at_3_and_4,
             stdout=self.stderr,

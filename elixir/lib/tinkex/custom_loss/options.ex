@@ -161,6 +161,14 @@ waits for a term that never returns as long as that takes."
              ]
            ]
 
+  @sandbox Keyword.take(@start, [:name, :python, :load, :python_path, :env, :cd, :threads]) ++
+             [
+               seed: [type: :integer, default: 0, doc: "of the model's initial parameters."],
+               start_timeout: @start[:start_timeout]
+             ]
+
+  @check Keyword.take(@call, [:base_loss, :regularizers, :step])
+
   @doc "The validated options of a pool, as a map."
   def start!(opts), do: validate!(opts, @start, "Tinkex.CustomLoss")
 
@@ -186,9 +194,17 @@ waits for a term that never returns as long as that takes."
     options
   end
 
+  @doc "The validated options of a sandbox, as a map."
+  def sandbox!(opts), do: validate!(opts, @sandbox, "Tinkex.CustomLoss.Sandbox")
+
+  @doc "The validated options of a sandbox's gradient check, as a map."
+  def check!(opts),
+    do: opts |> validate!(@check, "Tinkex.CustomLoss.Sandbox.check_gradient/3") |> terms!()
+
   def start_docs, do: docs(@start)
   def call_docs, do: docs(@call)
   def train_docs, do: docs(@train -- @call)
+  def sandbox_docs, do: docs(@sandbox)
 
   defp docs(schema) do
     Enum.map_join(schema, "\n", fn {key, option} ->
@@ -248,6 +264,8 @@ waits for a term that never returns as long as that takes."
 
   defp problem({:integer, low, high}, value),
     do: unless(is_integer(value) and value in low..high, do: "an integer from #{low} to #{high}")
+
+  defp problem(:integer, value), do: unless(is_integer(value), do: "an integer")
 
   defp problem(:timeout, :infinity), do: nil
 

@@ -7,13 +7,15 @@ defmodule Tinkex.CustomLoss.Python do
   @module "tinker_custom_loss.port"
 
   @doc """
-  Starts the operating system's process of a worker. The calling process owns the port.
+  Starts the operating system's process of a worker, or of what `args` say. The calling process owns
+  the port.
 
   There is no shell in between, so that the process is the one that signals reach. The BEAM makes
   each such process the leader of its own process group, whose number is its pid.
   """
-  @spec open(map()) :: {:ok, port(), os_pid :: pos_integer() | nil} | {:error, WorkerError.t()}
-  def open(config) do
+  @spec open(map(), [String.t()]) ::
+          {:ok, port(), os_pid :: pos_integer() | nil} | {:error, WorkerError.t()}
+  def open(config, args) do
     with {:ok, python} <- find(config.python) do
       options = [
         {:packet, 4},
@@ -22,7 +24,7 @@ defmodule Tinkex.CustomLoss.Python do
         :binary,
         :exit_status,
         :hide,
-        args: args(config),
+        args: ["-u", "-m" | args],
         env: env(config)
       ]
 
@@ -71,19 +73,20 @@ defmodule Tinkex.CustomLoss.Python do
 
   defp env_var(name), do: with("" <- System.get_env(name, ""), do: nil)
 
-  defp args(config) do
-    (Enum.flat_map(config.load, &["--load", &1]) ++
-       [
-         "--max-frame",
-         "#{config.max_frame}",
-         "--max-in-flight",
-         "#{config.max_in_flight}",
-         "--threads",
-         "#{config.threads}",
-         "--log-level",
-         "#{config.log_level}"
-       ])
-    |> then(&(["-u", "-m", @module] ++ &1))
+  @doc "What a worker is told."
+  @spec worker_args(map()) :: [String.t()]
+  def worker_args(config) do
+    [@module | Enum.flat_map(config.load, &["--load", &1])] ++
+      [
+        "--max-frame",
+        "#{config.max_frame}",
+        "--max-in-flight",
+        "#{config.max_in_flight}",
+        "--threads",
+        "#{config.threads}",
+        "--log-level",
+        "#{config.log_level}"
+      ]
   end
 
   defp env(config) do
