@@ -176,8 +176,22 @@ waits for a term that never returns as long as that takes."
   def call!(opts), do: opts |> validate!(@call, "Tinkex.CustomLoss.compute/4") |> terms!()
 
   @doc "The validated options of `forward_backward_custom/4`, as a map."
-  def train!(opts) do
-    opts |> validate!(@train, "Tinkex.CustomLoss.forward_backward_custom/4") |> terms!()
+  def train!(opts), do: train!(opts, @train, "Tinkex.CustomLoss.forward_backward_custom/4")
+
+  @doc "The validated options of `loss_fn/2`, as a map."
+  def loss_fn!(opts),
+    do: train!(opts, Keyword.delete(@train, :client_opts), "Tinkex.CustomLoss.loss_fn/2")
+
+  defp train!(opts, schema, where) do
+    options = opts |> validate!(schema, where) |> terms!()
+
+    unless options.gradients do
+      raise ArgumentError,
+            "#{where} trains on the gradient; for losses alone, with gradients: false, " <>
+              "call compute/4"
+    end
+
+    options
   end
 
   @doc "The validated options of a sandbox, as a map."
