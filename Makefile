@@ -61,7 +61,16 @@ bench: setup ## measure: one line a figure, NAME VALUE (target T) ok|short
 	@mix compile
 	-@mix run tests/bench/bridge.exs
 	-@$(BIN)/python tests/bench/native.py
+	-@$(BIN)/python tests/bench/concurrency.py 2>/dev/null
 
 .PHONY: clean
 clean: ## remove all that make made
 	rm -rf .venv .make _build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+# The oldest SDK that pyproject.toml allows, over the one of .venv; the newest is .venv's own.
+.PHONY: test-sdk-lowest
+test-sdk-lowest: setup ## run the tests of the native face with the oldest tinker
+	@test -d .make/tinker-lowest || $(BIN)/python -m pip install --quiet --no-deps \
+		--disable-pip-version-check --target .make/tinker-lowest 'tinker==0.30.0'
+	PYTHONPATH=.make/tinker-lowest $(BIN)/pytest tests/python/test_sdk.py tests/python/test_linear.py \
+		tests/python/test_losses.py tests/python/test_training_client.py

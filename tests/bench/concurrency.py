@@ -29,7 +29,7 @@ from tinker_custom_loss import Composer, Regularizer, forward_backward_custom, w
 from tinker_custom_loss.sandbox import SandboxServer
 
 TERMS, SECONDS, ROUNDS, TARGET = 4, 0.2, 5, 1.1
-WARM_UP_SECONDS = 30
+WARM_UP_SECONDS = 60
 
 
 def slow(data: Any, logprobs: list[torch.Tensor], *, seconds: float = SECONDS) -> Any:
