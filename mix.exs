@@ -19,6 +19,15 @@ end
 defmodule TinkexCustomLoss.MixProject do
   use Mix.Project
 
+  # A checkout of Tinkex in which `mix compile` was run: the tests of the bridge then use it, and its
+  # Nx and telemetry, where they have stand-ins otherwise. It has a build of its own, without them.
+  @tinkex System.get_env("TINKEX_PATH")
+
+  if @tinkex do
+    [_ | _] = found = Path.wildcard(Path.join(@tinkex, "_build/*/lib/*/ebin"))
+    Enum.each(found, &Code.append_path/1)
+  end
+
   @version "0.1.0"
   @description "Custom losses for Tinker from Elixir: named, weighted regularizers, differentiated by PyTorch"
 
@@ -30,6 +39,8 @@ defmodule TinkexCustomLoss.MixProject do
       elixir: "~> 1.14",
       elixirc_paths: elixirc_paths(Mix.env()),
       compilers: [:tinkex_python | Mix.compilers()],
+      build_path: if(@tinkex, do: "_build/tinkex", else: "_build"),
+      prune_code_paths: is_nil(@tinkex),
       test_paths: ["tests/elixir", "tests/bridge"],
       start_permanent: Mix.env() == :prod,
       deps: deps(),

@@ -275,14 +275,14 @@ class Composer:
             )
             for index, started in sorted(pending.items()):
                 term = self._terms[index]
-                if started.future.done():
-                    del pending[index]
-                    with _skipping(term, index, results):
-                        results[index] = started.outcome(term.name)
-                elif time.monotonic() >= started.expires:
+                if started.late:
                     del pending[index]
                     with _skipping(term, index, results):
                         raise started.time_out(term.name, term.timeout or 0.0)
+                elif started.future.done():
+                    del pending[index]
+                    with _skipping(term, index, results):
+                        results[index] = started.outcome(term.name)
 
     def _compose(
         self,

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import contextvars
 import os
 import pickle
-import queue
+import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .batch import TensorBatch
@@ -40,52 +39,9 @@ from .evaluation import (
 )
 from .processes import ProcessRun
 from .regularizer import Regularizer
+from .threads import THREADS
 
 __all__ = ["THREADS", "Started", "check_picklable", "runs_inline", "start"]
-
-
-class Threads(concurrent.futures.Executor):
-    """Daemon threads, reused: as many as there is work at one time.
-
-    A ThreadPoolExecutor joins its threads when the interpreter ends, so one term that never
-    returns would keep the process alive for ever; and a bounded pool would make terms wait.
-    """
-
-    def __init__(self) -> None:
-        self._idle: list[queue.SimpleQueue[Callable[[], None]]] = []
-        self._lock = threading.Lock()
-
-    def submit(
-        self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any
-    ) -> concurrent.futures.Future[Any]:
-        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
-        context = contextvars.copy_context()
-
-        def job() -> None:
-            if not future.set_running_or_notify_cancel():
-                return
-            try:
-                result = context.run(fn, *args, **kwargs)
-            except BaseException as error:
-                future.set_exception(error)
-            else:
-                future.set_result(result)
-
-        with self._lock:
-            inbox = self._idle.pop() if self._idle else None
-        if inbox is None:
-            inbox = queue.SimpleQueue()
-            threading.Thread(
-                target=self._work, args=(inbox,), name="tinker-custom-loss-term", daemon=True
-            ).start()
-        inbox.put(job)
-        return future
-
-    def _work(self, inbox: queue.SimpleQueue[Callable[[], None]]) -> None:
-        while True:
-            inbox.get()()
-            with self._lock:
-                self._idle.append(inbox)
 
 
 class _EventLoop:
@@ -109,14 +65,13 @@ class _EventLoop:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
 
-THREADS = Threads()
 _LOOP = _EventLoop()
 
 
 def _forget_after_fork() -> None:
     """Threads do not survive a fork; the child starts its own."""
-    global THREADS, _LOOP
-    THREADS, _LOOP = Threads(), _EventLoop()
+    global _LOOP
+    _LOOP = _EventLoop()
 
 
 if hasattr(os, "register_at_fork"):
@@ -135,6 +90,15 @@ class Started:
     finish: Callable[[Any], Outcome]
     abandon: Callable[[], object]
     expires: float  # time.monotonic()
+    _ended: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.future.add_done_callback(lambda _: self._ended.append(time.monotonic()))
+
+    @property
+    def late(self) -> bool:
+        """Whether it has outlived its timeout, even if it ended while inline terms still ran."""
+        return (self._ended[0] if self._ended else time.monotonic()) >= self.expires
 
     def outcome(self, name: str) -> Outcome:
         """The outcome of a term whose future is done.
@@ -174,13 +138,21 @@ def check_picklable(term: Regularizer) -> None:
         return
     try:
         pickle.dumps((term.fn, dict(term.params)))
+        _check_importable(term.fn)
     except Exception as error:
         raise RequestError(
             f'regularizer "{term.name}" cannot run in a process, because its function or params '
-            f"cannot be pickled: {error}; define the function at the top level of a module, or "
-            "set run_in_executor to True",
+            f"cannot be pickled: {error}; define the function at the top level of a module file, "
+            "or set run_in_executor to True",
             path="run_in_executor",
         ) from error
+
+
+def _check_importable(fn: object) -> None:
+    """What a notebook or a prompt defines pickles by a name that no other process can look up."""
+    main = sys.modules["__main__"]
+    if getattr(fn, "__module__", None) == "__main__" and not hasattr(main, "__file__"):
+        raise pickle.PicklingError("it is defined in a notebook or at a prompt")
 
 
 def start(
@@ -195,7 +167,7 @@ def start(
         future = THREADS.submit(evaluate, call, data, logprobs, gradients)
         return Started(future, _as_is, future.cancel, expires)
 
-    values = logprobs.flat.cpu().numpy()
+    values = logprobs.flat.detach().cpu().numpy()
     parcel = Parcel(call, data, values, logprobs.shapes, gradients)
 
     def finish(reply: ParcelReply) -> Outcome:
@@ -218,7 +190,7 @@ def _start_async(
     leaf = leaf_of(logprobs)
 
     async def awaited() -> Any:
-        with running(call.name), guarding(call.name, leaf):
+        with running(call.name), guarding(call.name, leaf, awaiting=True):
             return await call(data, leaf)
 
     def finish(returned: object) -> Outcome:

@@ -226,7 +226,7 @@ def _client_side(handle: Any) -> Callable[[Sequence[Datum], Sequence[Tensor]], A
             loss, its_metrics = handle.graph(values, *inputs)
             losses.append(loss)
             for key, value in its_metrics.items():
-                metrics.setdefault(key, []).append(float(value))
+                metrics.setdefault(key, []).append(float(value.detach()))
         reduced = {
             key: math.fsum(values) / (len(data) if key.endswith(":mean") else 1)
             for key, values in metrics.items()

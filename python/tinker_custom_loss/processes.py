@@ -15,6 +15,7 @@ import pickle
 import signal
 import sys
 import threading
+import traceback
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ import torch
 
 from .errors import TermError, TermTimeoutError
 from .evaluation import Parcel, ParcelReply, evaluate_parcel
+from .threads import THREADS
 
 if TYPE_CHECKING:
     from multiprocessing.context import SpawnProcess
@@ -33,6 +35,16 @@ _START_UP_SECONDS = 120.0  # importing torch from a cold disk, with room
 _alive: set[_Worker] = set()
 _idle: list[_Worker] = []
 _lock = threading.Lock()
+
+
+def _forget_after_fork() -> None:
+    """The processes are the parent's: two of us on one pipe would read each other's replies."""
+    _alive.clear()
+    _idle.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_after_fork)
 
 
 def die_with_parent(expected_parent: int) -> None:
@@ -48,7 +60,17 @@ def warm(count: int) -> None:
     """Start processes until there are ``count``: importing torch takes one about two seconds."""
     with _lock:
         missing = count - len(_alive)
-    _idle.extend(_Worker() for _ in range(missing))
+    _idle.extend(_spawn() for _ in range(missing))
+
+
+def _spawn() -> _Worker:
+    """A new process, started by a thread that never ends.
+
+    Linux counts the *thread* that started a process as its parent: with ``PR_SET_PDEATHSIG`` a
+    process dies when that thread does.
+    """
+    worker: _Worker = THREADS.submit(_Worker).result()
+    return worker
 
 
 class ProcessRun:
@@ -81,8 +103,19 @@ class ProcessRun:
         except BaseException:
             worker.kill()
             raise
-        with _lock:
-            _idle.append(worker)
+        with self._guard:
+            self._worker = None  # from here on it may be running somebody else's term
+            with _lock:
+                if not self._killed:
+                    _idle.append(worker)
+        if reply.failure is not None and reply.failure["term"] is None:
+            raise TermError(
+                f'the process of the term "{name}" cannot load it: {reply.failure["message"]}; '
+                "its function must be at the top level of a module that can be imported there",
+                term=name,
+                error_type=reply.failure["error_type"],
+                traceback=reply.failure["traceback"],
+            )
         return reply
 
     def kill(self) -> None:
@@ -101,7 +134,7 @@ class ProcessRun:
                     worker = candidate
                 else:
                     _alive.discard(candidate)
-        worker = worker or _Worker()
+        worker = worker or _spawn()
         with self._guard:
             self._worker = worker
             if self._killed:
@@ -184,7 +217,14 @@ def _serve(pipe: Connection, parent: int) -> None:
 def _answer(work: bytes) -> ParcelReply:
     try:
         parcel: Parcel = pickle.loads(work)
-    except Exception as error:  # the term's module cannot be imported here
-        failure = TermError.from_exception("(unpickling)", error)
-        return ParcelReply(None, {"message": str(failure), "term": "(unpickling)"})
+    except Exception as error:  # whose term it is, only the parent knows
+        return ParcelReply(
+            None,
+            {
+                "message": str(error),
+                "term": None,
+                "error_type": type(error).__qualname__,
+                "traceback": "".join(traceback.format_exception(error)),
+            },
+        )
     return evaluate_parcel(parcel)

@@ -24,6 +24,7 @@ from tinker_custom_loss.port.messages import (
     decode_batch,
     decode_compute,
     decode_data,
+    decode_terms,
     encode_batch,
 )
 
@@ -204,9 +205,9 @@ def request(**fields):
 class TestCompute:
     def test_defaults(self):
         decoded = decode_compute(request())
-        assert decoded.base_loss is None
         assert (decoded.step, decoded.gradients) == (0, True)
-        (term,) = decoded.regularizers
+        base_loss, (term,) = decode_terms(request())
+        assert base_loss is None
         assert (term.fn, term.params) == ("l2", {})
         assert term.options == {
             "name": "term",
@@ -219,8 +220,8 @@ class TestCompute:
         }
 
     def test_bins_in_params_are_bytes_of_their_own(self):
-        decoded = decode_compute(request(params={"a": [b"x"], "b": {"c": b"y"}}))
-        params = decoded.regularizers[0].params
+        _, (term,) = decode_terms(request(params={"a": [b"x"], "b": {"c": b"y"}}))
+        params = term.params
         assert params == {"a": [b"x"], "b": {"c": b"y"}}
         assert type(params["a"][0]) is type(params["b"]["c"]) is bytes
 

@@ -64,6 +64,7 @@ defmodule Tinkex.CustomLoss do
   alias Tinkex.CustomLoss.{
     Call,
     Data,
+    LossFn,
     Output,
     Pool,
     Reaper,
@@ -227,6 +228,31 @@ defmodule Tinkex.CustomLoss do
   @spec forward_backward_custom(server(), term(), [Data.datum()], keyword()) :: {:ok, Task.t()}
   def forward_backward_custom(server, training_client, data, opts \\ []),
     do: Training.forward_backward_custom(server, training_client, data, Options.train!(opts))
+
+  @doc """
+  A loss function for Tinkex's own `forward_backward_custom/4`: its third argument.
+
+      loss_fn = Tinkex.CustomLoss.loss_fn(MyLoss, base_loss: :nll, regularizers: regularizers)
+      {:ok, task} = Tinkex.TrainingClient.forward_backward_custom(client, data, loss_fn)
+      {:ok, output} = Task.await(task, :infinity)
+
+  It takes the datums and a list of Nx tensors, one a datum, and returns `{loss, metrics}`. Tinkex
+  calls it once with tensors and once under `Nx.Defn.grad`; the bridge is asked once, and its
+  gradient is what grad comes to. `output.metrics` are then those of
+  `forward_backward_custom/4`, but without `"surrogate_loss:sum"`.
+
+  Where the loss fails, the task comes to `{:error, %Tinkex.Error{}}` with the exception in
+  `data.exception`. The server was then sent a backward pass with a gradient of zero, since Tinkex
+  has reserved a number for it that the server waits for; a raised error would leave the training
+  client stuck for good.
+
+  ## Options
+
+  Those of `forward_backward_custom/4`; `:client_opts` are Tinkex's fourth argument instead. Raises
+  `ArgumentError` where one is not valid, and where Nx is not there.
+  """
+  @spec loss_fn(server(), keyword()) :: ([Data.datum()], [Tensor.t()] -> {Tensor.t(), map()})
+  def loss_fn(server, opts \\ []), do: LossFn.new(server, Options.loss_fn!(opts))
 
   @doc """
   What may be named in `:fn`: built-in terms and those of the modules in `:load`.

@@ -204,6 +204,7 @@ def pack_pieces(message: dict[str, Any]) -> list[Buffer]:
 
 _HOLE = msgpack.packb(msgpack.ExtType(0, os.urandom(16)))
 _HOLE_VALUE = msgpack.unpackb(_HOLE)
+_STRINGS = {str}
 _SCALARS = {float, int, str, bool, type(None)}
 
 
@@ -213,11 +214,13 @@ def _sorted(value: Any, depth: int, bins: list[memoryview] | None) -> Any:
     if kind in _SCALARS:
         return value
     if issubclass(kind, dict):
-        _check_map(value, depth)
+        _check_depth(depth)
+        if not _STRINGS.issuperset(map(type, value)):
+            _check_keys(value)
         # Code points and UTF-8 bytes sort alike.
         return {
-            key: inner if type(inner) in _SCALARS else _sorted(inner, depth + 1, bins)
-            for key, inner in sorted(value.items())
+            key: inner if type(inner := value[key]) in _SCALARS else _sorted(inner, depth + 1, bins)
+            for key in sorted(value)
         }
     if kind in (list, tuple):
         _check_depth(depth)
@@ -232,8 +235,7 @@ def _sorted(value: Any, depth: int, bins: list[memoryview] | None) -> Any:
     return value
 
 
-def _check_map(value: dict[Any, Any], depth: int) -> None:
-    _check_depth(depth)
+def _check_keys(value: dict[Any, Any]) -> None:
     for key in value:
         if not isinstance(key, str):
             raise TypeError(f"a map key must be a string, got {key!r}")

@@ -8,6 +8,8 @@ import traceback
 from collections.abc import Mapping
 from typing import Any
 
+import msgpack
+
 from ..composer import Composer
 from ..errors import (
     CustomLossError,
@@ -20,7 +22,7 @@ from ..terms import Term
 from .cancellation import interruptible
 from .logs import shorten
 from .messagepack import Buffer
-from .messages import ComputeRequest, TermSpec, decode_compute, encode_batch, name_of, unpack
+from .messages import TermSpec, decode_compute, decode_terms, encode_batch, name_of, unpack
 
 __all__ = ["Service", "error_message", "id_of", "parse"]
 
@@ -61,7 +63,7 @@ class Service:
     ) -> None:
         self.registry = registry
         self._inline_lock = inline_lock
-        self._composers: dict[str, Composer] = {}
+        self._composers: dict[bytes, Composer] = {}
 
     def compute(
         self, message: Mapping[str, Any], cancelled: threading.Event | None = None
@@ -72,7 +74,7 @@ class Service:
             CustomLossError: whatever is at fault, see :mod:`tinker_custom_loss.errors`.
         """
         request = decode_compute(message)
-        composition = self._composer(request).compute(
+        composition = self._composer(message).compute(
             request.data,
             request.logprobs,
             step=request.step,
@@ -91,20 +93,20 @@ class Service:
         """The ``result`` of a ``terms`` message, without its id."""
         return {"op": "result", "terms": self.registry.describe()}
 
-    def _composer(self, request: ComputeRequest) -> Composer:
+    def _composer(self, message: Mapping[str, Any]) -> Composer:
         """A training loop asks for the same terms at every step: check them once."""
-        key = _key(request)
-        composer = None if key is None else self._composers.get(key)
+        key = msgpack.packb([message.get("base_loss"), message.get("regularizers")], default=repr)
+        composer = self._composers.get(key)
         if composer is None:
-            composer = self._new_composer(request)
-            if key is not None:
+            base, regularizers = decode_terms(message)
+            composer = self._new_composer(base, regularizers)
+            if not any(_could_change(spec.params) for spec in [base, *regularizers] if spec):
                 if len(self._composers) >= _MOST_COMPOSERS:
                     self._composers.clear()
                 self._composers[key] = composer
         return composer
 
-    def _new_composer(self, request: ComputeRequest) -> Composer:
-        base = request.base_loss
+    def _new_composer(self, base: TermSpec | None, regularizers: list[TermSpec]) -> Composer:
         return Composer(
             None if base is None else self._fn(base, BASE_LOSS),
             [
@@ -113,7 +115,7 @@ class Service:
                     "fn": self._fn(spec, f"regularizers[{index}]"),
                     "params": spec.params,
                 }
-                for index, spec in enumerate(request.regularizers)
+                for index, spec in enumerate(regularizers)
             ],
             base_params=None if base is None else base.params,
             inline_lock=self._inline_lock,
@@ -128,14 +130,9 @@ class Service:
         return interruptible(fn) if inline and not isinstance(fn, Term) else fn
 
 
-def _key(request: ComputeRequest) -> str | None:
-    """Equal for requests whose composer is the same. None if a term could change one of its
-    params, which the next request must not see."""
-    specs = [request.base_loss, *request.regularizers]
-    for spec in specs:
-        if spec is not None and not _CONSTANTS.issuperset(map(type, spec.params.values())):
-            return None
-    return repr(specs)
+def _could_change(params: Mapping[str, Any]) -> bool:
+    """Whether a term could change its params, which no other request must see."""
+    return not _CONSTANTS.issuperset(map(type, params.values()))
 
 
 def error_message(error: BaseException, request_id: int | None = None) -> dict[str, Any]:

@@ -4,10 +4,14 @@ It trains a tiny byte-level language model on the CPU: enough to run real traini
 with the official client or with Tinkex, without a key, a network or a GPU.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from .examples import VOCABULARY, Examples
 from .gradient_check import GradientCheck, check_gradient
 from .model import AdamParams, ForwardBackwardResult, LanguageModel
-from .server import SandboxServer
+
+if TYPE_CHECKING:
+    from .server import SandboxServer
 
 __all__ = [
     "VOCABULARY",
@@ -19,3 +23,12 @@ __all__ = [
     "SandboxServer",
     "check_gradient",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # The server imports tinker, which takes a second that the Erlang port need not wait.
+    if name == "SandboxServer":
+        from .server import SandboxServer
+
+        return SandboxServer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

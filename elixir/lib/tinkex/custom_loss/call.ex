@@ -173,10 +173,11 @@ defmodule Tinkex.CustomLoss.Call do
   defp lost(_call, _request, losses),
     do: {:error, %WorkerError{reason: {:lost, Enum.reverse(losses)}}}
 
-  defp exception(%{kind: :request} = error),
+  @doc "The exception that tells of an error of the protocol."
+  def exception(%{kind: :request} = error),
     do: %RequestError{reason: error.message, path: error.path}
 
-  defp exception(%{kind: kind} = error) when kind in [:term, :deadline] do
+  def exception(%{kind: kind} = error) when kind in [:term, :deadline] do
     %TermError{
       term: error.term,
       type: error.type,
@@ -188,13 +189,13 @@ defmodule Tinkex.CustomLoss.Call do
     }
   end
 
-  defp exception(%{kind: :protocol, message: sentence}),
+  def exception(%{kind: :protocol, message: sentence}),
     do: %WorkerError{reason: {:protocol, sentence}}
 
   # internal, and what no worker answers to a request that nobody cancelled.
-  defp exception(%{message: sentence, traceback: nil}),
+  def exception(%{message: sentence, traceback: nil}),
     do: %WorkerError{reason: {:internal, sentence}}
 
-  defp exception(%{message: sentence, traceback: traceback}),
+  def exception(%{message: sentence, traceback: traceback}),
     do: %WorkerError{reason: {:internal, "#{sentence}\n\n#{traceback}"}}
 end

@@ -161,6 +161,14 @@ waits for a term that never returns as long as that takes."
              ]
            ]
 
+  @sandbox Keyword.take(@start, [:name, :python, :load, :python_path, :env, :cd, :threads]) ++
+             [
+               seed: [type: :integer, default: 0, doc: "of the model's initial parameters."],
+               start_timeout: @start[:start_timeout]
+             ]
+
+  @check Keyword.take(@call, [:base_loss, :regularizers, :step])
+
   @doc "The validated options of a pool, as a map."
   def start!(opts), do: validate!(opts, @start, "Tinkex.CustomLoss")
 
@@ -168,13 +176,35 @@ waits for a term that never returns as long as that takes."
   def call!(opts), do: opts |> validate!(@call, "Tinkex.CustomLoss.compute/4") |> terms!()
 
   @doc "The validated options of `forward_backward_custom/4`, as a map."
-  def train!(opts) do
-    opts |> validate!(@train, "Tinkex.CustomLoss.forward_backward_custom/4") |> terms!()
+  def train!(opts), do: train!(opts, @train, "Tinkex.CustomLoss.forward_backward_custom/4")
+
+  @doc "The validated options of `loss_fn/2`, as a map."
+  def loss_fn!(opts),
+    do: train!(opts, Keyword.delete(@train, :client_opts), "Tinkex.CustomLoss.loss_fn/2")
+
+  defp train!(opts, schema, where) do
+    options = opts |> validate!(schema, where) |> terms!()
+
+    unless options.gradients do
+      raise ArgumentError,
+            "#{where} trains on the gradient; for losses alone, with gradients: false, " <>
+              "call compute/4"
+    end
+
+    options
   end
+
+  @doc "The validated options of a sandbox, as a map."
+  def sandbox!(opts), do: validate!(opts, @sandbox, "Tinkex.CustomLoss.Sandbox")
+
+  @doc "The validated options of a sandbox's gradient check, as a map."
+  def check!(opts),
+    do: opts |> validate!(@check, "Tinkex.CustomLoss.Sandbox.check_gradient/3") |> terms!()
 
   def start_docs, do: docs(@start)
   def call_docs, do: docs(@call)
   def train_docs, do: docs(@train -- @call)
+  def sandbox_docs, do: docs(@sandbox)
 
   defp docs(schema) do
     Enum.map_join(schema, "\n", fn {key, option} ->
@@ -234,6 +264,8 @@ waits for a term that never returns as long as that takes."
 
   defp problem({:integer, low, high}, value),
     do: unless(is_integer(value) and value in low..high, do: "an integer from #{low} to #{high}")
+
+  defp problem(:integer, value), do: unless(is_integer(value), do: "an integer")
 
   defp problem(:timeout, :infinity), do: nil
 

@@ -63,10 +63,12 @@ defmodule Tinkex.CustomLoss.Protocol do
   @spec encode_ping(id()) :: iodata()
   def encode_ping(id), do: MessagePack.encode(%{"op" => "ping", "id" => id})
 
-  defp term(nil), do: nil
-  defp term(%_{} = term), do: term |> Map.from_struct() |> term()
+  @doc false
+  # A base loss or regularizer, as a map of the wire.
+  def term(nil), do: nil
+  def term(%_{} = term), do: term |> Map.from_struct() |> term()
 
-  defp term(term),
+  def term(term),
     do: for({key, value} <- term, value != nil, into: %{}, do: {key, option(value)})
 
   defp option(value) when is_atom(value) and not is_boolean(value), do: Atom.to_string(value)

@@ -7,13 +7,15 @@ defmodule Tinkex.CustomLoss.Python do
   @module "tinker_custom_loss.port"
 
   @doc """
-  Starts the operating system's process of a worker. The calling process owns the port.
+  Starts the operating system's process of a worker, or of what `args` say. The calling process owns
+  the port.
 
   There is no shell in between, so that the process is the one that signals reach. The BEAM makes
   each such process the leader of its own process group, whose number is its pid.
   """
-  @spec open(map()) :: {:ok, port(), os_pid :: pos_integer() | nil} | {:error, WorkerError.t()}
-  def open(config) do
+  @spec open(map(), [String.t()]) ::
+          {:ok, port(), os_pid :: pos_integer() | nil} | {:error, WorkerError.t()}
+  def open(config, args) do
     with {:ok, python} <- find(config.python) do
       options = [
         {:packet, 4},
@@ -22,7 +24,7 @@ defmodule Tinkex.CustomLoss.Python do
         :binary,
         :exit_status,
         :hide,
-        args: args(config),
+        args: ["-u", "-m" | args],
         env: env(config)
       ]
 
@@ -42,7 +44,11 @@ defmodule Tinkex.CustomLoss.Python do
 
   @doc "The Python of the documented order, as an absolute path."
   @spec find(String.t() | nil) :: {:ok, Path.t()} | {:error, WorkerError.t()}
-  def find(given) do
+  def find(given), do: with({:ok, python, _source} <- choose(given), do: {:ok, python})
+
+  @doc "The same, with what named it."
+  @spec choose(String.t() | nil) :: {:ok, Path.t(), String.t()} | {:error, WorkerError.t()}
+  def choose(given) do
     {source, name} =
       cond do
         given -> {"the option :python", given}
@@ -56,7 +62,7 @@ defmodule Tinkex.CustomLoss.Python do
 
     cond do
       path && File.regular?(path) ->
-        {:ok, path}
+        {:ok, path, source}
 
       source == "PATH" ->
         not_started(
@@ -71,19 +77,20 @@ defmodule Tinkex.CustomLoss.Python do
 
   defp env_var(name), do: with("" <- System.get_env(name, ""), do: nil)
 
-  defp args(config) do
-    (Enum.flat_map(config.load, &["--load", &1]) ++
-       [
-         "--max-frame",
-         "#{config.max_frame}",
-         "--max-in-flight",
-         "#{config.max_in_flight}",
-         "--threads",
-         "#{config.threads}",
-         "--log-level",
-         "#{config.log_level}"
-       ])
-    |> then(&(["-u", "-m", @module] ++ &1))
+  @doc "What a worker is told."
+  @spec worker_args(map()) :: [String.t()]
+  def worker_args(config) do
+    [@module | Enum.flat_map(config.load, &["--load", &1])] ++
+      [
+        "--max-frame",
+        "#{config.max_frame}",
+        "--max-in-flight",
+        "#{config.max_in_flight}",
+        "--threads",
+        "#{config.threads}",
+        "--log-level",
+        "#{config.log_level}"
+      ]
   end
 
   defp env(config) do
@@ -139,17 +146,24 @@ defmodule Tinkex.CustomLoss.Python do
   """
   @spec diagnose(map(), non_neg_integer()) :: WorkerError.t()
   def diagnose(config, status) do
-    with {:ok, python} <- find(config.python), {:error, error} <- probe(python, config, status) do
+    with {:ok, python} <- find(config.python),
+         :ok <- check(python, config) do
+      {:error, error} =
+        not_started(
+          "#{python} exited with status #{status} before it was ready; what it said is on the " <>
+            "standard error of the BEAM. To see it again, run: #{python} -m #{@module}"
+        )
+
       error
     else
       {:error, error} -> error
     end
   end
 
-  defp probe(python, config, status) do
-    env = for {name, value} <- env(config), do: {"#{name}", (value && "#{value}") || nil}
-
-    case System.cmd(python, ["-c", @probe], env: env, stderr_to_stdout: true) do
+  @doc "Whether a Python is new enough and has the packages, without importing them."
+  @spec check(Path.t(), map()) :: :ok | {:error, WorkerError.t()}
+  def check(python, config) do
+    case cmd(python, ["-c", @probe], config, stderr_to_stdout: true) do
       {"version " <> version, 0} ->
         not_started("#{python} is Python #{String.trim(version)}: 3.11 or newer is needed")
 
@@ -157,11 +171,14 @@ defmodule Tinkex.CustomLoss.Python do
         lacking(python, names |> String.split() |> Enum.map(&install_name/1))
 
       _nothing_missing ->
-        not_started(
-          "#{python} exited with status #{status} before it was ready; what it said is on the " <>
-            "standard error of the BEAM. To see it again, run: #{python} -m #{@module}"
-        )
+        :ok
     end
+  end
+
+  @doc "`System.cmd/3` in the environment that workers have."
+  def cmd(python, args, config, opts \\ []) do
+    env = for {name, value} <- env(config), do: {"#{name}", (value && "#{value}") || nil}
+    System.cmd(python, args, [env: env] ++ opts)
   end
 
   defp install_name("tinker_custom_loss"), do: "tinker-custom-loss"
@@ -170,7 +187,11 @@ defmodule Tinkex.CustomLoss.Python do
   defp lacking(python, names) do
     list = Enum.join(names, ", ")
     run = Enum.join(names, " ")
-    not_started("#{python} lacks #{list}; run: #{python} -m pip install #{run}")
+
+    not_started(
+      "#{python} lacks #{list}; run: mix tinkex.custom_loss.setup, which makes an environment " <>
+        "that has it all, or: #{python} -m pip install #{run}"
+    )
   end
 
   @doc false

@@ -10,12 +10,14 @@ defmodule Tinkex.CustomLoss.Telemetry do
   | `[:tinkex, :custom_loss, :start]` | `system_time` | `regularizer_count`, `track_grad_norms` |
   | `[:tinkex, :custom_loss, :stop]` | `duration`, `loss_total`, `regularizer_total` | `regularizer_count` |
   | `[:tinkex, :custom_loss, :exception]` | `duration` | `regularizer_count`, `reason` (an exception struct) |
+  | `[:tinkex, :regularizer, :compute, :start]` | `system_time` | `regularizer_name`, `weight`, `async` |
   | `[:tinkex, :regularizer, :compute, :stop]` | `duration`, `value`, `contribution`, `grad_norm` | `regularizer_name`, `weight`, `async` |
   | `[:tinkex, :regularizer, :compute, :exception]` | `duration` | `regularizer_name`, `weight`, `async`, `reason` |
 
-  Events of regularizers follow once the step is computed, since they are measured in Python; the
-  last of them is that of a regularizer which was skipped. Durations are in native time units. All
-  have `pool`, the name of the pool, too.
+  Those of the regularizers follow once the step is computed, since they are measured in Python: the
+  `system_time` of their start is that of the step. The last event is `:exception` for one that was
+  skipped, or whose value is not finite, `reason` being a sentence. Durations are in native time
+  units. All have `pool`, the name of the pool, too.
 
   And those of the pool:
 
@@ -28,19 +30,75 @@ defmodule Tinkex.CustomLoss.Telemetry do
   | `[:tinkex_custom_loss, :deadline]` | `timeout`, ms | `pool`, `stage` (`:queued`, `:computing`) |
 
   `reason` is as in `Tinkex.CustomLoss.WorkerError`, whose message puts it in words.
+
+  To see them in the log, call `attach_logger/1`.
   """
 
-  alias Tinkex.CustomLoss.Output
+  alias Tinkex.CustomLoss.{EventLogger, Output}
+
+  @events [
+    [:tinkex, :custom_loss, :start],
+    [:tinkex, :custom_loss, :stop],
+    [:tinkex, :custom_loss, :exception],
+    [:tinkex, :regularizer, :compute, :start],
+    [:tinkex, :regularizer, :compute, :stop],
+    [:tinkex, :regularizer, :compute, :exception],
+    [:tinkex_custom_loss, :worker, :up],
+    [:tinkex_custom_loss, :worker, :down],
+    [:tinkex_custom_loss, :queue],
+    [:tinkex_custom_loss, :retry],
+    [:tinkex_custom_loss, :deadline]
+  ]
+
+  @doc "All events, for `:telemetry.attach_many/4`."
+  @spec events() :: [[atom()]]
+  def events, do: @events
+
+  @doc """
+  Logs what happens: a line a step, a line a regularizer, and the pool's troubles.
+
+    * `:handler_id` - to `detach/1` with; one is made if it is not given
+    * `:level` - of steps and regularizers, default `:info`. What went wrong is logged as `:warning`.
+
+  Returns the handler's id. Raises `ArgumentError` if the library `:telemetry` is not there.
+  """
+  @spec attach_logger(keyword()) :: term()
+  def attach_logger(opts \\ []) do
+    level = Keyword.get(opts, :level, :info)
+    id = Keyword.get(opts, :handler_id, {EventLogger, make_ref()})
+
+    with [key | _] <- Keyword.keys(opts) -- [:level, :handler_id] do
+      raise ArgumentError,
+            "attach_logger/1 has no option #{inspect(key)}; " <>
+              "its options are [:handler_id, :level]"
+    end
+
+    unless match?({:module, _}, load()) do
+      raise ArgumentError, "there is no :telemetry to attach to: add it to your dependencies"
+    end
+
+    arguments = [id, @events, &EventLogger.handle_event/4, %{level: level}]
+
+    case apply(:telemetry, :attach_many, arguments) do
+      :ok -> id
+      {:error, :already_exists} -> raise ArgumentError, "#{inspect(id)} is attached already"
+    end
+  end
+
+  @doc "Ends what `attach_logger/1` began."
+  @spec detach(term()) :: :ok | {:error, :not_found}
+  def detach(id), do: apply(:telemetry, :detach, [id])
 
   @doc false
   # Runs a computation, {:ok, output, result of Call.run/3} or {:error, exception}, between events.
   def span(pool, request, fun) do
     start = System.monotonic_time()
+    system_time = System.system_time()
     count = length(request.regularizers)
 
     execute(
       [:tinkex, :custom_loss, :start],
-      %{system_time: System.system_time()},
+      %{system_time: system_time},
       %{pool: pool, regularizer_count: count, track_grad_norms: request.gradients}
     )
 
@@ -51,7 +109,7 @@ defmodule Tinkex.CustomLoss.Telemetry do
     case result do
       {:ok, %Output{telemetry: telemetry} = output, %{async: async}} ->
         for {name, record} <- telemetry["regularizers"],
-            do: regularizer(name, record, %{pool: pool, async: name in async})
+            do: regularizer(name, record, system_time, %{pool: pool, async: name in async})
 
         measurements = %{
           duration: duration,
@@ -72,29 +130,30 @@ defmodule Tinkex.CustomLoss.Telemetry do
     result
   end
 
-  defp regularizer(name, record, metadata) do
+  defp regularizer(name, record, system_time, metadata) do
     metadata = Map.merge(metadata, %{regularizer_name: name, weight: record["weight"]})
+    event = &[:tinkex, :regularizer, :compute, &1]
     duration = native(record["seconds"])
+    execute(event.(:start), %{system_time: system_time}, metadata)
 
     case record do
-      %{"skipped" => true, "error" => error} ->
+      # Handlers do arithmetic with these.
+      %{"value" => value, "contribution" => contribution}
+      when is_number(value) and is_number(contribution) ->
         execute(
-          [:tinkex, :regularizer, :compute, :exception],
-          %{duration: duration},
-          Map.put(metadata, :reason, error)
-        )
-
-      _computed ->
-        execute(
-          [:tinkex, :regularizer, :compute, :stop],
+          event.(:stop),
           %{
             duration: duration,
-            value: record["value"],
-            contribution: record["contribution"],
+            value: value,
+            contribution: contribution,
             grad_norm: record["grad_norm"]
           },
           metadata
         )
+
+      %{"error" => error, "value" => value} ->
+        reason = error || "its value is #{value}"
+        execute(event.(:exception), %{duration: duration}, Map.put(metadata, :reason, reason))
     end
   end
 

@@ -8,12 +8,6 @@ defmodule Tinkex.CustomLoss.Training do
   def forward_backward_custom(server, training_client, data, options) do
     client = client!(training_client)
 
-    unless options.gradients do
-      raise ArgumentError,
-            "forward_backward_custom/4 trains on the gradient; for losses alone, with " <>
-              "gradients: false, call compute/4"
-    end
-
     unless is_list(data) and data != [] do
       raise ArgumentError, "expected data to be a list of datums, got: #{inspect(data)}"
     end
@@ -76,7 +70,8 @@ defmodule Tinkex.CustomLoss.Training do
 
   defp sent(datum), do: datum
 
-  defp metrics(metrics, output, form) do
+  @doc "The metrics of a training client with those of the custom loss."
+  def metrics(metrics, output, form) do
     telemetry = if form == :flat, do: Output.flat(output), else: output.telemetry
     metrics = metrics || %{}
 

@@ -158,7 +158,7 @@ defmodule Tinkex.CustomLoss.Worker do
   def terminate(_reason, _state, _data), do: :ok
 
   defp open(data) do
-    case Python.open(data.config) do
+    case Python.open(data.config, Python.worker_args(data.config)) do
       {:ok, port, os_pid} ->
         if os_pid, do: Reaper.watch(data.reaper, os_pid)
         Pool.worker(data.pool, data.index, {:starting, os_pid})

@@ -1,0 +1,91 @@
+defmodule Mix.Tasks.Tinkex.CustomLoss.Doctor do
+  @shortdoc "Checks that Tinkex.CustomLoss can work here"
+
+  @moduledoc """
+  Checks what `Tinkex.CustomLoss` needs, one line each, and says what to do about what is missing.
+
+      mix tinkex.custom_loss.doctor
+      mix tinkex.custom_loss.doctor --load my_losses --python path/to/python
+
+  Checked are Elixir; which Python is used and why; its version; its packages and their versions; the
+  modules in `--load`; a gradient; and a request through a real worker. What builds on a failed check
+  is not tried. The task's exit status is 1 if anything failed.
+
+  ## Options
+
+    * `--python` - as the option `:python` of a pool
+    * `--load` - as an entry of the option `:load` of a pool. Repeatable
+  """
+
+  use Mix.Task
+
+  alias Tinkex.CustomLoss
+  alias Tinkex.CustomLoss.{Options, Python}
+
+  @requirements ["app.config"]
+  @switches [python: :string, load: :keep]
+
+  @impl true
+  def run(args) do
+    config = args |> options!(@switches) |> pool_options() |> Options.start!()
+    ok("Elixir #{System.version()} on OTP #{System.otp_release()}")
+
+    with {:ok, python, source} <- Python.choose(config.python),
+         ok("#{source} names #{python}"),
+         :ok <- Python.check(python, config),
+         :ok <- python_doctor(python, config) do
+      round_trip(config)
+    else
+      {:error, error} -> fail(Exception.message(error))
+      :failed -> exit({:shutdown, 1})
+    end
+  end
+
+  @doc false
+  # Shared with the task `terms`.
+  def options!(args, switches) do
+    case OptionParser.parse(args, strict: switches) do
+      {opts, [], []} -> opts
+      {_, [word | _], _} -> Mix.raise("#{word}: expected options")
+      {_, _, [{option, _} | _]} -> Mix.raise("#{option}: there is no such option")
+    end
+  end
+
+  @doc false
+  def pool_options(opts),
+    do: Keyword.take(opts, [:python]) ++ [load: Keyword.get_values(opts, :load)]
+
+  @doc false
+  # A command of the Python package, whose output is ours.
+  def python(python, command, config) do
+    args = ["-m", "tinker_custom_loss", command | Enum.flat_map(config.load, &["--load", &1])]
+    {_, status} = Python.cmd(python, args, config, into: IO.stream(:stdio, :line))
+    if status == 0, do: :ok, else: :failed
+  end
+
+  defp python_doctor(python, config), do: python(python, "doctor", config)
+
+  defp round_trip(config) do
+    {:ok, _} = Application.ensure_all_started(:logger)
+    opts = [load: config.load, await_ready: true, name: __MODULE__]
+    opts = if config.python, do: [python: config.python] ++ opts, else: opts
+
+    with {:ok, pool} <- CustomLoss.start_link(opts),
+         {:ok, %{gradients: [[-1.0, -3.0]]}} <-
+           CustomLoss.compute(pool, nil, [[-0.5, -1.5]], base_loss: :l2) do
+      Supervisor.stop(pool)
+      ok("a worker answers through its port")
+    else
+      {:ok, output} -> fail("the gradient of l2 is wrong: #{inspect(output.gradients)}")
+      {:error, error} -> fail(Exception.message(error))
+    end
+  end
+
+  # The same columns as those of the Python package.
+  defp ok(what), do: Mix.shell().info("ok    " <> what)
+
+  defp fail(what) do
+    Mix.shell().info("FAIL  " <> what)
+    exit({:shutdown, 1})
+  end
+end

@@ -1,0 +1,37 @@
+defmodule Mix.Tasks.Tinkex.CustomLoss.Terms do
+  @shortdoc "Lists what can be named as a term"
+
+  @moduledoc """
+  Lists the terms that `:fn` of a base loss or regularizer may name, with their parameters.
+
+      mix tinkex.custom_loss.terms
+      mix tinkex.custom_loss.terms --load my_losses
+
+  ## Options
+
+    * `--python` - as the option `:python` of a pool
+    * `--load` - as an entry of the option `:load` of a pool. Repeatable
+  """
+
+  use Mix.Task
+
+  alias Mix.Tasks.Tinkex.CustomLoss.Doctor
+  alias Tinkex.CustomLoss.{Options, Python}
+
+  @requirements ["app.config"]
+  @switches [python: :string, load: :keep]
+
+  @impl true
+  def run(args) do
+    config = args |> Doctor.options!(@switches) |> Doctor.pool_options() |> Options.start!()
+
+    with {:ok, python} <- Python.find(config.python),
+         :ok <- Python.check(python, config),
+         :ok <- Doctor.python(python, "terms", config) do
+      :ok
+    else
+      {:error, error} -> Mix.raise(Exception.message(error))
+      :failed -> exit({:shutdown, 1})
+    end
+  end
+end

@@ -1,0 +1,99 @@
+defmodule Tinkex.CustomLoss.ReleaseTest do
+  # The package as Hex would carry it, in a project of its own, in a release of that project.
+  use ExUnit.Case, async: true
+
+  @root Path.expand("../..", __DIR__)
+  @moduletag :tmp_dir
+  @moduletag timeout: 300_000
+
+  @mix_exs """
+  defmodule Trainer.MixProject do
+    use Mix.Project
+
+    def project do
+      [app: :trainer, version: "1.0.0", deps: [{:tinkex_custom_loss, path: "../package"}]]
+    end
+
+    def application, do: [mod: {Trainer, []}, extra_applications: [:logger]]
+  end
+  """
+
+  @trainer """
+  defmodule Trainer do
+    use Application
+
+    def start(_type, _args) do
+      children = [
+        {Tinkex.CustomLoss, name: Trainer.Loss},
+        {Task, &step/0}
+      ]
+
+      Supervisor.start_link(children, strategy: :one_for_one)
+    end
+
+    defp step do
+      {:ok, output} =
+        Tinkex.CustomLoss.compute(Trainer.Loss, nil, [[-0.5, -1.5]], base_loss: :l2)
+
+      IO.puts("gradients \#{inspect(output.gradients)}")
+      IO.puts("sources \#{Application.app_dir(:tinkex_custom_loss, "priv/python")}")
+      System.stop()
+    end
+  end
+  """
+
+  # The files that `package: [files: ...]` lists, as `mix hex.build` would take them.
+  defp package!(target) do
+    files =
+      for pattern <- Mix.Project.config()[:package][:files],
+          found = Path.wildcard(Path.join(@root, pattern), match_dot: true),
+          path <- found,
+          do: path
+
+    for path <- files do
+      copy = Path.join(target, Path.relative_to(path, @root))
+      File.mkdir_p!(Path.dirname(copy))
+      File.cp_r!(path, copy)
+    end
+  end
+
+  defp cmd!(program, args, dir, env \\ []) do
+    python =
+      with {:ok, python} <- Tinkex.CustomLoss.Python.find(nil),
+           do: [{"TINKEX_CUSTOM_LOSS_PYTHON", python}]
+
+    clean =
+      for name <- ["MIX_ENV", "TINKEX_PATH", "MIX_BUILD_PATH", "PYTHONPATH"], do: {name, nil}
+
+    # Nothing is to be asked of Hex, also where it is installed.
+    clean = [{"TINKEX_CUSTOM_LOSS_DEPS", "none"}, {"HEX_OFFLINE", "1"} | clean]
+    env = clean ++ python ++ env
+    {output, status} = System.cmd(program, args, cd: dir, env: env, stderr_to_stdout: true)
+    assert status == 0, output
+    output
+  end
+
+  test "a release carries the Python sources and computes a gradient", %{tmp_dir: tmp} do
+    package!(Path.join(tmp, "package"))
+    project = Path.join(tmp, "trainer")
+    File.mkdir_p!(Path.join(project, "lib"))
+    File.write!(Path.join(project, "mix.exs"), @mix_exs)
+    File.write!(Path.join(project, "lib/trainer.ex"), @trainer)
+
+    # What a user of the package has to build must build without warnings.
+    output = cmd!("mix", ["release", "--quiet"], project, [{"MIX_ENV", "prod"}])
+    refute output =~ "warning", output
+
+    # Elsewhere, with everything that it was built from gone.
+    release = Path.join(tmp, "deployed")
+    File.rename!(Path.join(project, "_build/prod/rel/trainer"), release)
+    File.rm_rf!(project)
+    File.rm_rf!(Path.join(tmp, "package"))
+
+    output = cmd!(Path.join(release, "bin/trainer"), ["start"], release)
+    assert output =~ "gradients [[-1.0, -3.0]]"
+    assert [_, sources] = Regex.run(~r/^sources (.*)$/m, output)
+    assert String.starts_with?(sources, release)
+    assert File.regular?(Path.join(sources, "tinker_custom_loss/port/__main__.py"))
+  end
+end

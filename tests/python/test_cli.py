@@ -1,0 +1,71 @@
+"""``python -m tinker_custom_loss``: what it prints and how it exits."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from tinker_custom_loss import doctor
+from tinker_custom_loss.__main__ import main
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_doctor_prints_a_line_a_check(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 7
+    assert all(line.startswith("ok    ") for line in lines)
+    assert re.match(r"ok    torch \d", lines[4])
+    assert lines[-1] == "ok    a round trip: the gradient of l2 is 2 · logprobs"
+
+
+def test_doctor_says_what_to_install(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "REQUIRED", {"numpy": "999.1", "no_such_package": "1.0"})
+    assert main(["doctor"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    version = importlib.metadata.version("numpy")
+    assert lines[1].startswith(f"FAIL  numpy {version} is older than 999.1; run: ")
+    assert lines[1].endswith("-m pip install 'numpy>=999.1'")
+    assert lines[2].startswith("FAIL  no_such_package cannot be imported")
+    assert len(lines) == 3  # what builds on them is not tried
+
+
+def test_doctor_names_what_cannot_be_loaded(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken_losses.py"
+    broken.write_text("import no_such_package\n")
+    assert main(["doctor", "--load", str(broken)]) == 1
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("FAIL"))
+    assert "broken_losses.py" in line
+    assert "No module named 'no_such_package'" in line
+
+
+def test_the_versions_are_those_that_the_package_declares() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["dependencies"] == [f"{name}>={low}" for name, low in doctor.REQUIRED.items()]
+
+
+def test_terms_lists_builtin_and_loaded_terms(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "listed_losses.py").write_text(
+        "async def gap(data, logprobs, *, margin: float, power=2):\n"
+        '    """The gap.\n\n    More of it.\n    """\n'
+    )
+    assert main(["terms", "--load", str(tmp_path / "listed_losses.py")]) == 0
+    listed = capsys.readouterr().out
+    assert "l2(weights: str | None = None, reduction: str = 'sum')\n    builtin: " in listed
+    assert "listed_losses:gap(margin: float, power = 2)\n    loaded, async: The gap.\n\n" in listed
+
+
+def test_terms_of_a_module_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["terms", "--load", "no_such_module"]) == 1
+    assert "no_such_module" in capsys.readouterr().err
