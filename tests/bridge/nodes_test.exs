@@ -32,7 +32,7 @@ defmodule Tinkex.CustomLoss.NodesTest do
     pid = Node.spawn(node, Tinkex.CustomLoss.Bridge, :keep_pool, [opts, self()])
 
     on_exit(fn ->
-      Process.exit(pid, :kill)
+      Process.exit(pid, :shutdown)
       eventually(fn -> :erpc.call(node, Process, :whereis, [Far]) == nil end)
     end)
 

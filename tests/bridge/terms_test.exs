@@ -220,15 +220,14 @@ defmodule Tinkex.CustomLoss.TermsTest do
   for state <- [:idle, :loops, :sleeps, :holds_the_gil] do
     @tag :tmp_dir
     test "a BEAM that is killed leaves no process behind: #{state}", %{tmp_dir: dir} do
-      state = unquote(state)
       file = Path.join(dir, "pids")
 
       code = """
       {:ok, pool} = Tinkex.CustomLoss.start_link(load: [#{inspect(fixture("pathological.py"))}], await_ready: true)
       {:ok, %{workers: [%{os_pid: python}]}} = Tinkex.CustomLoss.info(pool)
       me = self()
-      if #{state != :idle} do
-        spawn(fn -> Tinkex.CustomLoss.compute(pool, nil, [[-1.0]], base_loss: "pathological:#{state}", timeout: :infinity) end)
+      if #{unquote(state != :idle)} do
+        spawn(fn -> Tinkex.CustomLoss.compute(pool, nil, [[-1.0]], base_loss: "pathological:#{unquote(state)}", timeout: :infinity) end)
         wait = fn wait -> match?({:ok, %{in_flight: 1}}, Tinkex.CustomLoss.info(pool)) || wait.(wait) end
         wait.(wait)
         Process.sleep(300)
