@@ -124,29 +124,31 @@ def running(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def guarding(name: str, leaf: TensorBatch | None = None) -> Iterator[None]:
+def guarding(
+    name: str, leaf: TensorBatch | None = None, *, awaiting: bool = False
+) -> Iterator[None]:
     """Whatever a term raises becomes a TermError that names it.
 
     ``sys.exit`` in a term ends that term, not the process. A term that changed its ``leaf`` in
-    place changed everyone's logprobs.
+    place changed everyone's logprobs. ``awaiting``: this is a task, which may be cancelled.
     """
     try:
         yield
     except BaseException as error:
-        if _is_for_others(error):
+        if _is_for_others(error, awaiting):
             raise
         _check_unchanged(name, leaf, error)
         raise TermError.from_exception(name, error) from error
     _check_unchanged(name, leaf, None)
 
 
-def _is_for_others(error: BaseException) -> bool:
+def _is_for_others(error: BaseException, awaiting: bool) -> bool:
     """Ctrl-C, which only ever reaches the main thread, is the user's own; and a task that is being
     cancelled must end as cancelled."""
     if isinstance(error, KeyboardInterrupt):
         return threading.current_thread() is threading.main_thread()
     if isinstance(error, asyncio.CancelledError):
-        return _in_event_loop()
+        return awaiting
     return isinstance(error, GeneratorExit)
 
 

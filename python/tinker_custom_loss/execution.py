@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import contextlib
 import os
 import pickle
 import sys
@@ -61,20 +60,9 @@ class _EventLoop:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
                 threading.Thread(
-                    target=_run_for_ever,
-                    args=(self._loop,),
-                    name="tinker-custom-loss-async",
-                    daemon=True,
+                    target=self._loop.run_forever, name="tinker-custom-loss-async", daemon=True
                 ).start()
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-
-
-def _run_for_ever(loop: asyncio.AbstractEventLoop) -> None:
-    while True:
-        # A task that raises KeyboardInterrupt has it as its outcome, and asyncio throws it out of
-        # the loop as well, under the terms that are still awaiting.
-        with contextlib.suppress(KeyboardInterrupt):
-            loop.run_forever()
 
 
 _LOOP = _EventLoop()
@@ -202,7 +190,7 @@ def _start_async(
     leaf = leaf_of(logprobs)
 
     async def awaited() -> Any:
-        with running(call.name), guarding(call.name, leaf):
+        with running(call.name), guarding(call.name, leaf, awaiting=True):
             return await call(data, leaf)
 
     def finish(returned: object) -> Outcome:

@@ -20,6 +20,7 @@ from tinker_custom_loss import TensorBatch
 from tinker_custom_loss.port.messages import decode_batch, encode_batch, pack, unpack
 
 HERE = Path(__file__).parent
+PATHOLOGICAL = str(HERE / "pathological.py")
 PATIENCE = 60.0  # seconds; only a failing test waits that long
 
 
@@ -51,7 +52,7 @@ class PortClient:
             preexec_fn=put_at_3_and_4,
             stdout=self.stderr,
             stderr=self.stderr,
-            cwd=HERE,
+            cwd=tempfile.gettempdir(),
             env={**os.environ, "PYTHONPATH": str(HERE.parents[1] / "python")},
         )
         os.close(from_host)

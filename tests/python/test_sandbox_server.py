@@ -503,6 +503,7 @@ def test_the_command_serves_until_interrupted():
         (["--host", "0.0.0.0"], "listens on loopback addresses alone"),
         (["--threads", "0"], "expected at least 1"),
         (["--port", "99999"], "--port"),
+        (["--load", "x"], "only an Erlang port names terms"),
     ],
 )
 def test_the_command_refuses_what_cannot_work(arguments, says, capsys):

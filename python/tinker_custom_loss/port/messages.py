@@ -13,12 +13,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgpack
 import torch
 
 from ..batch import Shape, TensorBatch
 from ..errors import ProtocolError, RequestError
 from .data import Column, WireData
-from .messagepack import Ext, pack, pack_pieces, unpack
+from .messagepack import pack, pack_pieces, unpack
 
 __all__ = [
     "DTYPES",
@@ -27,6 +28,7 @@ __all__ = [
     "decode_batch",
     "decode_compute",
     "decode_data",
+    "decode_terms",
     "encode_batch",
     "get",
     "name_of",
@@ -57,7 +59,8 @@ _NAMES: dict[type, str] = {
     memoryview: "a bin",
     list: "an array",
     dict: "a map",
-    Ext: "an ext",
+    msgpack.ExtType: "an ext",
+    msgpack.Timestamp: "a timestamp",
 }
 _REQUIRED: Any = object()
 _MAX_RANK = 8
@@ -77,12 +80,10 @@ class TermSpec:
 
 @dataclass(frozen=True)
 class ComputeRequest:
-    """A ``compute`` message."""
+    """A ``compute`` message, but for its terms."""
 
     logprobs: TensorBatch
     data: WireData
-    base_loss: TermSpec | None
-    regularizers: list[TermSpec]
     step: int
     gradients: bool
 
@@ -116,7 +117,7 @@ def get(
 
 
 def decode_compute(message: Mapping[str, Any]) -> ComputeRequest:
-    """A ``compute`` message, typed; its tensors are views of the frame.
+    """A ``compute`` message, but for its terms; its tensors are views of the frame.
 
     Raises:
         ProtocolError, RequestError: see the module.
@@ -134,17 +135,25 @@ def decode_compute(message: Mapping[str, Any]) -> ComputeRequest:
             f'expected a float dtype at `logprobs.dtype`, got "{_DTYPE_NAMES[flat.dtype]}"',
             path="logprobs.dtype",
         )
-    base = get(message, "base_loss", (dict,), default=None)
     return ComputeRequest(
         logprobs=TensorBatch(flat, tuple(shape for shape in shapes if shape is not None)),
         data=decode_data(get(message, "data", (dict,), default=None), len(shapes)),
-        base_loss=None if base is None else _base_loss(base),
-        regularizers=[
-            _regularizer(spec, f"regularizers[{index}]")
-            for index, spec in enumerate(get(message, "regularizers", (list,)))
-        ],
         step=get(message, "step", (int,), default=0),
         gradients=get(message, "gradients", (bool,), default=True),
+    )
+
+
+def decode_terms(message: Mapping[str, Any]) -> tuple[TermSpec | None, list[TermSpec]]:
+    """The base loss and the regularizers of a ``compute`` message.
+
+    Raises:
+        ProtocolError: see the module.
+    """
+    base = get(message, "base_loss", (dict,), default=None)
+    regularizers = get(message, "regularizers", (list,))
+    return (
+        None if base is None else _base_loss(base),
+        [_regularizer(spec, f"regularizers[{index}]") for index, spec in enumerate(regularizers)],
     )
 
 

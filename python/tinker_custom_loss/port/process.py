@@ -8,8 +8,10 @@ import os
 import select
 import signal
 import stat
+import subprocess
 import sys
 import threading
+from pathlib import Path
 from typing import NoReturn
 
 from ..processes import die_with_parent
@@ -51,11 +53,13 @@ def settle() -> None:
     threading.Thread(target=_end_with_host, name="tinker-custom-loss-host", daemon=True).start()
     # While C code holds the interpreter's lock no thread of ours can run, but the kernel can act.
     die_with_parent(os.getppid())
+    _start_guardian()
     _keep_freed_memory()
 
 
 def end(status: int) -> NoReturn:
-    """End now: no handler, no join, no flush. Status 0 takes what the terms started along."""
+    """End now: no handler, no join, no flush. With status 0, take along what the terms started,
+    rather than leave it to the guardian; nobody is there to read a status then."""
     if status == 0 and os.getpgrp() == os.getpid():
         os.killpg(0, signal.SIGKILL)
     os._exit(status)
@@ -67,6 +71,22 @@ def _end_with_host() -> None:
     poll.register(FROM_HOST, getattr(select, "POLLRDHUP", 0))  # and POLLHUP, which is always on
     poll.poll()
     end(0)
+
+
+def _start_guardian() -> None:
+    """Have what the terms start ended even when this process had no time to (Linux)."""
+    global _guardian
+    if sys.platform == "linux" and os.getpgrp() == os.getpid():
+        script = Path(__file__).with_name("guardian.py")
+        _guardian = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(script), str(os.getpid())],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+
+_guardian: subprocess.Popen[bytes] | None = None  # never waited for: it goes last
 
 
 def _give_terms_their_descriptors() -> None:
