@@ -39,7 +39,11 @@ defmodule Tinkex.CustomLoss.TinkexTest do
     {:ok, service} = apply(Tinkex.ServiceClient, :start_link, [[config: config]])
 
     {:ok, client} =
-      apply(Tinkex.ServiceClient, :create_lora_training_client, [service, "sandbox"])
+      apply(Tinkex.ServiceClient, :create_lora_training_client, [
+        service,
+        "sandbox",
+        [call_timeout: 60_000]
+      ])
 
     {Tinkex.TrainingClient, client}
   end
