@@ -5,14 +5,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import select
 import signal
 import stat
 import sys
-import threading
 from typing import NoReturn
 
-from ..processes import die_with_parent
 from .frames import widen_pipe
 
 __all__ = ["FROM_HOST", "TO_HOST", "attached", "end", "resident_bytes", "settle"]
@@ -48,9 +45,7 @@ def settle() -> None:
         os.setsid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a shell is the host's to handle
     signal.signal(signal.SIGTERM, lambda *_: end(0))
-    threading.Thread(target=_end_with_host, name="tinker-custom-loss-host", daemon=True).start()
-    # While C code holds the interpreter's lock no thread of ours can run, but the kernel can act.
-    die_with_parent(os.getppid())
+    _end_with_host()
     _keep_freed_memory()
 
 
@@ -61,12 +56,25 @@ def end(status: int) -> NoReturn:
     os._exit(status)
 
 
+_SENTINEL = """
+import os, select, signal
+poll = select.poll()
+poll.register(0, getattr(select, "POLLRDHUP", 0))  # and POLLHUP, which is always on
+poll.poll()
+os.killpg(0, signal.SIGKILL)
+"""
+
+
 def _end_with_host() -> None:
-    """Wait until the host's end of descriptor 3 is closed, even if unread frames are before it."""
-    poll = select.poll()
-    poll.register(FROM_HOST, getattr(select, "POLLRDHUP", 0))  # and POLLHUP, which is always on
-    poll.poll()
-    end(0)
+    """Have a process of this group end the group when the host closes descriptor 3.
+
+    No thread of ours could do so while C code holds the interpreter's lock; and the signal that the
+    kernel sends to a process whose parent died would leave out those that a term started.
+    """
+    command = [sys.executable, "-I", "-S", "-c", _SENTINEL]
+    os.posix_spawn(
+        command[0], command, os.environ, file_actions=[(os.POSIX_SPAWN_DUP2, FROM_HOST, 0)]
+    )
 
 
 def _give_terms_their_descriptors() -> None:

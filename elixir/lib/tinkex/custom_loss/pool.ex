@@ -31,15 +31,15 @@ defmodule Tinkex.CustomLoss.Pool do
   @doc """
   Room at a worker for the request `id`, waited for until `deadline`.
 
-  The request is withdrawn when `owner` dies. A `:retry` had room before: it goes before all others,
+  The request is withdrawn when its caller dies. A `:retry` had room before: it goes before all others,
   and is not refused.
   """
-  @spec checkout(pid(), integer(), pid(), :first | :retry, integer() | :infinity) ::
+  @spec checkout(pid(), integer(), :first | :retry, integer() | :infinity) ::
           {:ok, worker :: pid(), port()}
           | {:error, OverloadedError.t() | WorkerError.t()}
           | :timeout
-  def checkout(pool, id, owner, kind, deadline) do
-    GenServer.call(pool, {:checkout, id, owner, kind}, remaining(deadline))
+  def checkout(pool, id, kind, deadline) do
+    GenServer.call(pool, {:checkout, id, kind}, remaining(deadline))
   catch
     :exit, {:timeout, _call} ->
       abandon(pool, id)
@@ -75,7 +75,12 @@ defmodule Tinkex.CustomLoss.Pool do
     :exit, {reason, _call} -> {:error, %WorkerError{reason: {:stopped, reason}}}
   end
 
-  def info(pool), do: GenServer.call(pool, :info)
+  @spec info(pid(), timeout()) :: {:ok, map()} | {:error, Exception.t()}
+  def info(pool, timeout) do
+    {:ok, GenServer.call(pool, :info, timeout)}
+  catch
+    :exit, {reason, _call} -> {:error, %WorkerError{reason: {:stopped, reason}}}
+  end
 
   @impl true
   def init({supervisor, config}) do
@@ -89,12 +94,13 @@ defmodule Tinkex.CustomLoss.Pool do
       handle: handle,
       config: config,
       slots: Map.new(1..config.workers, &{&1, Map.merge(%{worker: nil, starts: 0}, down(nil))}),
-      # id => {monitor of the owner, from | index of the slot}
+      # id => {monitor of the caller, from | index of the slot}
       requests: %{},
-      owners: %{},
+      callers: %{},
       workers: %{},
       queue: :queue.new(),
-      awaiting: []
+      awaiting: [],
+      started: now()
     }
 
     {:ok, state}
@@ -117,16 +123,16 @@ defmodule Tinkex.CustomLoss.Pool do
   defp now, do: System.monotonic_time(:millisecond)
 
   @impl true
-  def handle_call({:checkout, id, owner, kind}, from, state) do
+  def handle_call({:checkout, id, kind}, from, state) do
     case {least_loaded(state), kind} do
       {index, _kind} when is_integer(index) ->
-        {:noreply, state |> admit(id, owner, from) |> grant(id, index)}
+        {:noreply, state |> admit(id, from) |> grant(id, index)}
 
       {nil, kind} ->
         cond do
           error = hopeless(state) -> {:reply, {:error, error}, state}
           kind == :first and full?(state) -> {:reply, {:error, overloaded(state)}, state}
-          true -> {:noreply, state |> admit(id, owner, from) |> enqueue(id, kind)}
+          true -> {:noreply, state |> admit(id, from) |> enqueue(id, kind)}
         end
     end
   end
@@ -151,12 +157,15 @@ defmodule Tinkex.CustomLoss.Pool do
   @impl true
   def handle_info({:DOWN, monitor, :process, pid, reason}, state) do
     case state do
-      %{owners: %{^monitor => id}} ->
+      %{callers: %{^monitor => id}} ->
         {:noreply, withdraw(state, id)}
 
       %{workers: %{^pid => index}} ->
-        state = %{state | workers: Map.delete(state.workers, pid)}
-        {:noreply, news(state, index, {:down, {:stopped, reason}, 0})}
+        {:noreply, forget(state, index, pid, {:stopped, reason})}
+
+      # A worker whose successor has been heard of.
+      _forgotten ->
+        {:noreply, state}
     end
   end
 
@@ -179,13 +188,13 @@ defmodule Tinkex.CustomLoss.Pool do
     index
   end
 
-  defp admit(state, id, owner, from) do
-    monitor = Process.monitor(owner)
+  defp admit(state, id, {caller, _tag} = from) do
+    monitor = Process.monitor(caller)
 
     %{
       state
       | requests: Map.put(state.requests, id, {monitor, from}),
-        owners: Map.put(state.owners, monitor, id)
+        callers: Map.put(state.callers, monitor, id)
     }
   end
 
@@ -239,7 +248,7 @@ defmodule Tinkex.CustomLoss.Pool do
 
       {{monitor, where}, requests} ->
         Process.demonitor(monitor, [:flush])
-        state = %{state | requests: requests, owners: Map.delete(state.owners, monitor)}
+        state = %{state | requests: requests, callers: Map.delete(state.callers, monitor)}
         if is_integer(where), do: update_in(state.slots[where].load, &(&1 - 1)), else: state
     end
   end
@@ -257,8 +266,16 @@ defmodule Tinkex.CustomLoss.Pool do
 
   defp know(state, index, pid) do
     Process.monitor(pid)
+    state = forget(state, index, state.slots[index].worker, :replaced)
     state = %{state | workers: Map.put(state.workers, pid, index)}
     put_in(state.slots[index].worker, pid)
+  end
+
+  defp forget(state, _index, nil, _reason), do: state
+
+  defp forget(state, index, pid, reason) do
+    state = %{state | workers: Map.delete(state.workers, pid)}
+    news(put_in(state.slots[index].worker, nil), index, {:down, reason, 0})
   end
 
   defp news(state, index, {:starting, os_pid}) do
@@ -346,6 +363,7 @@ defmodule Tinkex.CustomLoss.Pool do
       workers: workers,
       in_flight: map_size(state.requests) - queued,
       queued: queued,
+      uptime_ms: now() - state.started,
       max_queue: state.config.max_queue,
       max_in_flight: state.config.max_in_flight
     }
