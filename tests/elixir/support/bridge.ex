@@ -28,6 +28,13 @@ defmodule Tinkex.CustomLoss.Bridge do
   @doc "Starts a pool of the Python that the documented order finds; returns its pid."
   def start_pool!(opts), do: start_supervised!({CustomLoss, opts})
 
+  @doc "Starts a pool for as long as the calling process lives, on whichever node; tells `listener`."
+  def keep_pool(opts, listener) do
+    {:ok, pool} = CustomLoss.start_link(opts)
+    send(listener, {:pool, pool})
+    Process.sleep(:infinity)
+  end
+
   @doc "Asks a peer to answer with `step` as the loss."
   def ask(pool, step, opts \\ []) do
     opts = Keyword.merge([base_loss: :l2, step: step], opts)

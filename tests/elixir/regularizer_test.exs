@@ -1,0 +1,68 @@
+defmodule Tinkex.CustomLoss.RegularizerTest do
+  use ExUnit.Case, async: true
+  doctest Tinkex.CustomLoss.Regularizer
+
+  alias Tinkex.CustomLoss.{Regularizer, Terms}
+
+  @valid %{name: "kl", fn: :kl, weight: 0.1}
+
+  defp message(given),
+    do: Exception.message(assert_raise(ArgumentError, fn -> Regularizer.new!(given) end))
+
+  test "comes from a map, a keyword list, string keys, or itself" do
+    expected = %Regularizer{name: "kl", fn: "kl", weight: 0.1}
+    assert Regularizer.new!(@valid) == expected
+    assert Regularizer.new!(Keyword.new(@valid)) == expected
+    assert Regularizer.new!(%{"name" => "kl", "fn" => "kl", "weight" => 0.1}) == expected
+    assert Regularizer.new!(expected) == expected
+  end
+
+  for {key, value, expected} <- [
+        {:weight, :nan, "a finite number"},
+        {:weight, "0.1", "a finite number"},
+        {:fn, nil, ~s(the atom of a built-in term, such as :l2, or "module:function")},
+        {:fn, 5, ~s(the atom of a built-in term, such as :l2, or "module:function")},
+        {:params, [1], "a map or keyword list"},
+        {:timeout, 0, "a positive number of milliseconds or nil"},
+        {:run_in_executor, :thread, "one of false, true, :process"},
+        {:on_error, :ignore, "one of :raise, :skip"},
+        {:on_non_finite, :clip, "one of :raise, :skip, :zero"},
+        {:enabled, nil, "one of true, false"}
+      ] do
+    test "refuses #{inspect(value)} for :#{key}" do
+      assert message(Map.put(@valid, unquote(key), unquote(value))) ==
+               "invalid value for :#{unquote(key)} of regularizer \"kl\": " <>
+                 "expected #{unquote(expected)}, got: #{inspect(unquote(value))}"
+    end
+  end
+
+  test "refuses a name that is none" do
+    for name <- ["", "  ", :kl, nil, <<255>>] do
+      assert message(%{@valid | name: name}) =~ "expected a string that is not empty"
+    end
+  end
+
+  test "says which key is missing, or is too much" do
+    assert message(%{name: "kl", fn: :kl}) ==
+             ~s(regularizer "kl" lacks :weight; it needs :name, :fn and :weight)
+
+    assert message(%{weight: 1}) =~ "a regularizer lacks :name"
+    assert message(Map.put(@valid, :wieght, 1)) =~ "a regularizer has no option {:wieght, 1}"
+    assert message(:kl) =~ "expected a regularizer to be a map or keyword list"
+  end
+
+  test "counts in seconds on the wire" do
+    assert %{timeout: 1.5} =
+             Regularizer.to_wire(Regularizer.new!(Map.put(@valid, :timeout, 1_500)))
+  end
+
+  test "that names a term which is not there gets the nearest first" do
+    request = %{base_loss: nil, regularizers: [%{name: "close", fn: "entropi"}]}
+    known = Map.new(~w(nll l2 entropy kl my_losses:topology), &{&1, %{}})
+    assert {:error, %ArgumentError{message: sentence}} = Terms.check(request, known)
+    assert sentence =~ ~s(there is no term :entropi for regularizer "close"; there are :entropy, )
+    assert sentence =~ ~s("my_losses:topology")
+    assert sentence =~ ":load"
+    assert Terms.check(%{request | regularizers: [%{name: "a", fn: "kl"}]}, known) == :ok
+  end
+end
