@@ -68,7 +68,7 @@ more of them only take memory."
 `Tinkex.CustomLoss.OverloadedError` at once, instead of a queue that grows until memory ends."
     ],
     max_frame: [
-      type: {:integer, 1_024, 0xFFFF_FFFF},
+      type: {:integer, 1_048_576, 0xFFFF_FFFF},
       default: 1_073_741_824,
       doc:
         "bytes of the largest message in either direction. A larger request is refused before it \
@@ -100,7 +100,8 @@ never ends from holding a worker; what else that worker had is retried on anothe
       type: :pos_integer,
       default: 5_000,
       doc: "milliseconds between signs of life. A worker with nothing to do that misses two is \
-killed and replaced."
+killed and replaced, one that computes after twelve: Python gives them while a term computes, \
+unless C code holds its lock."
     ],
     backoff: [
       type: :backoff,
