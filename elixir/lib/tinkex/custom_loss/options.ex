@@ -171,7 +171,10 @@ waits for a term that never returns as long as that takes."
   @check Keyword.take(@call, [:base_loss, :regularizers, :step])
 
   @doc "The validated options of a pool, as a map."
-  def start!(opts), do: validate!(opts, @start, "Tinkex.CustomLoss")
+  def start!(opts) do
+    # A report of a crash shows what its process was started with, and an environment holds keys.
+    opts |> validate!(@start, "Tinkex.CustomLoss") |> Map.update!(:env, &fn -> &1 end)
+  end
 
   @doc "The validated options of `compute/4`, as a map."
   def call!(opts), do: opts |> validate!(@call, "Tinkex.CustomLoss.compute/4") |> terms!()

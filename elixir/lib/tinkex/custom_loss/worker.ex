@@ -120,7 +120,9 @@ defmodule Tinkex.CustomLoss.Worker do
   def handle_event(:info, {port, {:data, frame}}, state, %{port: port} = data),
     do: frame |> Protocol.decode() |> received(state, data)
 
-  def handle_event(:info, {port, {:exit_status, status}}, :starting, %{port: port} = data) do
+  # Ended by a signal, it has nothing to say about what it lacks.
+  def handle_event(:info, {port, {:exit_status, status}}, :starting, %{port: port} = data)
+      when status < 128 do
     %WorkerError{reason: reason} = Python.diagnose(data.config, status)
     ended(reason, data)
   end
