@@ -12,8 +12,6 @@ import sys
 import time
 import warnings
 
-import torch
-
 
 def harmless(data, logprobs, *, scale: float = 1.0):
     """The sum of the logprobs, scaled."""

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+
 from port_client import PortClient, batch
 from tinker_custom_loss import TensorBatch
 from tinker_custom_loss.port.messages import decode_batch
