@@ -40,7 +40,6 @@ defmodule Tinkex.CustomLoss.ReadmeTest do
   end
 
   defp sandbox! do
-    {:ok, _} = Application.ensure_all_started(:tinkex)
     SandboxServer.start!().url
   end
 

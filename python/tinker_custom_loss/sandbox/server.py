@@ -63,7 +63,7 @@ class SandboxServer:
     ``{"fwdbwd_max_chunk_len": 2}``. ``poll_seconds`` is how long ``retrieve_future`` waits before
     it answers "try again".
 
-    :raises RequestError: ``host`` is not a loopback address.
+    :raises RequestError: ``host`` is not a loopback address, or ``seed`` is no seed.
     """
 
     def __init__(
@@ -75,6 +75,9 @@ class SandboxServer:
         client_config: Mapping[str, Any] | None = None,
         poll_seconds: float = 20.0,
     ) -> None:
+        # The first optimizer of a process has torch import its compiler, which takes a second and
+        # more: not while a client waits for its model. This checks the seed, too.
+        LanguageModel(seed)
         self._trainer = Trainer(seed)
         self._api = _Api(self._trainer, dict(client_config or {}), poll_seconds)
         self._http = _HttpServer(_loopback(host), port, self._api)
