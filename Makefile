@@ -37,6 +37,17 @@ test-elixir: setup ## run the Elixir tests, and those of both languages through 
 test-python: setup ## run the Python tests
 	$(BIN)/pytest
 
+.PHONY: chaos fuzz soak
+chaos: setup ## make ten thousand calls under faults of every kind (CHAOS_SEED repeats a run)
+	@MIX_ENV=test mix do compile, run tests/bridge/chaos.exs
+
+fuzz: setup ## decode a million mutated and random frames on either side (FUZZ_SEED repeats a run)
+	@MIX_ENV=test mix do compile, run tests/fuzz/frames.exs
+	@PYTHONPATH=python $(BIN)/python tests/fuzz/frames.py 1000000 $(or $(FUZZ_SEED),4)
+
+soak: setup ## make a hundred thousand small calls and watch the memory
+	@MIX_ENV=test mix do compile, run tests/bridge/soak.exs
+
 .PHONY: lint lint-elixir lint-python lint-tree
 lint: setup ## check formatting, types, warnings
 	@$(MAKE) --keep-going lint-elixir lint-python lint-tree

@@ -7,6 +7,7 @@ defmodule Tinkex.CustomLoss.TinkexTest do
 
   alias Tinkex.CustomLoss
   alias Tinkex.CustomLoss.Test
+  alias Tinkex.CustomLoss.Test.SandboxServer
   alias Tinkex.Types.{AdamParams, Datum, ModelInput, TensorData}
 
   @real Code.ensure_loaded?(Tinkex.TrainingClient)
@@ -28,27 +29,8 @@ defmodule Tinkex.CustomLoss.TinkexTest do
 
   setup_all do
     load = [Path.expand("../../docs/examples/demo_terms.py", __DIR__), fixture("tinkex_terms.py")]
-    if @real, do: {:ok, _} = Application.ensure_all_started(:tinkex)
     pool = start_pool!(load: load, await_ready: true)
-    if @real, do: Map.put(start_sandbox!(), :pool, pool), else: %{pool: pool}
-  end
-
-  defp start_sandbox! do
-    {:ok, python} = CustomLoss.Python.find(nil)
-
-    port =
-      Port.open({:spawn_executable, python}, [
-        :binary,
-        {:line, 65_536},
-        args: [fixture("sandbox.py")],
-        env: [
-          {~c"PYTHONPATH", to_charlist(Path.expand("../../python", __DIR__))},
-          {~c"TINKER_TELEMETRY", ~c"0"}
-        ]
-      ])
-
-    assert_receive {^port, {:data, {:eol, url}}}, 60_000
-    %{url: url, sandbox: port}
+    if @real, do: Map.put(SandboxServer.start!(), :pool, pool), else: %{pool: pool}
   end
 
   defp client!(%{url: url}) do
@@ -56,7 +38,11 @@ defmodule Tinkex.CustomLoss.TinkexTest do
     {:ok, service} = apply(Tinkex.ServiceClient, :start_link, [[config: config]])
 
     {:ok, client} =
-      apply(Tinkex.ServiceClient, :create_lora_training_client, [service, "sandbox"])
+      apply(Tinkex.ServiceClient, :create_lora_training_client, [
+        service,
+        "sandbox",
+        [call_timeout: 60_000]
+      ])
 
     {Tinkex.TrainingClient, client}
   end
@@ -357,8 +343,8 @@ defmodule Tinkex.CustomLoss.TinkexTest do
   @tag :tinkex
   test "20 steps end where the Python SDK ends, both ways", %{pool: pool} = context do
     # A sandbox of its own, so that these are its models.
-    context = Map.merge(context, start_sandbox!())
-    python = figures(context.sandbox, "train 20")
+    context = Map.merge(context, SandboxServer.start!())
+    python = SandboxServer.figures(context.sandbox, "train 20")
 
     [ours, theirs] =
       for way <- [&ours/4, &theirs/4] do
@@ -371,7 +357,7 @@ defmodule Tinkex.CustomLoss.TinkexTest do
         end
       end
 
-    differences = figures(context.sandbox, "compare")
+    differences = SandboxServer.figures(context.sandbox, "compare")
     assert length(differences) == 2
     assert Enum.max(differences) < 1.0e-5
     assert List.last(python) < 0.7 * hd(python)
@@ -386,11 +372,5 @@ defmodule Tinkex.CustomLoss.TinkexTest do
         "losses #{hd(ours)} -> #{List.last(ours)}, parameters differ by #{inspect(differences)}"
       )
     end
-  end
-
-  defp figures(sandbox, line) do
-    Port.command(sandbox, line <> "\n")
-    assert_receive {^sandbox, {:data, {:eol, figures}}}, 60_000
-    figures |> String.split() |> Enum.map(&String.to_float/1)
   end
 end

@@ -1,13 +1,18 @@
-"""Training clients of the official SDK, against a sandbox of their own."""
+"""For all tests: patience, and training clients of the official SDK against their own sandbox."""
 
 import pytest
 import tinker
 import torch
+from hypothesis import HealthCheck, settings
 
 from tinker_custom_loss.sandbox import SandboxServer
 
 # The sandbox, the client and the terms compute at the same time, on as few as two cores.
 torch.set_num_threads(1)
+
+# A busy machine is no failure.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 
 @pytest.fixture

@@ -137,9 +137,13 @@ def starts_a_child(data, logprobs):
 
 
 def shows_its_descriptors(data, logprobs):
-    listed = subprocess.run(["ls", "-l", "/proc/self/fd"], capture_output=True, text=True)
-    logging.getLogger("fds").info(listed.stdout)
+    os.system("ls -l /proc/self/fd 1>&2")  # unlike subprocess, it closes nothing by itself
     return harmless(data, logprobs)
+
+
+def remembers(data, logprobs, *, seen: list):
+    seen.append("me")
+    return harmless(data, logprobs)[0], {"seen": len(seen)}
 
 
 def looks_at_data(data, logprobs):

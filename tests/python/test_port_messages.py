@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import tinker
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from port_client import batch, compute
 from tinker_custom_loss import ProtocolError, RequestError, TensorBatch
-from tinker_custom_loss.port.messagepack import MAX_VALUES, Ext, pack, pack_pieces, unpack
+from tinker_custom_loss.port.messagepack import MAX_VALUES, pack, pack_pieces, unpack
 from tinker_custom_loss.port.messages import (
     DTYPES,
     decode_batch,
@@ -53,6 +53,7 @@ class TestMessagePack:
         assert msgpack.unpackb(pack(value)) == value
         assert unpack(msgpack.packb(value)) == value
 
+    @settings(max_examples=20)  # large ones
     @given(st.dictionaries(st.text(), values))
     def test_pieces_joined_are_the_packed_value(self, value):
         value["large"] = bytes(70_000)
@@ -103,9 +104,10 @@ class TestMessagePack:
             (b"\xc6\x00\x00\x00\x01x", b"x"),
             (b"\xdd\x00\x00\x00\x01\xc0", [None]),
             (b"\xdf\x00\x00\x00\x01\xa1a\xc3", {"a": True}),
-            (b"\xd4\x05x", Ext(5, b"x")),
-            (b"\xc7\x00\x05", Ext(5, b"")),
-            (b"\xd8\xff" + bytes(16), Ext(-1, bytes(16))),
+            (b"\xd4\x05x", msgpack.ExtType(5, b"x")),
+            (b"\xc7\x00\x05", msgpack.ExtType(5, b"")),
+            (b"\xd6\xff\x00\x00\x00\x01", msgpack.Timestamp(1, 0)),
+            (b"\xd4\xfe\x07", (-2, b"\x07")),
         ],
     )
     def test_every_format_is_read(self, frame, value):

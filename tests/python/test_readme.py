@@ -1,8 +1,10 @@
-"""The README is run, not believed."""
+"""The README and the guides are run, not believed."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -14,54 +16,87 @@ import torch
 from tinker import Datum, ModelInput
 
 from tinker_custom_loss import Composer, Regularizer
+from tinker_custom_loss.sandbox import SandboxServer
 from tinker_custom_loss.terms import l2, nll
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = ROOT / "README.md"
+DOCUMENTS = sorted([README, *ROOT.glob("docs/**/*.md")])
+SANDBOX = "http://127.0.0.1:8000"  # where guides have one
+
+
+def blocks(document: Path, language: str) -> list[re.Match[str]]:
+    text = document.read_text(encoding="utf-8")
+    found = re.finditer(rf"^```{language}\n(?P<code>.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return list(found)
 
 
 def only(*blocks: re.Match[str]) -> str:
-    """The README with nothing but these blocks left, so that line numbers stay true."""
-    kept = [""] * len(README.splitlines())
+    """The document with nothing but these blocks left, so that line numbers stay true."""
+    text = blocks[0].string
+    kept = [""] * len(text.splitlines())
     for block in blocks:
-        first = README.count("\n", 0, block.start("code"))
+        first = text.count("\n", 0, block.start("code"))
         lines = block["code"].splitlines()
         kept[first : first + len(lines)] = lines
     return "\n".join(kept) + "\n"
 
 
-def blocks(language: str) -> list[re.Match[str]]:
-    found = re.finditer(rf"^```{language}\n(?P<code>.*?)^```$", README, re.MULTILINE | re.DOTALL)
-    return list(found)
+def run(document: Path, directory: Path) -> str:
+    """What the Python of a document prints.
 
-
-def test_python_blocks_run_in_order(tmp_path: Path) -> None:
-    """A block that begins with ``# NAME.py`` is that file; the others are one program."""
+    A block that begins with ``# NAME.py`` is that file; the others are one program.
+    """
     program = []
-    for block in blocks("python"):
+    for block in blocks(document, "python"):
         if name := re.match(r"# (\w+\.py)\n", block["code"]):
-            (tmp_path / name[1]).write_text(only(block), encoding="utf-8")
+            (directory / name[1]).write_text(only(block), encoding="utf-8")
+            compile(only(block), name[1], "exec")
         else:
             program.append(block)
-    assert len(program) >= 2
-    (tmp_path / "readme.py").write_text(only(*program), encoding="utf-8")
+    if not program:
+        return ""
+    text = only(*program)
+    with contextlib.ExitStack() as stack:
+        if SANDBOX in text:
+            text = text.replace(SANDBOX, stack.enter_context(SandboxServer()).url)
+        (directory / "program.py").write_text(text, encoding="utf-8")
+        ran = execute(directory)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
 
-    ran = subprocess.run(
-        [sys.executable, "-W", "error", "readme.py"],
-        cwd=tmp_path,
-        env={"PATH": "", "PYTHONPATH": str(ROOT / "python"), "TINKER_TELEMETRY": "0"},
+
+def execute(directory: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "error", "program.py"],
+        cwd=directory,
+        env={
+            "PATH": os.environ["PATH"],
+            "PYTHONPATH": str(ROOT / "python"),
+            "TINKER_TELEMETRY": "0",
+        },
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
     )
-    assert ran.returncode == 0, ran.stderr
-    assert "regularizers/smoothness/contribution" in ran.stdout
+
+
+@pytest.mark.parametrize(
+    "document",
+    # Those of docs/api have runners of their own.
+    [page for page in [README, *ROOT.glob("docs/*.md")] if blocks(page, "python")],
+    ids=lambda document: document.name,
+)
+def test_python_blocks_run_in_order(document: Path, tmp_path: Path) -> None:
+    printed = run(document, tmp_path)
+    if document == README:
+        assert "regularizers/smoothness/contribution" in printed
 
 
 def test_telemetry_is_the_documented_record() -> None:
-    (record,) = blocks("json")
-    losses = next(block for block in blocks("python") if "# my_losses.py" in block["code"])
+    (record,) = blocks(README, "json")
+    losses = next(block for block in blocks(README, "python") if "# my_losses.py" in block["code"])
     names: dict[str, Any] = {}
     exec(compile(only(losses), "README.md", "exec"), names)
 
@@ -81,7 +116,7 @@ def assert_documented(documented: Any, real: Any, key: str = "") -> None:
         assert real == pytest.approx(documented, abs=5e-5), key
 
 
-@pytest.mark.parametrize("document", sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md")]))
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
 def test_links_lead_somewhere(document: Path) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text(encoding="utf-8")):
         assert (document.parent / target).exists(), f"{document.name} links to {target}"

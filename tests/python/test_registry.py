@@ -79,8 +79,8 @@ class TestLoading:
 
     def test_dunder_all_says_otherwise(self, write):
         source = textwrap.dedent(LOSSES) + '\n__all__ = ["halved", "l2", "constant", "Scaled"]\n'
-        registry = Registry([write("listed_losses.py", source)])
-        assert names(registry)[len(CATALOGUE) :] == ["listed_losses:halved", "listed_losses:l2"]
+        registry = Registry([write("chosen_losses.py", source)])
+        assert names(registry)[len(CATALOGUE) :] == ["chosen_losses:halved", "chosen_losses:l2"]
 
     def test_a_module_is_loaded_by_its_name(self, write, tmp_path, monkeypatch):
         write("a_package/__init__.py", "")

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import os
 import struct
-from dataclasses import dataclass
 from typing import Any
 
 import msgpack
 
 from ..errors import ProtocolError
 
-__all__ = ["MAX_DEPTH", "MAX_VALUES", "Buffer", "Ext", "pack", "pack_pieces", "unpack"]
+__all__ = ["MAX_DEPTH", "MAX_VALUES", "Buffer", "pack", "pack_pieces", "unpack"]
 
 Buffer = bytes | bytearray | memoryview
 
@@ -28,14 +27,7 @@ MAX_VALUES = 1 << 20
 """Most values in a message (a tensor is one): a byte of MessagePack can claim 64 of Python's."""
 
 
-@dataclass(frozen=True)
-class Ext:
-    """A value of an extension type. No message has one; a reader must get past them."""
-
-    code: int
-    data: bytes
-
-
+_TIMESTAMP = -1  # the one ext type that MessagePack defines
 _LARGE = 1 << 16  # from this size on, bytes are worth leaving where they are
 
 _NUMBERS: dict[int, struct.Struct] = {
@@ -57,7 +49,8 @@ _LENGTHS = [struct.Struct(">B"), struct.Struct(">H"), struct.Struct(">I")]
 def unpack(frame: Buffer) -> Any:
     """The one value that ``frame`` holds; every *bin* in it is a ``memoryview`` of ``frame``.
 
-    Maps become dicts (string keys only, none twice), arrays lists, ext types :class:`Ext`.
+    Maps become dicts (string keys only, none twice), arrays lists, ext types ``msgpack.ExtType``,
+    except that of timestamps, ``msgpack.Timestamp``.
 
     Raises:
         ProtocolError: this is not exactly one value within the limits.
@@ -141,10 +134,18 @@ class _Reader:
         self.at = end = start + size
         return self.view[start:end]
 
-    def ext(self, size: int) -> Ext:
+    def ext(self, size: int) -> msgpack.ExtType | msgpack.Timestamp:
         (code,) = _NUMBERS[0xD0].unpack_from(self.data, self.at)
         self.at += 1
-        return Ext(code, bytes(self.bin(size)))
+        data = bytes(self.bin(size))
+        if code != _TIMESTAMP:
+            return msgpack.ExtType._make((code, data))  # its own constructor refuses code < 0
+        try:
+            return msgpack.Timestamp.from_bytes(data)
+        except ValueError as error:
+            raise ProtocolError(
+                f"the timestamp of the message, before byte {self.at}, is none: {error}"
+            ) from None
 
     def array(self, count: int, depth: int) -> list[Any]:
         self.check(count, depth)

@@ -13,12 +13,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgpack
 import torch
 
 from ..batch import Shape, TensorBatch
 from ..errors import ProtocolError, RequestError
 from .data import Column, WireData
-from .messagepack import Ext, pack, pack_pieces, unpack
+from .messagepack import pack, pack_pieces, unpack
 
 __all__ = [
     "DTYPES",
@@ -58,7 +59,8 @@ _NAMES: dict[type, str] = {
     memoryview: "a bin",
     list: "an array",
     dict: "a map",
-    Ext: "an ext",
+    msgpack.ExtType: "an ext",
+    msgpack.Timestamp: "a timestamp",
 }
 _REQUIRED: Any = object()
 _MAX_RANK = 8

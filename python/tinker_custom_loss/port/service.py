@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgpack
@@ -17,14 +17,14 @@ from ..errors import (
     RequestError,
 )
 from ..registry import Registry
-from ..regularizer import BASE_LOSS, is_coroutine_function
+from ..regularizer import BASE_LOSS, LossFn, is_coroutine_function
 from ..terms import Term
 from .cancellation import interruptible
 from .logs import shorten
 from .messagepack import Buffer
 from .messages import TermSpec, decode_compute, decode_terms, encode_batch, name_of, unpack
 
-__all__ = ["Service", "error_message", "id_of", "parse"]
+__all__ = ["Service", "composer_arguments", "error_message", "id_of", "parse"]
 
 _MOST_COMPOSERS = 64
 _CONSTANTS = {type(None), bool, int, float, str}
@@ -99,35 +99,48 @@ class Service:
         composer = self._composers.get(key)
         if composer is None:
             base, regularizers = decode_terms(message)
-            composer = self._new_composer(base, regularizers)
+            composer = Composer(
+                **composer_arguments(base, regularizers, self._fn), inline_lock=self._inline_lock
+            )
             if not any(_could_change(spec.params) for spec in [base, *regularizers] if spec):
                 if len(self._composers) >= _MOST_COMPOSERS:
                     self._composers.clear()
                 self._composers[key] = composer
         return composer
 
-    def _new_composer(self, base: TermSpec | None, regularizers: list[TermSpec]) -> Composer:
-        return Composer(
-            None if base is None else self._fn(base, BASE_LOSS),
-            [
-                {
-                    **spec.options,
-                    "fn": self._fn(spec, f"regularizers[{index}]"),
-                    "params": spec.params,
-                }
-                for index, spec in enumerate(regularizers)
-            ],
-            base_params=None if base is None else base.params,
-            inline_lock=self._inline_lock,
-        )
-
-    def _fn(self, spec: TermSpec, path: str) -> Any:
-        try:
-            fn = self.registry.resolve(spec.fn)
-        except RequestError as error:
-            raise RequestError(f"{path}: {error}", path=f"{path}.fn") from None
+    def _fn(self, spec: TermSpec) -> LossFn:
+        fn = self.registry.resolve(spec.fn)
         inline = not spec.options.get("run_in_executor") and not is_coroutine_function(fn)
         return interruptible(fn) if inline and not isinstance(fn, Term) else fn
+
+
+def composer_arguments(
+    base: TermSpec | None, regularizers: list[TermSpec], resolve: Callable[[TermSpec], LossFn]
+) -> dict[str, Any]:
+    """The arguments of a :class:`~tinker_custom_loss.Composer`, with the functions for their names.
+
+    Raises:
+        RequestError: ``resolve`` knows no such function; with the path of the name.
+    """
+
+    def resolved(spec: TermSpec, path: str) -> LossFn:
+        try:
+            return resolve(spec)
+        except RequestError as error:
+            raise RequestError(f"{path}: {error}", path=f"{path}.fn") from None
+
+    return {
+        "base_loss_fn": None if base is None else resolved(base, BASE_LOSS),
+        "base_params": None if base is None else base.params,
+        "regularizers": [
+            {
+                **spec.options,
+                "fn": resolved(spec, f"regularizers[{index}]"),
+                "params": spec.params,
+            }
+            for index, spec in enumerate(regularizers)
+        ],
+    }
 
 
 def _could_change(params: Mapping[str, Any]) -> bool:

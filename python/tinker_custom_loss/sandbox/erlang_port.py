@@ -10,7 +10,7 @@ import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -20,18 +20,13 @@ from ..errors import ProtocolError, RequestError
 from ..port.frames import MAX_FRAME, FrameReader, FrameTooLargeError, FrameWriter
 from ..port.logs import LogStream
 from ..port.messagepack import Buffer, pack_pieces
-from ..port.messages import decode_batch, decode_compute, encode_batch, get
+from ..port.messages import decode_batch, decode_compute, decode_terms, encode_batch, get
 from ..port.process import FROM_HOST, TO_HOST, attached, end, settle
-from ..port.service import error_message, id_of, parse
+from ..port.service import composer_arguments, error_message, id_of, parse
 from ..registry import LoadError, Registry
-from ..regularizer import BASE_LOSS
 from .examples import VOCABULARY, Examples
 from .gradient_check import check_gradient
 from .model import AdamParams, ForwardBackwardResult, LanguageModel
-
-if TYPE_CHECKING:
-    from ..port.messages import ComputeRequest, TermSpec
-    from ..regularizer import LossFn
 
 __all__ = ["Sandbox", "attached", "serve"]
 
@@ -158,29 +153,10 @@ class Sandbox:
         examples = _examples(message)
         logprobs = encode_batch(model.forward(examples).logprobs)
         request = decode_compute({**message, "logprobs": logprobs})
-        return asdict(check_gradient(model, examples, request.data, **self._terms(request)))
-
-    def _terms(self, request: ComputeRequest) -> dict[str, Any]:
-        base = request.base_loss
-        return {
-            "base_loss_fn": None if base is None else self._fn(base, BASE_LOSS),
-            "base_params": None if base is None else base.params,
-            "regularizers": [
-                {
-                    **spec.options,
-                    "fn": self._fn(spec, f"regularizers[{index}]"),
-                    "params": spec.params,
-                }
-                for index, spec in enumerate(request.regularizers)
-            ],
-            "step": request.step,
-        }
-
-    def _fn(self, spec: TermSpec, path: str) -> LossFn:
-        try:
-            return self._registry.resolve(spec.fn)
-        except RequestError as error:
-            raise RequestError(f"{path}: {error}", path=f"{path}.fn") from None
+        terms = composer_arguments(
+            *decode_terms(message), lambda spec: self._registry.resolve(spec.fn)
+        )
+        return asdict(check_gradient(model, examples, request.data, **terms, step=request.step))
 
 
 def _examples(message: Mapping[str, Any], *, weights_required: bool = False) -> Examples:

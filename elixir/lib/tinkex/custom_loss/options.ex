@@ -68,7 +68,7 @@ more of them only take memory."
 `Tinkex.CustomLoss.OverloadedError` at once, instead of a queue that grows until memory ends."
     ],
     max_frame: [
-      type: {:integer, 1_024, 0xFFFF_FFFF},
+      type: {:integer, 1_048_576, 0xFFFF_FFFF},
       default: 1_073_741_824,
       doc:
         "bytes of the largest message in either direction. A larger request is refused before it \
@@ -100,7 +100,8 @@ never ends from holding a worker; what else that worker had is retried on anothe
       type: :pos_integer,
       default: 5_000,
       doc: "milliseconds between signs of life. A worker with nothing to do that misses two is \
-killed and replaced."
+killed and replaced, one that computes after twelve: Python gives them while a term computes, \
+unless C code holds its lock."
     ],
     backoff: [
       type: :backoff,
@@ -170,7 +171,10 @@ waits for a term that never returns as long as that takes."
   @check Keyword.take(@call, [:base_loss, :regularizers, :step])
 
   @doc "The validated options of a pool, as a map."
-  def start!(opts), do: validate!(opts, @start, "Tinkex.CustomLoss")
+  def start!(opts) do
+    # A report of a crash shows what its process was started with, and an environment holds keys.
+    opts |> validate!(@start, "Tinkex.CustomLoss") |> Map.update!(:env, &fn -> &1 end)
+  end
 
   @doc "The validated options of `compute/4`, as a map."
   def call!(opts), do: opts |> validate!(@call, "Tinkex.CustomLoss.compute/4") |> terms!()
