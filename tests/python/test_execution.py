@@ -360,3 +360,49 @@ def test_what_travels_is_small_and_plain():
     text = pickle.dumps(parcel)
     assert b"torch" not in text
     assert len(text) < values.nbytes + 1000
+
+
+class TestAsyncTermsOnOneLoop:
+    @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+    def test_a_grad_mode_held_while_waiting_is_its_own(self, logprobs, mode):
+        """Torch keeps these modes by thread, and all async terms share one."""
+        inside, computed = threading.Event(), threading.Event()
+
+        async def until(event):
+            while not event.is_set():
+                await asyncio.sleep(0.001)
+
+        async def awaits_without_grad(data, logprobs):
+            with mode():
+                inside.set()
+                await until(computed)
+                assert not (logprobs[0] * 1).requires_grad
+            return logprobs[0].sum(), {}
+
+        async def computes_meanwhile(data, logprobs):
+            await until(inside)
+            loss = logprobs[1].square().sum()
+            computed.set()
+            return loss, {}
+
+        terms = [
+            Regularizer(awaits_without_grad, 1.0, "awaits", timeout=60),
+            Regularizer(computes_meanwhile, 1.0, "computes", timeout=60),
+        ]
+        composition = Composer(None, terms).compute([None, None], logprobs)
+        torch.testing.assert_close(composition.gradients[0], torch.ones(5))
+        torch.testing.assert_close(composition.gradients[1], 2 * logprobs[1])
+
+    def test_a_task_that_exits_ends_its_term_alone(self, logprobs):
+        async def exits():
+            sys.exit(3)
+
+        async def gathers(data, logprobs):
+            await asyncio.gather(exits())
+
+        with pytest.raises(TermError, match='"far" raised SystemExit: 3'):
+            Composer(None, [Regularizer(gathers, 1.0, "far", timeout=30)]).compute(
+                [None, None], logprobs
+            )
+        after = Composer(None, [Regularizer(library.square_async, 1.0, "after", timeout=30)])
+        assert after.compute([None, None], logprobs).loss_total > 0
