@@ -156,6 +156,8 @@ def start(
         # The run keeps its own time, from when its process is ready.
         return Started(THREADS.submit(run.run), finish, run.kill, float("inf"))
     assert isinstance(place, concurrent.futures.Executor)
+    # In this process, say in a thread pool, it is the memory of all terms: have it copied there.
+    values.flags.writeable = False
     with guarding(call.name):
         future = place.submit(evaluate_parcel, parcel)
     return Started(future, finish, future.cancel, expires)

@@ -190,6 +190,10 @@ class TestProcesses:
         run.kill()  # too late: the process may be running another step's term by now
         assert self.pid(self.one(process_id), logprobs) == pid
 
+    def test_no_timeout_is_too_long(self, logprobs):
+        composer = self.one(library.square, timeout=1e9)
+        assert composer.compute([None, None], logprobs).loss_total > 0
+
     def test_what_only_this_process_can_import_is_named(self, logprobs, tmp_path, monkeypatch):
         module = tmp_path / "vanishing.py"
         module.write_text("def term(data, logprobs):\n    return logprobs[0].sum(), {}\n")
@@ -350,6 +354,29 @@ def test_an_executor_that_is_shut_down_is_an_error_of_the_term(logprobs):
     term = Regularizer(library.square, 1.0, "late", run_in_executor=pool)
     with pytest.raises(TermError, match='"late" raised RuntimeError: cannot schedule'):
         Composer(None, [term]).compute([None, None], logprobs)
+
+
+def test_a_term_in_a_thread_pool_has_memory_of_its_own(logprobs):
+    """Skipped for changing its logprobs, it must not have changed those of the others."""
+    changed = threading.Event()
+
+    def changes_in_place(data, logprobs):
+        logprobs[0].detach().zero_()
+        changed.set()
+        return logprobs[0].sum(), {}
+
+    def computes_after(data, logprobs):
+        assert changed.wait(60)
+        return logprobs[0].square().sum(), {}
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        terms = [
+            Regularizer(changes_in_place, 1.0, "bad", run_in_executor=pool, on_error="skip"),
+            Regularizer(computes_after, 1.0, "good"),
+        ]
+        composition = Composer(None, terms).compute([None, None], logprobs)
+    torch.testing.assert_close(composition.gradients[0], 2 * logprobs[0])
+    assert "in place" in composition.telemetry["regularizers"]["bad"]["error"]
 
 
 def test_what_travels_is_small_and_plain():
