@@ -37,6 +37,17 @@ test-elixir: setup ## run the Elixir tests, and those of both languages through 
 test-python: setup ## run the Python tests
 	$(BIN)/pytest
 
+.PHONY: chaos fuzz soak
+chaos: setup ## make ten thousand calls under faults of every kind (CHAOS_SEED repeats a run)
+	@MIX_ENV=test mix do compile, run tests/bridge/chaos.exs
+
+fuzz: setup ## decode a million mutated and random frames on either side (FUZZ_SEED repeats a run)
+	@MIX_ENV=test mix do compile, run tests/fuzz/frames.exs
+	@PYTHONPATH=python $(BIN)/python tests/fuzz/frames.py 1000000 $(or $(FUZZ_SEED),4)
+
+soak: setup ## make a hundred thousand small calls and watch the memory
+	@MIX_ENV=test mix do compile, run tests/bridge/soak.exs
+
 .PHONY: lint lint-elixir lint-python lint-tree
 lint: setup ## check formatting, types, warnings
 	@$(MAKE) --keep-going lint-elixir lint-python lint-tree
@@ -61,7 +72,16 @@ bench: setup ## measure: one line a figure, NAME VALUE (target T) ok|short
 	@mix compile
 	-@mix run tests/bench/bridge.exs
 	-@$(BIN)/python tests/bench/native.py
+	-@$(BIN)/python tests/bench/concurrency.py 2>/dev/null
 
 .PHONY: clean
 clean: ## remove all that make made
 	rm -rf .venv .make _build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+# The oldest SDK that pyproject.toml allows, over the one of .venv; the newest is .venv's own.
+.PHONY: test-sdk-lowest
+test-sdk-lowest: setup ## run the tests of the native face with the oldest tinker
+	@test -d .make/tinker-lowest || $(BIN)/python -m pip install --quiet --no-deps \
+		--disable-pip-version-check --target .make/tinker-lowest 'tinker==0.30.0'
+	PYTHONPATH=.make/tinker-lowest $(BIN)/pytest tests/python/test_sdk.py tests/python/test_linear.py \
+		tests/python/test_losses.py tests/python/test_training_client.py

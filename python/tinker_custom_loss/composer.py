@@ -246,12 +246,12 @@ class Composer:
                         pending[index] = execution.start(
                             term, self._calls[index], data, batch, gradients
                         )
-            with self._inline_lock:
-                for index, term in enumerate(self._terms):
-                    if execution.runs_inline(term):
-                        _check_cancelled(cancelled)
-                        with _skipping(term, index, results):
-                            results[index] = evaluate(self._calls[index], data, batch, gradients)
+            inline = [i for i, term in enumerate(self._terms) if execution.runs_inline(term)]
+            with self._inline_lock if inline else contextlib.nullcontext():
+                for index in inline:
+                    _check_cancelled(cancelled)
+                    with _skipping(self._terms[index], index, results):
+                        results[index] = evaluate(self._calls[index], data, batch, gradients)
             self._collect(pending, results, cancelled)
         finally:
             for started in pending.values():

@@ -18,8 +18,8 @@ defmodule Tinkex.CustomLoss.NodesTest do
     {:ok, peer, node} =
       :peer.start(%{
         name: :peer.random_name(),
-        host: '127.0.0.1',
-        args: Enum.flat_map(:code.get_path(), &['-pa', &1])
+        host: ~c"127.0.0.1",
+        args: Enum.flat_map(:code.get_path(), &[~c"-pa", &1])
       })
 
     on_exit(fn -> :peer.stop(peer) end)
@@ -32,7 +32,7 @@ defmodule Tinkex.CustomLoss.NodesTest do
     pid = Node.spawn(node, Tinkex.CustomLoss.Bridge, :keep_pool, [opts, self()])
 
     on_exit(fn ->
-      Process.exit(pid, :kill)
+      Process.exit(pid, :shutdown)
       eventually(fn -> :erpc.call(node, Process, :whereis, [Far]) == nil end)
     end)
 

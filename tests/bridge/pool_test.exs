@@ -80,13 +80,15 @@ defmodule Tinkex.CustomLoss.PoolTest do
     end
 
     test "refuses a request that is larger than max_frame before it sends it" do
-      pool = start_peers!("behaves.py", max_frame: 4_096)
-      logprobs = [{:binary.copy(<<0::32>>, 2_000), [2_000]}]
+      pool = start_peers!("behaves.py", max_frame: 1_048_576)
+      logprobs = [{:binary.copy(<<0::32>>, 300_000), [300_000]}]
 
       assert {:error, %RequestError{} = error} =
                CustomLoss.compute(pool, nil, logprobs, base_loss: :l2)
 
-      assert Exception.message(error) =~ ~r/takes 8\d{3} bytes, more than the 4096 of :max_frame/
+      assert Exception.message(error) =~
+               ~r/takes 12\d{5} bytes, more than the 1048576 of :max_frame/
+
       assert_serving(pool)
     end
   end

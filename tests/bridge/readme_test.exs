@@ -40,7 +40,6 @@ defmodule Tinkex.CustomLoss.ReadmeTest do
   end
 
   defp sandbox! do
-    {:ok, _} = Application.ensure_all_started(:tinkex)
     SandboxServer.start!().url
   end
 
@@ -69,7 +68,11 @@ defmodule Tinkex.CustomLoss.ReadmeTest do
     {:ok, service} = apply(Tinkex.ServiceClient, :start_link, [[config: config]])
 
     {:ok, client} =
-      apply(Tinkex.ServiceClient, :create_lora_training_client, [service, "sandbox"])
+      apply(Tinkex.ServiceClient, :create_lora_training_client, [
+        service,
+        "sandbox",
+        [call_timeout: 60_000]
+      ])
 
     datum = %Datum{
       model_input: ModelInput.from_ints([1, 2]),

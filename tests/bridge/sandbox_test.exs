@@ -6,7 +6,7 @@ defmodule Tinkex.CustomLoss.SandboxTest do
 
   alias Tinkex.CustomLoss.{RequestError, Sandbox, WorkerError}
 
-  @text 'the cat sat on the mat, and the dog sat on the log. '
+  @text :binary.bin_to_list("the cat sat on the mat, and the dog sat on the log. ")
 
   defp datum(tokens, targets, weights) do
     %{

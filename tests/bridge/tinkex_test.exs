@@ -29,7 +29,6 @@ defmodule Tinkex.CustomLoss.TinkexTest do
 
   setup_all do
     load = [Path.expand("../../docs/examples/demo_terms.py", __DIR__), fixture("tinkex_terms.py")]
-    if @real, do: {:ok, _} = Application.ensure_all_started(:tinkex)
     pool = start_pool!(load: load, await_ready: true)
     if @real, do: Map.put(SandboxServer.start!(), :pool, pool), else: %{pool: pool}
   end
@@ -39,7 +38,11 @@ defmodule Tinkex.CustomLoss.TinkexTest do
     {:ok, service} = apply(Tinkex.ServiceClient, :start_link, [[config: config]])
 
     {:ok, client} =
-      apply(Tinkex.ServiceClient, :create_lora_training_client, [service, "sandbox"])
+      apply(Tinkex.ServiceClient, :create_lora_training_client, [
+        service,
+        "sandbox",
+        [call_timeout: 60_000]
+      ])
 
     {Tinkex.TrainingClient, client}
   end

@@ -50,7 +50,7 @@ class PortClient:
             [sys.executable, "-u", "-m", module, *options],
             pass_fds=(3, 4),
             preexec_fn=put_at_3_and_4,
-            stdout=self.stderr,
+            stdout=subprocess.DEVNULL,
             stderr=self.stderr,
             cwd=tempfile.gettempdir(),
             env={**os.environ, "PYTHONPATH": str(HERE.parents[1] / "python")},

@@ -170,12 +170,17 @@ class TestProcesses:
 
     def test_a_thread_that_ends_does_not_take_processes_with_it(self, logprobs):
         """On Linux, to die with one's parent is to die with the thread that started one."""
-        with concurrent.futures.ThreadPoolExecutor(1) as short:
-            short.submit(term_processes.warm, len(term_processes._alive) + 1).result(60)
-        workers = list(term_processes._alive)
         composer = self.one(process_id)
-        self.pid(composer, logprobs)
-        assert all(worker.process.is_alive() for worker in workers)
+
+        def in_a_new_process():
+            term_processes.warm(len(term_processes._alive) + 1)
+            return self.pid(composer, logprobs), threading.get_native_id()
+
+        with concurrent.futures.ThreadPoolExecutor(1) as short:
+            pid, thread = short.submit(in_a_new_process).result(60)
+        while Path(f"/proc/self/task/{thread}").exists():  # a little longer than Python's thread
+            time.sleep(0.01)
+        assert self.pid(composer, logprobs) == pid
 
     def test_giving_up_on_a_step_spares_a_process_that_has_moved_on(self, logprobs):
         parcel = term_processes.Parcel(
@@ -288,9 +293,14 @@ class TestTimeouts:
         """The slow term has ended by the time that the inline one lets the step look."""
         ended = threading.Event()
 
+        class Pool(concurrent.futures.ThreadPoolExecutor):
+            def submit(self, fn, /, *args):
+                future = super().submit(fn, *args)
+                future.add_done_callback(lambda _: ended.set())
+                return future
+
         def slow(data, logprobs):
-            time.sleep(0.2)
-            ended.set()
+            time.sleep(0.05)
             return logprobs[0].sum(), {}
 
         def inline(data, logprobs):
@@ -299,7 +309,7 @@ class TestTimeouts:
 
         terms = [
             Regularizer(inline, 1.0, "inline"),
-            Regularizer(slow, 1.0, "slow", run_in_executor=True, timeout=0.01),
+            Regularizer(slow, 1.0, "slow", run_in_executor=Pool(1), timeout=0.01),
         ]
         with pytest.raises(TermTimeoutError, match="slow"):
             Composer(None, terms).compute([None, None], logprobs)

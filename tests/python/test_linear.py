@@ -81,6 +81,7 @@ def test_the_weights_are_views_of_one_buffer_and_none_of_the_inputs():
         assert np.array_equal(record["logprobs"].to_numpy(), old)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly:UserWarning")
 def test_sparse_tensors_go_in_and_out():
     """[T,K] in CSR: logprobs are densified; weights that are mostly 0 are sent as the SDK does."""
     dense = torch.zeros(6, 8, dtype=torch.int64)

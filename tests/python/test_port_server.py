@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import struct
@@ -168,11 +169,16 @@ class TestCompute:
         reply = worker.ask("compute", **spec)
         assert gradients(reply)[0].tolist() == [2.0, 2.0]
 
-    def test_params_that_a_term_could_change_do_not_outlive_the_request(self, worker):
-        spec = compute("pathological:harmless", params={"scale": 2})
-        assert worker.ask("compute", **spec)["loss_total"] == -6.0
-        spec = compute("pathological:harmless", params={"scale": 2.5})
-        assert worker.ask("compute", **spec)["loss_total"] == -7.5
+    def test_params_that_a_term_changes_are_new_for_every_request(self, worker):
+        spec = compute("pathological:remembers", params={"seen": []})
+        for _ in range(2):
+            reply = worker.ask("compute", **spec)
+            assert reply["telemetry"]["regularizers"]["term"]["custom"] == {"seen": 1}
+
+    def test_params_that_are_equal_but_not_the_same_are_told_apart(self, worker):
+        for scale in (2, 2.5, 1, 1.0, True):
+            spec = compute("pathological:harmless", params={"scale": scale})
+            assert worker.ask("compute", **spec)["loss_total"] == -3.0 * scale
 
 
 BAD_REQUESTS = [
@@ -415,21 +421,23 @@ class TestWhatTermsPrintAndLog:
         assert worker.ask("compute", **compute("pathological:floods"))["op"] == "result"
         assert "flood 99999\n" in worker.printed()
 
-    def test_records_travel_with_level_logger_term_and_request(self, worker):
-        reply = worker.ask("compute", **compute("pathological:logs"))
-        watch, warning, failed = worker.logs
-        assert watch == {
-            "op": "log",
-            "level": "warning",
-            "logger": "my.term",
-            "message": "watch out",
-            "term": "term",
-            "id": reply["id"],
-        }
-        assert warning["logger"] == "py.warnings"
-        assert "this is deprecated" in warning["message"]
-        assert failed["level"] == "error"
-        assert "ValueError: inner" in failed["message"]
+    def test_records_travel_with_level_logger_term_and_request_before_the_answer(self, worker):
+        for _ in range(30):
+            reply = worker.ask("compute", **compute("pathological:logs"))
+            watch, warning, failed = worker.logs
+            worker.logs.clear()
+            assert watch == {
+                "op": "log",
+                "level": "warning",
+                "logger": "my.term",
+                "message": "watch out",
+                "term": "term",
+                "id": reply["id"],
+            }
+            assert warning["logger"] == "py.warnings"
+            assert "this is deprecated" in warning["message"]
+            assert failed["level"] == "error"
+            assert "ValueError: inner" in failed["message"]
 
     def test_a_flood_of_records_is_bounded_and_what_is_dropped_is_counted(self, worker):
         worker.ask("compute", **compute("pathological:floods_log"))
@@ -440,18 +448,21 @@ class TestWhatTermsPrintAndLog:
 
     def test_a_record_whose_argument_logs_does_not_recurse(self, worker):
         worker.ask("compute", **compute("pathological:logs_recursively"))
-        assert "shown" in [log["message"] for log in worker.logs]
+        shown, dropped = worker.logs
+        assert shown["message"] == "shown"
+        assert dropped["message"].startswith("1 log records dropped")
 
     def test_standard_input_is_empty(self, worker):
         reply = worker.ask("compute", **compute("pathological:reads_stdin"))
         assert reply["telemetry"]["regularizers"]["term"]["custom"] == {"read": 0}
 
     def test_children_do_not_inherit_the_stream(self, worker):
+        before = len(worker.printed())
         worker.ask("compute", **compute("pathological:shows_its_descriptors"))
-        listed = next(log for log in worker.logs if log["logger"] == "fds")["message"]
-        links = [line.split()[-3::2] for line in listed.splitlines() if " -> " in line]
-        assert [number for number, _ in links] == ["0", "1", "2", "3"]
-        assert links[3][1].startswith("/proc/")  # what ls itself has opened
+        links = worker.printed()[before:].splitlines()
+        numbers = [link.split(" -> ")[0].split()[-1] for link in links if " -> " in link]
+        assert numbers == ["0", "1", "2", "3"]
+        assert "/proc/" in links[-1]  # 3 is what ls itself has opened
 
 
 class TestTheEnd:
@@ -464,16 +475,21 @@ class TestTheEnd:
         own.hang_up()
         own.process.wait(10)
 
-    def test_unread_frames_do_not_keep_it(self, own):
+    def test_neither_unread_frames_nor_unread_answers_keep_it(self, own):
+        own.send("compute", **l2(logprobs=batch(torch.zeros(2_000_000))))
         own.send_bytes(struct.pack(">I", 1000) + b"half a frame")
         own.hang_up()
         own.process.wait(10)
 
-    def test_a_writer_that_nobody_reads_does_not_keep_it(self, own):
-        logprobs = batch(torch.zeros(2_000_000))
-        own.send("compute", **l2(logprobs=logprobs))
-        own.hang_up()
-        own.process.wait(10)
+    def test_it_is_gone_even_while_it_starts(self, tmp_path):
+        never = tmp_path / "never_loads.py"
+        never.write_text("import logging, time\nlogging.error('loading')\ntime.sleep(3600)\n")
+        with PortClient(load=[str(never)], await_ready=False) as client:
+            while not client.logs:
+                with contextlib.suppress(TimeoutError):
+                    client.receive(timeout=0.1)
+            client.hang_up()
+            client.process.wait(10)
 
     @pytest.mark.parametrize("how", ["hang_up", "kill"])
     def test_children_end_with_it(self, own, how):
@@ -492,9 +508,12 @@ class TestTheEnd:
             "from port_client import PATHOLOGICAL, PortClient, compute\n"
             "client = PortClient(load=[PATHOLOGICAL])\n"
             "client.send('compute', **compute('pathological:holds_the_interpreter'))\n"
-            "while not client.logs:\n"
-            "    client.send('ping', id=10**6)\n"
-            "    client.receive()\n"
+            "try:\n"
+            "    while True:\n"
+            "        client.send('ping', id=10**6)\n"
+            "        client.receive(timeout=2)\n"
+            "except TimeoutError:\n"
+            "    assert client.logs\n"
             "print(client.ready['pid'], flush=True)\n"
             "os.kill(os.getpid(), signal.SIGKILL)\n"
         )

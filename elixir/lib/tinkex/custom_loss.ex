@@ -165,6 +165,7 @@ defmodule Tinkex.CustomLoss do
   @doc false
   # Beside the output, the result of Call.run/3: the linear loss takes its gradients, which are a batch.
   def run(server, data, logprobs, options) do
+    deadline = Call.deadline(options.timeout)
     batch = Tensor.logprobs(logprobs)
 
     request = %{
@@ -177,7 +178,7 @@ defmodule Tinkex.CustomLoss do
     }
 
     Telemetry.span(server, request, fn ->
-      with {:ok, result} <- Call.run(server, request, options.timeout),
+      with {:ok, result} <- Call.run(server, request, options.timeout, deadline),
            {:ok, gradients} <- restore(result.gradients, batch) do
         output = %Output{
           loss_total: result.loss_total,
@@ -261,7 +262,7 @@ defmodule Tinkex.CustomLoss do
   list of maps with `:name`, `:required`, `:default` and `:type`. Waits for the first worker.
   """
   @spec terms(server(), timeout()) :: {:ok, [map()]} | {:error, error()}
-  def terms(server, timeout \\ 30_000), do: Call.terms(server, timeout)
+  def terms(server, timeout \\ 30_000), do: Call.terms(server, timeout, Call.deadline(timeout))
 
   @doc """
   What the pool is doing.
@@ -273,13 +274,13 @@ defmodule Tinkex.CustomLoss do
             reason: nil, rss: 412_000_000, versions: %{torch: "2.13.0", ...}
           }
         ],
-        in_flight: 1, queued: 0, max_in_flight: 4, max_queue: 100
+        in_flight: 1, queued: 0, uptime_ms: 90_500, max_in_flight: 4, max_queue: 100
       }
 
-  A worker's `state` is `:starting`, `:ready` or `:down`, since `since_ms` milliseconds. `reason` is
-  why the one before it ended, as in `Tinkex.CustomLoss.WorkerError`; `rss` its resident memory in
+  `uptime_ms` is that of the pool. A worker's `state` is `:starting`, `:ready` or `:down`, since
+  `since_ms` milliseconds. `reason` is why the one before it ended, as in `Tinkex.CustomLoss.WorkerError`; `rss` its resident memory in
   bytes, at the last ping.
   """
   @spec info(server()) :: {:ok, map()} | {:error, error()}
-  def info(server), do: Call.info(server)
+  def info(server), do: Call.info(server, 5_000, Call.deadline(5_000))
 end

@@ -7,7 +7,7 @@ import fcntl
 import os
 import stat
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -86,7 +86,18 @@ class FrameWriter:
                 f"the answer is a frame of {size} bytes, but the limit is {self.max_frame}; "
                 "raise --max-frame, or send fewer datums at a time"
             )
-        views = [memoryview(size.to_bytes(4, "big")), *(view for view in views if view)]
+        self._write([memoryview(size.to_bytes(4, "big")), *(view for view in views if view)])
+
+    def write_all(self, frames: Iterable[bytes]) -> None:
+        """Write small frames at once. Every system call lets go of the interpreter, and it takes
+        5 ms to get it back from a term that computes.
+
+        Raises:
+            BrokenPipeError: the reader is gone.
+        """
+        self._write([memoryview(b"".join(len(f).to_bytes(4, "big") + f for f in frames))])
+
+    def _write(self, views: list[memoryview]) -> None:
         with self._lock:
             while views:
                 _drop(views, os.writev(self._fd, views[:_MAX_PIECES]))

@@ -62,13 +62,13 @@ class LogStream(logging.Handler):
         if not self._waiting and not self._dropped:
             return
         with self._draining:
-            for _ in range(len(self._waiting)):
-                self._writer.write([pack(self._waiting.popleft())])
+            frames = [pack(self._waiting.popleft()) for _ in range(len(self._waiting))]
             self.acquire()
             dropped, self._dropped = self._dropped, 0
             self.release()
             if dropped:
-                self._writer.write([pack(_drop_notice(dropped))])
+                frames.append(pack(_drop_notice(dropped)))
+            self._writer.write_all(frames)
 
     def _run(self) -> None:
         while True:
@@ -103,7 +103,7 @@ def _drop_notice(count: int) -> dict[str, Any]:
         "op": "log",
         "level": "warning",
         "logger": __name__,
-        "message": f"{count} log records dropped: they came faster than they could be sent",
+        "message": f"{count} log records dropped: more than can be sent, or made by another record",
         "term": None,
         "id": None,
     }

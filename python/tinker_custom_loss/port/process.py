@@ -5,12 +5,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import select
 import signal
 import stat
-import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import NoReturn
 
@@ -50,7 +47,6 @@ def settle() -> None:
         os.setsid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a shell is the host's to handle
     signal.signal(signal.SIGTERM, lambda *_: end(0))
-    threading.Thread(target=_end_with_host, name="tinker-custom-loss-host", daemon=True).start()
     # While C code holds the interpreter's lock no thread of ours can run, but the kernel can act.
     die_with_parent(os.getppid())
     _start_guardian()
@@ -65,28 +61,15 @@ def end(status: int) -> NoReturn:
     os._exit(status)
 
 
-def _end_with_host() -> None:
-    """Wait until the host's end of descriptor 3 is closed, even if unread frames are before it."""
-    poll = select.poll()
-    poll.register(FROM_HOST, getattr(select, "POLLRDHUP", 0))  # and POLLHUP, which is always on
-    poll.poll()
-    end(0)
-
-
 def _start_guardian() -> None:
-    """Have what the terms start ended even when this process had no time to (Linux)."""
-    global _guardian
-    if sys.platform == "linux" and os.getpgrp() == os.getpid():
-        script = Path(__file__).with_name("guardian.py")
-        _guardian = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(script), str(os.getpid())],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-
-
-_guardian: subprocess.Popen[bytes] | None = None  # never waited for: it goes last
+    """Have a process of this group end the group, when this one cannot or had no time to."""
+    if os.getpgrp() != os.getpid():
+        return
+    script = Path(__file__).with_name("guardian.py")
+    command = [sys.executable, "-I", "-S", str(script), str(os.getpid())]
+    null = (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)
+    host = (os.POSIX_SPAWN_DUP2, FROM_HOST, 0)
+    os.posix_spawn(command[0], command, os.environ, file_actions=[host, null])
 
 
 def _give_terms_their_descriptors() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import json
 import logging
@@ -19,6 +20,7 @@ from .trainer import ClosedError, Trainer, UnknownError
 from .wire import (
     PROTOBUF,
     TrainingCall,
+    decompress,
     encode_json,
     encode_protobuf,
     parse_json,
@@ -61,7 +63,7 @@ class SandboxServer:
     ``{"fwdbwd_max_chunk_len": 2}``. ``poll_seconds`` is how long ``retrieve_future`` waits before
     it answers "try again".
 
-    :raises RequestError: ``host`` is not a loopback address.
+    :raises RequestError: ``host`` is not a loopback address, or ``seed`` is no seed.
     """
 
     def __init__(
@@ -73,6 +75,9 @@ class SandboxServer:
         client_config: Mapping[str, Any] | None = None,
         poll_seconds: float = 20.0,
     ) -> None:
+        # The first optimizer of a process has torch import its compiler, which takes a second and
+        # more: not while a client waits for its model. This checks the seed, too.
+        LanguageModel(seed)
         self._trainer = Trainer(seed)
         self._api = _Api(self._trainer, dict(client_config or {}), poll_seconds)
         self._http = _HttpServer(_loopback(host), port, self._api)
@@ -307,30 +312,35 @@ def _sentence(error: RequestError) -> str:
 class _HttpServer(ThreadingHTTPServer):
     """One thread a connection; closing it ends connections that a client keeps open."""
 
-    daemon_threads = False  # so that server_close waits for them
     request_queue_size = 128
 
     def __init__(self, host: str, port: int, api: _Api) -> None:
         self.api = api
-        self._connections: set[socket.socket] = set()
+        self.closing = False
+        self._connections: dict[socket.socket, threading.Thread] = {}
         if ":" in host:
             self.address_family = socket.AF_INET6
         super().__init__((host, port), _Handler)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        self._connections.add(request)
-        super().process_request(request, client_address)
+        # A daemon, so that a script that forgets to close the server can end.
+        self._connections[request] = thread = threading.Thread(
+            target=self.process_request_thread, args=(request, client_address), daemon=True
+        )
+        thread.start()
 
     def shutdown_request(self, request: Any) -> None:
-        self._connections.discard(request)
+        self._connections.pop(request, None)
         super().shutdown_request(request)
 
     def server_close(self) -> None:
-        for connection in list(self._connections):
-            try:
+        self.closing = True
+        connections = list(self._connections.items())
+        for connection, _ in connections:
+            with contextlib.suppress(OSError):  # the client was faster
                 connection.shutdown(socket.SHUT_RD)
-            except OSError:  # the client was faster
-                continue
+        for _, thread in connections:
+            thread.join()
         super().server_close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -349,10 +359,10 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer()
 
     def _answer(self) -> None:
-        api = cast("_HttpServer", self.server).api
+        server = cast("_HttpServer", self.server)
         endpoint = self.path.partition("?")[0].removeprefix("/api/v1/").strip("/")
         try:
-            content_type, body = api.answer(endpoint, self._body(), self.headers)
+            content_type, body = server.api.answer(endpoint, self._body(), self.headers)
             status = 200
         except ClosedError as error:
             status, content_type, body = 410, *_json({"detail": str(error)})
@@ -369,6 +379,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Connection", "close")
         self.end_headers()
         self.wfile.write(body)
+        self.close_connection |= server.closing
 
     def _body(self) -> bytes:
         try:
@@ -381,24 +392,10 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(length)
         encoding = self.headers.get("content-encoding") or "identity"
         if encoding == "zstd":
-            return _decompress(body)
+            return decompress(body)
         if encoding != "identity":
             raise RequestError(f"the sandbox reads bodies in zstd or plain, not in {encoding}")
         return body
 
     def log_message(self, format: str, *args: Any) -> None:
         logger.debug(format, *args)
-
-
-def _decompress(body: bytes) -> bytes:
-    try:
-        import zstandard
-    except ImportError as error:
-        raise RequestError(
-            "this body is compressed with zstd: install tinker-custom-loss[sandbox]"
-        ) from error
-    try:
-        with zstandard.ZstdDecompressor().stream_reader(body) as reader:
-            return bytes(reader.read())
-    except zstandard.ZstdError as error:
-        raise RequestError(f"the body is not zstd: {error}") from error

@@ -26,7 +26,15 @@ if TYPE_CHECKING:
     from .model import LanguageModel
     from .trainer import Operation
 
-__all__ = ["PROTOBUF", "TrainingCall", "encode_json", "encode_protobuf", "parse_training_call"]
+__all__ = [
+    "PROTOBUF",
+    "TrainingCall",
+    "decompress",
+    "encode_json",
+    "encode_protobuf",
+    "parse_json",
+    "parse_training_call",
+]
 
 PROTOBUF = "application/x-protobuf"
 
@@ -71,6 +79,21 @@ def parse_json(body: bytes) -> dict[str, Any]:
     if not isinstance(request, dict):
         raise RequestError("the body must be a JSON object")
     return request
+
+
+def decompress(body: bytes) -> bytes:
+    """:raises RequestError: the body is not zstd, or zstd is not installed."""
+    try:
+        import zstandard
+    except ImportError as error:
+        raise RequestError(
+            "this body is compressed with zstd: install tinker-custom-loss[sandbox]"
+        ) from error
+    try:
+        with zstandard.ZstdDecompressor().stream_reader(body) as reader:
+            return bytes(reader.read())
+    except zstandard.ZstdError as error:
+        raise RequestError(f"the body is not zstd: {error}") from error
 
 
 def encode_json(result: ForwardBackwardResult | Mapping[str, Any]) -> bytes:

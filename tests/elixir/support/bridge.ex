@@ -50,6 +50,116 @@ defmodule Tinkex.CustomLoss.Bridge do
     for step <- [11, 12, 13], do: assert(ask(pool, step) == {:ok, step * 1.0})
   end
 
+  @doc """
+  Starts a pool of the real Python with the terms of some fixtures.
+
+  What they print is dropped.
+  """
+  def start_terms!(files, opts \\ []) do
+    {:ok, python} = Tinkex.CustomLoss.Python.find(nil)
+    python |> terms_opts(files) |> Keyword.merge(opts) |> start_pool!()
+  end
+
+  defp terms_opts(python, files) do
+    [
+      python: fixture("quiet_python.sh"),
+      env: %{"REAL_PYTHON" => python},
+      load: Enum.map(files, &fixture/1),
+      await_ready: true,
+      grace: 300,
+      backoff: {10, 200}
+    ]
+  end
+
+  @doc """
+  Starts a pool for each of the named states in a BEAM that is to be killed, and brings its worker
+  there; returns the pids of the workers.
+
+  One after another, because torch takes a while to import.
+  """
+  def occupy_all(python, files, states) do
+    me = self()
+
+    # Pools end with the process that started them, and the one that runs this ends when it returns.
+    spawn(fn ->
+      workers =
+        for {name, {calls, stuck}} <- states do
+          {:ok, pool} = CustomLoss.start_link(terms_opts(python, files))
+          {name, occupy(pool, calls, stuck)}
+        end
+
+      send(me, {:workers, workers})
+      Process.sleep(:infinity)
+    end)
+
+    receive do
+      {:workers, workers} -> workers
+    end
+  end
+
+  @doc "Makes calls that return, and one that does not; returns the pid of the pool's worker."
+  def occupy(pool, calls, stuck) do
+    for term <- calls, do: {:ok, 5.0} = square(pool, term)
+
+    if stuck do
+      spawn(fn -> square(pool, stuck, timeout: :infinity) end)
+      eventually(fn -> match?({:ok, %{in_flight: 1}}, CustomLoss.info(pool)) end)
+      # A term that holds the interpreter's lock cannot say that it does.
+      Process.sleep(300)
+    end
+
+    [os_pid] = os_pids(pool)
+    os_pid
+  end
+
+  @doc "Asks for Σ x² of [-1, -2] as computed by a loaded term, which is then 5 with gradient 2x."
+  def square(pool, term, opts \\ []) do
+    opts = if term, do: Keyword.put_new(opts, :base_loss, term), else: opts
+
+    with {:ok, output} <- CustomLoss.compute(pool, nil, [[-1.0, -2.0]], opts) do
+      assert output.gradients == [[-2.0, -4.0]]
+      {:ok, output.loss_total}
+    end
+  end
+
+  @doc "Three calls of the real Python succeed."
+  def assert_squaring(pool),
+    do: for(_ <- 1..3, do: assert(square(pool, {:l2, %{reduction: "sum"}}) == {:ok, 5.0}))
+
+  @doc "Waits until every worker of the pool is ready, and for nothing."
+  def await_all(pool) do
+    eventually(
+      fn ->
+        {:ok, info} = CustomLoss.info(pool)
+        info.in_flight == 0 and Enum.all?(info.workers, &(&1.state == :ready))
+      end,
+      60_000
+    )
+  end
+
+  @doc "The processes of a worker, itself and what it started, that run."
+  def group(os_pid) do
+    for directory <- Path.wildcard("/proc/[0-9]*"),
+        {:ok, stat} <- [File.read(Path.join(directory, "stat"))],
+        # The name, in parentheses, may hold anything.
+        [state, _parent, group | _] = stat |> String.split(") ") |> List.last() |> String.split(),
+        group == "#{os_pid}" and state not in ["Z", "X"],
+        do: directory |> Path.basename() |> String.to_integer()
+  end
+
+  @doc "Resident bytes of a process."
+  def resident(os_pid) do
+    [_size, pages | _] = "/proc/#{os_pid}/statm" |> File.read!() |> String.split()
+    String.to_integer(pages) * 4096
+  end
+
+  @doc "Nothing is left of a worker within `ms`: not the process, and not what it started."
+  def assert_gone(os_pids, ms \\ 2_000),
+    do: eventually(fn -> Enum.all?(List.wrap(os_pids), &(group(&1) == [])) end, ms)
+
+  @doc "Sends a signal to a process."
+  def signal(os_pid, name), do: System.cmd("/bin/sh", ["-c", "kill -#{name} #{os_pid}"])
+
   @doc "The operating system's pids of the workers that have one."
   def os_pids(pool) do
     {:ok, info} = CustomLoss.info(pool)
@@ -65,17 +175,17 @@ defmodule Tinkex.CustomLoss.Bridge do
   end
 
   @doc "Passes as soon as `fun` is true; fails if it is not within `ms`."
-  def eventually(fun, ms \\ 5_000) do
+  def eventually(fun, ms \\ 5_000, otherwise \\ "did not become true in time") do
     cond do
       fun.() ->
         :ok
 
       ms <= 0 ->
-        flunk("did not become true in time")
+        flunk(otherwise)
 
       true ->
         Process.sleep(20)
-        eventually(fun, ms - 20)
+        eventually(fun, ms - 20, otherwise)
     end
   end
 

@@ -21,67 +21,76 @@ defmodule Tinkex.CustomLoss.Call do
   The result map of a `compute` request (without `:id`), or an exception struct.
 
   Beside what the protocol says it has `:async`, the names of the regularizers whose functions are.
+  `deadline` is that of the call, whose timeout was `timeout`.
 
   An `ArgumentError` is the caller's to raise.
   """
-  @spec run(GenServer.server(), map(), timeout()) :: {:ok, map()} | {:error, Exception.t()}
-  def run(server, request, timeout), do: run(server, request, timeout, self())
-
-  @doc "The same for another process, whose death withdraws the request."
-  def run(server, request, timeout, owner) do
-    with_pool(server, timeout, {:run, [server, request, timeout, owner]}, fn handle ->
-      call = %{handle: handle, owner: owner, timeout: timeout, deadline: deadline(timeout)}
-
-      with {:ok, terms} <- known_terms(call),
-           :ok <- Terms.check(request, terms),
-           {:ok, result} <- attempt(call, request, :first, []) do
-        {:ok, Map.put(result, :async, async(request.regularizers, terms))}
-      end
+  @spec run(GenServer.server(), map(), timeout(), deadline()) ::
+          {:ok, map()} | {:error, Exception.t()}
+  def run(server, request, timeout, deadline) do
+    with_pool(server, {:run, [request]}, timeout, deadline, fn call ->
+      with :ok <- check(call, request),
+           {:ok, result} <- attempt(call, request, :first, []),
+           do: {:ok, Map.put(result, :async, async(request.regularizers, terms(call)))}
     end)
   end
 
   @doc "The descriptors of the terms, by name."
-  @spec terms(GenServer.server(), timeout()) :: {:ok, [map()]} | {:error, Exception.t()}
-  def terms(server, timeout) do
-    with_pool(server, timeout, {:terms, [server, timeout]}, fn handle ->
-      call = %{handle: handle, timeout: timeout, deadline: deadline(timeout)}
-
-      with {:ok, terms} <- known_terms(call),
-           do: {:ok, Enum.sort_by(Map.values(terms), & &1.name)}
+  @spec terms(GenServer.server(), timeout(), deadline()) ::
+          {:ok, [map()]} | {:error, Exception.t()}
+  def terms(server, timeout, deadline) do
+    with_pool(server, {:terms, []}, timeout, deadline, fn call ->
+      case Pool.await_ready(call.handle.pool, Pool.remaining(deadline)) do
+        :ok -> {:ok, call |> terms() |> Map.values() |> Enum.sort_by(& &1.name)}
+        {:error, %TimeoutError{}} -> late(call, :queued)
+        {:error, error} -> {:error, error}
+      end
     end)
   end
 
-  @spec info(GenServer.server()) :: {:ok, map()} | {:error, Exception.t()}
-  def info(server),
-    do: with_pool(server, 5_000, {:info, [server]}, &{:ok, Pool.info(&1.pool)})
+  @spec info(GenServer.server(), timeout(), deadline()) ::
+          {:ok, map()} | {:error, Exception.t()}
+  def info(server, timeout, deadline) do
+    with_pool(server, {:info, []}, timeout, deadline, fn call ->
+      Pool.info(call.handle.pool, Pool.remaining(deadline))
+    end)
+  end
 
-  # Calls `fun` with the pool of `server`, or our `function` on the node where it is.
-  defp with_pool(server, timeout, {function, [_server | args]} = here, fun) do
+  @type deadline :: integer() | :infinity
+
+  @doc "The moment at which a call that begins now is out of time."
+  @spec deadline(timeout()) :: deadline()
+  def deadline(:infinity), do: :infinity
+  def deadline(timeout), do: System.monotonic_time(:millisecond) + timeout
+
+  # Calls `fun` about the pool of `server`, or our `function` on the node where it is.
+  defp with_pool(server, {function, args} = what, timeout, deadline, fun) do
     case GenServer.whereis(server) do
       pid when is_pid(pid) and node(pid) == node() ->
         case Pool.whereis(pid) do
           nil -> {:error, %WorkerError{reason: :not_running, worker: server}}
-          handle -> fun.(handle)
+          handle -> fun.(%{handle: handle, timeout: timeout, deadline: deadline})
         end
 
       nil ->
         {:error, %WorkerError{reason: :not_running, worker: server}}
 
       pid when is_pid(pid) ->
-        remote(node(pid), timeout, function, [pid | args])
+        remote(node(pid), function, [pid | args], timeout, deadline)
 
       {name, node} when node == node() ->
-        with_pool(name, timeout, here, fun)
+        with_pool(name, what, timeout, deadline, fun)
 
       {name, node} ->
-        remote(node, timeout, function, [name | args])
+        remote(node, function, [name | args], timeout, deadline)
     end
   end
 
-  # The process there does what a caller there does; only bytes cross, and the caller's own pid,
-  # whose death or whose node's loss withdraws the request.
-  defp remote(node, timeout, function, args) do
-    :erpc.call(node, __MODULE__, function, args, timeout)
+  # The process there does what a caller there does; what is left of the time goes with it, since
+  # clocks differ between nodes.
+  defp remote(node, function, args, timeout, deadline) do
+    left = Pool.remaining(deadline)
+    :erpc.call(node, __MODULE__, :serve, [self(), function, args, timeout, left], left)
   catch
     :error, {:erpc, :timeout} -> {:error, %TimeoutError{timeout: timeout, stage: :computing}}
     :error, {:erpc, reason} -> {:error, %WorkerError{reason: {:node, node, reason}}}
@@ -89,18 +98,40 @@ defmodule Tinkex.CustomLoss.Call do
     :exit, {:exception, reason} -> {:error, %WorkerError{reason: {:node, node, reason}}}
   end
 
-  defp deadline(:infinity), do: :infinity
-  defp deadline(timeout), do: System.monotonic_time(:millisecond) + timeout
+  @doc "Calls one of the functions above for a caller on another node, and not beyond its life."
+  def serve(caller, function, args, timeout, left) do
+    server = self()
 
-  defp known_terms(%{handle: %{terms: nil} = handle} = call) do
-    case Pool.await_ready(handle.pool, Pool.remaining(call.deadline)) do
-      :ok -> {:ok, Pool.whereis(handle.supervisor).terms}
-      {:error, %TimeoutError{}} -> late(call, :queued)
-      {:error, error} -> {:error, error}
+    # Not linked: what goes wrong here is an error there, and no signal.
+    spawn(fn ->
+      caller = Process.monitor(caller)
+      done = Process.monitor(server)
+
+      receive do
+        {:DOWN, ^caller, _, _, _} -> Process.exit(server, :kill)
+        {:DOWN, ^done, _, _, _} -> :ok
+      end
+    end)
+
+    apply(__MODULE__, function, args ++ [timeout, deadline(left)])
+  end
+
+  # Until the first worker is ready nobody knows the terms: a request is then checked when it is
+  # given that worker.
+  defp check(call, request) do
+    case terms(call) do
+      nil -> :ok
+      terms -> Terms.check(request, terms)
     end
   end
 
-  defp known_terms(%{handle: %{terms: terms}}), do: {:ok, terms}
+  defp terms(%{handle: %{terms: nil, supervisor: supervisor}}) do
+    with %{terms: terms} <- Pool.whereis(supervisor), do: terms
+  end
+
+  defp terms(%{handle: %{terms: terms}}), do: terms
+
+  defp async(_regularizers, nil), do: []
 
   defp async(regularizers, terms),
     do: for(%{name: name, fn: fun} <- regularizers, terms[fun].async, do: name)
@@ -120,9 +151,14 @@ defmodule Tinkex.CustomLoss.Call do
              "send fewer datums at a time, or start the pool with a larger :max_frame"
        }}
     else
-      case Pool.checkout(call.handle.pool, id, call.owner, kind, call.deadline) do
+      case Pool.checkout(call.handle.pool, id, kind, call.deadline) do
         {:ok, worker, port} ->
-          send_and_wait(call, request, id, {worker, port}, {frame, size}, losses)
+          with {:error, error} <- check(call, request) do
+            Pool.abandon(call.handle.pool, id)
+            {:error, error}
+          else
+            :ok -> send_and_wait(call, request, id, {worker, port}, {frame, size}, losses)
+          end
 
         :timeout ->
           late(call, :queued)

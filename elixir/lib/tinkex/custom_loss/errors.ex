@@ -132,7 +132,9 @@ defmodule Tinkex.CustomLoss.WorkerError do
   defp describe({:port, reason}, _), do: "its pipe broke: #{inspect(reason)}"
 
   defp describe(:unresponsive, _),
-    do: "it had nothing to do and did not answer pings, so it was killed"
+    do: "it did not answer pings, so it was killed"
+
+  defp describe(:replaced, _), do: "its Erlang process was replaced"
 
   defp describe(:overdue, _),
     do: "it went on with a cancelled request beyond the grace period, so it was killed"

@@ -68,7 +68,7 @@ more of them only take memory."
 `Tinkex.CustomLoss.OverloadedError` at once, instead of a queue that grows until memory ends."
     ],
     max_frame: [
-      type: {:integer, 1_024, 0xFFFF_FFFF},
+      type: {:integer, 1_048_576, 0xFFFF_FFFF},
       default: 1_073_741_824,
       doc:
         "bytes of the largest message in either direction. A larger request is refused before it \
@@ -100,7 +100,8 @@ never ends from holding a worker; what else that worker had is retried on anothe
       type: :pos_integer,
       default: 5_000,
       doc: "milliseconds between signs of life. A worker with nothing to do that misses two is \
-killed and replaced."
+killed and replaced, one that computes after twelve: Python gives them while a term computes, \
+unless C code holds its lock."
     ],
     backoff: [
       type: :backoff,
@@ -170,7 +171,9 @@ waits for a term that never returns as long as that takes."
   @check Keyword.take(@call, [:base_loss, :regularizers, :step])
 
   @doc "The validated options of a pool, as a map."
-  def start!(opts), do: validate!(opts, @start, "Tinkex.CustomLoss")
+  def start!(opts) do
+    opts |> validate!(@start, "Tinkex.CustomLoss") |> hide_environment()
+  end
 
   @doc "The validated options of `compute/4`, as a map."
   def call!(opts), do: opts |> validate!(@call, "Tinkex.CustomLoss.compute/4") |> terms!()
@@ -195,7 +198,11 @@ waits for a term that never returns as long as that takes."
   end
 
   @doc "The validated options of a sandbox, as a map."
-  def sandbox!(opts), do: validate!(opts, @sandbox, "Tinkex.CustomLoss.Sandbox")
+  def sandbox!(opts),
+    do: opts |> validate!(@sandbox, "Tinkex.CustomLoss.Sandbox") |> hide_environment()
+
+  # A report of a crash shows what its process was started with, and an environment holds keys.
+  defp hide_environment(options), do: Map.update!(options, :env, &fn -> &1 end)
 
   @doc "The validated options of a sandbox's gradient check, as a map."
   def check!(opts),

@@ -31,15 +31,16 @@ defmodule Tinkex.CustomLoss.Pool do
   @doc """
   Room at a worker for the request `id`, waited for until `deadline`.
 
-  The request is withdrawn when `owner` dies. A `:retry` had room before: it goes before all others,
-  and is not refused.
+  The request is withdrawn when its caller dies. A `:retry` was on a worker that ended. It goes
+  before all others, is not refused, and has the next worker for itself: if that ends, too, nobody
+  else is the cause, and nobody else is hit.
   """
-  @spec checkout(pid(), integer(), pid(), :first | :retry, integer() | :infinity) ::
+  @spec checkout(pid(), integer(), :first | :retry, integer() | :infinity) ::
           {:ok, worker :: pid(), port()}
           | {:error, OverloadedError.t() | WorkerError.t()}
           | :timeout
-  def checkout(pool, id, owner, kind, deadline) do
-    GenServer.call(pool, {:checkout, id, owner, kind}, remaining(deadline))
+  def checkout(pool, id, kind, deadline) do
+    GenServer.call(pool, {:checkout, id, kind}, remaining(deadline))
   catch
     :exit, {:timeout, _call} ->
       abandon(pool, id)
@@ -75,7 +76,12 @@ defmodule Tinkex.CustomLoss.Pool do
     :exit, {reason, _call} -> {:error, %WorkerError{reason: {:stopped, reason}}}
   end
 
-  def info(pool), do: GenServer.call(pool, :info)
+  @spec info(pid(), timeout()) :: {:ok, map()} | {:error, Exception.t()}
+  def info(pool, timeout) do
+    {:ok, GenServer.call(pool, :info, timeout)}
+  catch
+    :exit, {reason, _call} -> {:error, %WorkerError{reason: {:stopped, reason}}}
+  end
 
   @impl true
   def init({supervisor, config}) do
@@ -89,12 +95,13 @@ defmodule Tinkex.CustomLoss.Pool do
       handle: handle,
       config: config,
       slots: Map.new(1..config.workers, &{&1, Map.merge(%{worker: nil, starts: 0}, down(nil))}),
-      # id => {monitor of the owner, from | index of the slot}
+      # id => {monitor of the caller, kind, from | index of the slot}
       requests: %{},
-      owners: %{},
+      callers: %{},
       workers: %{},
       queue: :queue.new(),
-      awaiting: []
+      awaiting: [],
+      started: now()
     }
 
     {:ok, state}
@@ -107,6 +114,7 @@ defmodule Tinkex.CustomLoss.Pool do
       reason: reason,
       since: now(),
       load: 0,
+      alone: false,
       port: nil,
       os_pid: nil,
       ready: nil,
@@ -117,17 +125,16 @@ defmodule Tinkex.CustomLoss.Pool do
   defp now, do: System.monotonic_time(:millisecond)
 
   @impl true
-  def handle_call({:checkout, id, owner, kind}, from, state) do
-    case {least_loaded(state), kind} do
-      {index, _kind} when is_integer(index) ->
-        {:noreply, state |> admit(id, owner, from) |> grant(id, index)}
+  def handle_call({:checkout, id, kind}, from, state) do
+    cond do
+      error = hopeless(state) ->
+        {:reply, {:error, error}, state}
 
-      {nil, kind} ->
-        cond do
-          error = hopeless(state) -> {:reply, {:error, error}, state}
-          kind == :first and full?(state) -> {:reply, {:error, overloaded(state)}, state}
-          true -> {:noreply, state |> admit(id, owner, from) |> enqueue(id, kind)}
-        end
+      kind == :first and full?(state) and not room?(state) ->
+        {:reply, {:error, overloaded(state)}, state}
+
+      true ->
+        {:noreply, state |> admit(id, kind, from) |> enqueue(id, kind)}
     end
   end
 
@@ -151,12 +158,15 @@ defmodule Tinkex.CustomLoss.Pool do
   @impl true
   def handle_info({:DOWN, monitor, :process, pid, reason}, state) do
     case state do
-      %{owners: %{^monitor => id}} ->
+      %{callers: %{^monitor => id}} ->
         {:noreply, withdraw(state, id)}
 
       %{workers: %{^pid => index}} ->
-        state = %{state | workers: Map.delete(state.workers, pid)}
-        {:noreply, news(state, index, {:down, {:stopped, reason}, 0})}
+        {:noreply, forget(state, index, pid, {:stopped, reason})}
+
+      # A worker whose successor has been heard of.
+      _forgotten ->
+        {:noreply, state}
     end
   end
 
@@ -167,65 +177,74 @@ defmodule Tinkex.CustomLoss.Pool do
 
   # Requests
 
-  defp least_loaded(state) do
-    limit = state.config.max_in_flight
+  defp least_loaded(state, kind) do
+    limit = if kind == :retry, do: 1, else: state.config.max_in_flight
 
     {_load, index} =
       Enum.reduce(state.slots, {limit, nil}, fn
-        {index, %{state: :ready, load: load}}, {least, _} when load < least -> {load, index}
-        _full_or_not_ready, best -> best
+        {index, %{state: :ready, alone: false, load: load}}, {least, _} when load < least ->
+          {load, index}
+
+        _full_or_not_ready, best ->
+          best
       end)
 
     index
   end
 
-  defp admit(state, id, owner, from) do
-    monitor = Process.monitor(owner)
+  defp admit(state, id, kind, {caller, _tag} = from) do
+    monitor = Process.monitor(caller)
 
     %{
       state
-      | requests: Map.put(state.requests, id, {monitor, from}),
-        owners: Map.put(state.owners, monitor, id)
+      | requests: Map.put(state.requests, id, {monitor, kind, from}),
+        callers: Map.put(state.callers, monitor, id)
     }
   end
 
   defp grant(state, id, index) do
-    {monitor, from} = Map.fetch!(state.requests, id)
+    {monitor, kind, from} = Map.fetch!(state.requests, id)
     slot = Map.fetch!(state.slots, index)
     GenServer.reply(from, {:ok, slot.worker, slot.port})
 
     %{
       state
-      | requests: Map.put(state.requests, id, {monitor, index}),
-        slots: Map.put(state.slots, index, %{slot | load: slot.load + 1})
+      | requests: Map.put(state.requests, id, {monitor, kind, index}),
+        slots: Map.put(state.slots, index, %{slot | load: slot.load + 1, alone: kind == :retry})
     }
   end
 
   defp enqueue(state, id, kind) do
     queue = if kind == :retry, do: :queue.in_r(id, state.queue), else: :queue.in(id, state.queue)
+    state = serve_queue(%{state | queue: queue})
 
-    Telemetry.queued(state.config, :queue.len(queue))
-    %{state | queue: queue}
+    if match?(%{^id => {_monitor, _kind, from}} when not is_integer(from), state.requests),
+      do: Telemetry.queued(state.config, :queue.len(state.queue))
+
+    state
   end
 
+  # In order, even if a later one would find room where the first does not: it would never be its
+  # turn.
   defp serve_queue(state) do
-    with index when index != nil <- least_loaded(state),
-         {{:value, id}, queue} <- :queue.out(state.queue) do
-      %{state | queue: queue} |> grant(id, index) |> serve_queue()
+    with {:value, id} <- :queue.peek(state.queue),
+         {_monitor, kind, _from} = Map.fetch!(state.requests, id),
+         index when index != nil <- least_loaded(state, kind) do
+      %{state | queue: :queue.drop(state.queue)} |> grant(id, index) |> serve_queue()
     else
-      _no_room_or_empty -> state
+      _empty_or_no_room -> state
     end
   end
 
   # Its worker tells when it is over, so that room is given only when there is some.
   defp withdraw(state, id) do
     case state.requests do
-      %{^id => {_monitor, index}} when is_integer(index) ->
+      %{^id => {_monitor, _kind, index}} when is_integer(index) ->
         Worker.abandon(state.slots[index].worker, id)
         state
 
-      %{^id => {_monitor, _from}} ->
-        %{release(state, id) | queue: :queue.delete(id, state.queue)}
+      %{^id => _queued} ->
+        serve_queue(%{release(state, id) | queue: :queue.delete(id, state.queue)})
 
       _answered ->
         state
@@ -237,13 +256,17 @@ defmodule Tinkex.CustomLoss.Pool do
       {nil, _requests} ->
         state
 
-      {{monitor, where}, requests} ->
+      {{monitor, _kind, where}, requests} ->
         Process.demonitor(monitor, [:flush])
-        state = %{state | requests: requests, owners: Map.delete(state.owners, monitor)}
-        if is_integer(where), do: update_in(state.slots[where].load, &(&1 - 1)), else: state
+        state = %{state | requests: requests, callers: Map.delete(state.callers, monitor)}
+
+        if is_integer(where),
+          do: update_in(state.slots[where], &%{&1 | load: &1.load - 1, alone: false}),
+          else: state
     end
   end
 
+  defp room?(state), do: :queue.is_empty(state.queue) and least_loaded(state, :first) != nil
   defp full?(state), do: :queue.len(state.queue) >= state.config.max_queue
 
   defp overloaded(state) do
@@ -257,8 +280,16 @@ defmodule Tinkex.CustomLoss.Pool do
 
   defp know(state, index, pid) do
     Process.monitor(pid)
+    state = forget(state, index, state.slots[index].worker, :replaced)
     state = %{state | workers: Map.put(state.workers, pid, index)}
     put_in(state.slots[index].worker, pid)
+  end
+
+  defp forget(state, _index, nil, _reason), do: state
+
+  defp forget(state, index, pid, reason) do
+    state = %{state | workers: Map.delete(state.workers, pid)}
+    news(put_in(state.slots[index].worker, nil), index, {:down, reason, 0})
   end
 
   defp news(state, index, {:starting, os_pid}) do
@@ -277,7 +308,7 @@ defmodule Tinkex.CustomLoss.Pool do
 
   defp news(state, index, {:down, reason, _delay}) do
     state =
-      for {id, {_monitor, ^index}} <- state.requests, reduce: state do
+      for {id, {_monitor, _kind, ^index}} <- state.requests, reduce: state do
         state -> release(state, id)
       end
 
@@ -303,7 +334,7 @@ defmodule Tinkex.CustomLoss.Pool do
 
       :queue.fold(
         fn id, state ->
-          {_monitor, from} = Map.fetch!(state.requests, id)
+          {_monitor, _kind, from} = Map.fetch!(state.requests, id)
           GenServer.reply(from, {:error, error})
           release(state, id)
         end,
@@ -346,6 +377,7 @@ defmodule Tinkex.CustomLoss.Pool do
       workers: workers,
       in_flight: map_size(state.requests) - queued,
       queued: queued,
+      uptime_ms: now() - state.started,
       max_queue: state.config.max_queue,
       max_in_flight: state.config.max_in_flight
     }

@@ -94,7 +94,7 @@ defmodule Tinkex.CustomLoss.Python do
   end
 
   defp env(config) do
-    given = Enum.map(config.env, fn {name, value} -> {name, value} end)
+    given = Enum.to_list(config.env.())
 
     inherited =
       case List.keyfind(given, "PYTHONPATH", 0) do

@@ -20,8 +20,11 @@ defmodule Tinkex.CustomLoss.Worker do
   # their own: a caller that is inside Port.command cannot notice its deadline.
   @small 262_144
 
-  # For so many intervals a worker with nothing to do may leave a ping unanswered.
+  # For so many intervals a ping may be unanswered. One that computes gets long, since code that holds
+  # the interpreter's lock cannot be told from a process that hangs; but not for ever, since its
+  # requests may have no deadline, and a part of a frame would keep all that follows it.
   @missed_pings 2
+  @missed_pings_busy 12
 
   def child_spec({index, _pool, _reaper, _config} = arg),
     do: %{id: {__MODULE__, index}, start: {__MODULE__, :start_link, [arg]}}
@@ -117,7 +120,9 @@ defmodule Tinkex.CustomLoss.Worker do
   def handle_event(:info, {port, {:data, frame}}, state, %{port: port} = data),
     do: frame |> Protocol.decode() |> received(state, data)
 
-  def handle_event(:info, {port, {:exit_status, status}}, :starting, %{port: port} = data) do
+  # Ended by a signal, it has nothing to say about what it lacks.
+  def handle_event(:info, {port, {:exit_status, status}}, :starting, %{port: port} = data)
+      when status < 128 do
     %WorkerError{reason: reason} = Python.diagnose(data.config, status)
     ended(reason, data)
   end
@@ -233,8 +238,6 @@ defmodule Tinkex.CustomLoss.Worker do
     end
   end
 
-  # Python answers pings on a thread of its own, but not while a term holds the interpreter's lock:
-  # with requests in flight, their deadlines decide.
   defp ping(%{ping: nil} = data) do
     id = System.unique_integer([:positive])
     write(data.port, Protocol.encode_ping(id))
@@ -243,13 +246,13 @@ defmodule Tinkex.CustomLoss.Worker do
     {:keep_state, %{data | ping: id}, next_ping(data)}
   end
 
-  defp ping(%{requests: requests, missed_pings: missed} = data) when requests == %{} do
-    if missed + 1 >= @missed_pings,
+  defp ping(%{requests: requests, missed_pings: missed} = data) do
+    limit = if requests == %{}, do: @missed_pings, else: @missed_pings_busy
+
+    if missed + 1 >= limit,
       do: ended(:unresponsive, data),
       else: {:keep_state, %{data | missed_pings: missed + 1}, next_ping(data)}
   end
-
-  defp ping(data), do: {:keep_state_and_data, next_ping(data)}
 
   defp next_ping(data), do: {{:timeout, :ping}, data.config.ping_interval, :ping}
 

@@ -1,0 +1,80 @@
+defmodule Tinkex.CustomLoss.Faults.OrphansTest do
+  # Nothing outlives a BEAM that is killed, or a worker that is stopped.
+  use ExUnit.Case, async: false
+
+  import Tinkex.CustomLoss.Bridge
+
+  alias Tinkex.CustomLoss
+
+  @moduletag timeout: 300_000
+
+  @files ["pathological.py", "starts_processes.py", "holds_the_interpreter.py"]
+
+  # What a worker is brought to do before it ends: calls that return, and one that does not.
+  @states %{
+    "idle" => {[], nil},
+    "awaiting" => {[], "pathological:never_resolves"},
+    "blocked in a sleep" => {[], "pathological:sleeps"},
+    "in a tight loop" => {[], "pathological:loops"},
+    "holding the interpreter's lock" => {[], "holds_the_interpreter:holds_the_interpreter"},
+    "with processes of all kinds" => {["starts_processes:starts_processes"], nil},
+    "with a thread that is no daemon" => {["starts_processes:starts_a_thread"], nil},
+    "with all of it" =>
+      {["starts_processes:starts_processes", "starts_processes:starts_a_thread"],
+       "holds_the_interpreter:holds_the_interpreter"}
+  }
+
+  test "when the BEAM is killed, whatever the workers are doing" do
+    states = Map.delete(@states, "with all of it")
+
+    {:ok, peer, _node} =
+      :peer.start(%{
+        connection: :standard_io,
+        args: Enum.flat_map(:code.get_path(), &['-pa', &1])
+      })
+
+    {:ok, python} = CustomLoss.Python.find(nil)
+    {:ok, _} = :peer.call(peer, Application, :ensure_all_started, [:elixir])
+
+    groups =
+      :peer.call(peer, Tinkex.CustomLoss.Bridge, :occupy_all, [python, @files, states], 240_000)
+
+    # A worker and its sentinel; what else is there, one of them started.
+    for {state, os_pid} <- groups do
+      assert length(group(os_pid)) >= if(state == "with processes of all kinds", do: 6, else: 2)
+    end
+
+    killed = System.monotonic_time(:millisecond)
+    signal(:peer.call(peer, :os, :getpid, []), "KILL")
+
+    for {state, os_pid} <- groups do
+      left = 2_000 - (System.monotonic_time(:millisecond) - killed)
+      eventually(fn -> group(os_pid) == [] end, left, "a worker is left: #{state}")
+    end
+  end
+
+  describe "when a worker is stopped" do
+    setup do
+      %{pool: start_terms!(@files)}
+    end
+
+    test "with its pool, in the worst of states", %{pool: pool} do
+      {calls, stuck} = @states["with all of it"]
+      os_pid = occupy(pool, calls, stuck)
+      assert length(group(os_pid)) >= 6
+      stop_supervised!({CustomLoss, nil})
+      assert_gone(os_pid)
+    end
+
+    test "by a signal, with what it started; three calls succeed", %{pool: pool} do
+      os_pid = occupy(pool, ["starts_processes:starts_processes"], nil)
+
+      for name <- ["TERM", "SEGV", "KILL"] do
+        [os_pid | _] = if name == "TERM", do: [os_pid], else: os_pids(pool)
+        signal(os_pid, name)
+        assert_gone(os_pid)
+        assert_squaring(pool)
+      end
+    end
+  end
+end
