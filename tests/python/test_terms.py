@@ -205,6 +205,11 @@ class TestWhatATermSaysOfBadInput:
         with pytest.raises(TermError, match='datum 1 has no "reference_logprobs"'):
             rows.compute("kl", weights=None)
 
+    @every_term
+    def test_a_misspelt_key_is_not_taken_for_weights_of_one(self, name):
+        with pytest.raises(TermError, match=r'datum 0 has no "wieghts" .*; it has: reference_lo'):
+            Rows([(2,)]).compute(name, weights="wieghts")
+
     def test_a_shape_that_disagrees_is_named(self):
         rows = Rows([(2,), (3,)])
         rows.logprobs[1] = torch.zeros(4)
