@@ -16,7 +16,7 @@ defmodule Tinkex.CustomLoss.OptionsTest do
           {:workers, 0, "a positive integer"},
           {:workers, 1.5, "a positive integer"},
           {:max_queue, -1, "an integer that is not negative"},
-          {:max_frame, 10, "an integer from 1024 to 4294967295"},
+          {:max_frame, 10, "an integer from 1048576 to 4294967295"},
           {:python, "", "a path or the name of a program"},
           {:python, "a\0b", "a path or the name of a program"},
           {:load, "my_losses", "a list of strings"},

@@ -12,7 +12,7 @@ import tinker
 import torch
 
 from tinker_custom_loss import Composer, TensorBatch, TermError
-from tinker_custom_loss.terms import CATALOGUE, entropy
+from tinker_custom_loss.terms import CATALOGUE, entropy, l2
 
 SHAPES = {
     "tokens": [(4,), (3,)],
@@ -234,3 +234,11 @@ def test_a_term_is_a_documented_function_that_pickles_by_name(name):
     assert "reduction" in inspect.signature(term).parameters
     assert "Unit" in term.__doc__
     assert repr(term) == f"<term {name}>"
+
+
+def test_l2_is_exact_to_float32_at_every_size():
+    values = torch.rand(4_000_000)
+    want = float(values.double().square().sum())
+    composition = Composer(l2).compute([None], [values])
+    assert composition.loss_total == pytest.approx(want, rel=1e-6)
+    assert torch.equal(composition.gradient.flat, 2 * values)

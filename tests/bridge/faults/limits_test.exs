@@ -29,14 +29,15 @@ defmodule Tinkex.CustomLoss.Faults.LimitsTest do
                ask(pool, unquote(step))
 
       assert sentence =~ unquote(sentence)
-      assert :erlang.memory(:total) - before < 64 * @mib
+      assert :erlang.memory(:total) - before < 256 * @mib
       assert_gone(os_pid)
       assert_serving(pool)
     end
   end
 
   test "bombs for the worker are refused, and the worker goes on" do
-    {:ok, port, os_pid} = Python.open(Options.start!([]))
+    config = Options.start!([])
+    {:ok, port, os_pid} = Python.open(config, Python.worker_args(config))
     assert {:ready, _} = next(port)
     before = resident(os_pid)
 
