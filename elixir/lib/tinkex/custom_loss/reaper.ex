@@ -5,8 +5,25 @@ defmodule Tinkex.CustomLoss.Reaper do
   # A closed port is only an end of file to Python, and code that holds its interpreter's lock never
   # looks. Workers are therefore killed from outside: on request, and when the Erlang process of a
   # worker ends in any way. This process starts before the workers and ends after them.
+  #
+  # What kills is a shell of its own. It outlives us by the moment that it takes to see that its
+  # input ends, and then kills all that are left: also when this process was killed, and when the
+  # emulator halts, which it would not do while a worker leaves unread what was sent to it.
 
   use GenServer
+
+  # The kill of the shell, because a container need not have the program. A negative number is that
+  # of a process group: the worker and what it started, also after the worker itself is gone.
+  @shell """
+  groups=' '
+  while read -r what group; do
+    case $what in
+      watch) groups="$groups$group " ;;
+      kill) kill -KILL "-$group"; groups="${groups%% $group *} ${groups#* $group }" ;;
+    esac
+  done
+  for group in $groups; do kill -KILL "-$group"; done
+  """
 
   def start_link(supervisor), do: GenServer.start_link(__MODULE__, supervisor)
 
@@ -23,20 +40,23 @@ defmodule Tinkex.CustomLoss.Reaper do
   def init(supervisor) do
     Process.flag(:trap_exit, true)
     :persistent_term.put({__MODULE__, supervisor}, self())
-    {:ok, %{supervisor: supervisor, watched: %{}}}
+    # There is nothing to say about a group that does not exist any more.
+    shell = ["-c", "exec 2>/dev/null\n" <> @shell]
+    port = Port.open({:spawn_executable, "/bin/sh"}, [:binary, :hide, args: shell])
+    {:ok, %{supervisor: supervisor, port: port, watched: %{}}}
   end
 
   @impl true
-  def handle_cast({:watch, owner, os_pid}, state),
-    do: {:noreply, put_in(state.watched[owner], {Process.monitor(owner), os_pid})}
+  def handle_cast({:watch, owner, os_pid}, state) do
+    Port.command(state.port, "watch #{os_pid}\n")
+    {:noreply, put_in(state.watched[owner], {Process.monitor(owner), os_pid})}
+  end
 
   def handle_cast({:kill, owner, os_pid}, state) do
-    sigkill([os_pid])
-
     case state.watched do
       %{^owner => {monitor, ^os_pid}} ->
         Process.demonitor(monitor, [:flush])
-        {:noreply, %{state | watched: Map.delete(state.watched, owner)}}
+        {:noreply, reap(state, owner)}
 
       _ended_before ->
         {:noreply, state}
@@ -44,28 +64,22 @@ defmodule Tinkex.CustomLoss.Reaper do
   end
 
   @impl true
-  def handle_info({:DOWN, _monitor, :process, owner, _reason}, state) do
-    {{_monitor, os_pid}, watched} = Map.pop!(state.watched, owner)
-    sigkill([os_pid])
-    {:noreply, %{state | watched: watched}}
-  end
+  def handle_info({:DOWN, _monitor, :process, owner, _reason}, state),
+    do: {:noreply, reap(state, owner)}
+
+  # Without the shell nobody would be killed: whoever restarts this process starts all workers anew.
+  def handle_info({:EXIT, port, _reason}, %{port: port} = state),
+    do: {:stop, :shell_ended, state}
 
   def handle_info({:EXIT, _pid, _reason}, state), do: {:noreply, state}
 
+  # The port closes with this process.
   @impl true
-  def terminate(_reason, state) do
-    sigkill(for {_owner, {_monitor, os_pid}} <- state.watched, do: os_pid)
-    :persistent_term.erase({__MODULE__, state.supervisor})
-  end
+  def terminate(_reason, state), do: :persistent_term.erase({__MODULE__, state.supervisor})
 
-  defp sigkill([]), do: :ok
-
-  # The kill of the shell, because a container need not have the program. A negative number is that
-  # of a process group: the worker and what it started, also after the worker itself is gone. There
-  # is nothing left to do if the group does not exist any more.
-  defp sigkill(os_pids) do
-    groups = Enum.map(os_pids, &"-#{&1}")
-    System.cmd("/bin/sh", ["-c", ~s(kill -KILL "$@"), "kill" | groups], stderr_to_stdout: true)
-    :ok
+  defp reap(state, owner) do
+    {{_monitor, os_pid}, watched} = Map.pop!(state.watched, owner)
+    Port.command(state.port, "kill #{os_pid}\n")
+    %{state | watched: watched}
   end
 end

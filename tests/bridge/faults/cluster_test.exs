@@ -1,0 +1,35 @@
+defmodule Tinkex.CustomLoss.Faults.ClusterTest do
+  # The module of docs/reliability.md, with both members of the group on this node.
+  use ExUnit.Case, async: false
+
+  import Tinkex.CustomLoss.Bridge
+
+  @guide Path.expand("../../../docs/reliability.md", __DIR__)
+
+  setup_all do
+    [[_, code]] = Regex.scan(~r/^```elixir\n(.*?)^```$/ms, File.read!(@guide))
+    [{module, _}] = Code.compile_string(code, @guide)
+    start_supervised!(%{id: :pg, start: {:pg, :start_link, []}})
+    %{module: module}
+  end
+
+  test "a group of pools is called through :pg; one that ends leaves it", %{module: module} do
+    opts = [python: fixture("behaves.py"), await_ready: true]
+
+    for id <- [:one, :other],
+        do: start_supervised!(Supervisor.child_spec({module, opts}, id: id))
+
+    assert length(:pg.get_members(module)) == 2
+
+    for step <- 1..6 do
+      assert {:ok, %{loss_total: loss}} =
+               module.compute(nil, [[-1.0]], base_loss: :l2, step: step)
+
+      assert loss == step * 1.0
+    end
+
+    stop_supervised!(:one)
+    eventually(fn -> length(:pg.get_members(module)) == 1 end)
+    assert {:ok, _} = module.compute(nil, [[-1.0]], base_loss: :l2)
+  end
+end
