@@ -15,6 +15,8 @@
 from __future__ import annotations
 
 import traceback as _traceback
+from pathlib import Path
+from types import TracebackType
 from typing import Any, ClassVar
 
 __all__ = [
@@ -83,10 +85,22 @@ class TermError(CustomLossError):
         name = kind.__qualname__
         if kind.__module__ not in ("builtins", "__main__"):
             name = f"{kind.__module__}.{name}"
-        text = "".join(_traceback.format_exception(error))
+        text = "".join(_traceback.format_exception(kind, error, _own_frames(error)))
         return cls(
             f'the term "{term}" raised {name}: {error}', term=term, error_type=name, traceback=text
         )
+
+
+def _own_frames(error: BaseException) -> TracebackType | None:
+    """The traceback from the first frame that is not of this package's machinery."""
+    package = Path(__file__).parent
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        file = Path(frame.tb_frame.f_code.co_filename)
+        if package not in file.parents or file.parent.name == "terms":
+            break
+        frame = frame.tb_next
+    return frame
 
 
 class NonFiniteError(TermError):

@@ -319,6 +319,7 @@ class TestTermsThatFail:
         assert caught.value.term == "base_loss"
         assert caught.value.error_type == "KeyError"
         assert 'raise KeyError("no such reward")' in caught.value.traceback
+        assert caught.value.traceback.count("File ") == 1  # the term's own, none of ours
         assert isinstance(caught.value.__cause__, KeyError)
 
     @pytest.mark.parametrize("fn", [raises, exits, returns_vector])
