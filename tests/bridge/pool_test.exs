@@ -334,11 +334,37 @@ defmodule Tinkex.CustomLoss.PoolTest do
       eventually(fn -> not alive?(os_pid) end)
     end
 
+    @tag :capture_log
+    test "is waited for by whoever wants it ready, and said as what it is" do
+      Process.flag(:trap_exit, true)
+      opts = [python: fixture("never_ready.py"), start_timeout: 300, await_ready: true]
+      assert {:error, %WorkerError{} = error} = CustomLoss.start_link(opts)
+      assert Exception.message(error) =~ "was not ready after 0.3 s"
+    end
+
     test "in our version of the protocol says which side is older" do
       pool = start_pool!(python: fixture("speaks_version_2.py"), backoff: {60_000, 60_000})
       assert {:error, %WorkerError{} = error} = ask(pool, 1)
       assert Exception.message(error) =~ "the Elixir package tinkex_custom_loss is older"
     end
+  end
+
+  # Only the start waits: whoever restarts a pool finds the supervisor at once, and calls wait.
+  @tag :tmp_dir
+  test "a pool that starts anew does not wait for a worker again", %{tmp_dir: dir} do
+    env = %{"READY_ONCE" => Path.join(dir, "ready")}
+    pool = start_peers!("ready_once.py", env: env, start_timeout: 60_000)
+    [os_pid] = os_pids(pool)
+    {_, process, _, _} = List.keyfind(Supervisor.which_children(pool), CustomLoss.Pool, 0)
+    Process.exit(process, :kill)
+    eventually(fn -> not alive?(os_pid) end)
+
+    assert {:ok, children} =
+             Task.yield(Task.async(fn -> Supervisor.which_children(pool) end), 10_000)
+
+    assert {_, other, _, _} = List.keyfind(children, CustomLoss.Pool, 0)
+    assert is_pid(other) and other != process
+    assert {:error, %TimeoutError{stage: :queued}} = ask(pool, 1, timeout: 50)
   end
 
   test "a flood of log records neither delays answers for long nor fills the memory" do
