@@ -349,6 +349,28 @@ defmodule Tinkex.CustomLoss.PoolTest do
     end
   end
 
+  # Such as in a container, where no LANG is set.
+  test "a BEAM whose locale is not UTF-8 gives variables that are" do
+    script = """
+    {:ok, pool} =
+      Tinkex.CustomLoss.start_link(
+        python: #{inspect(fixture("behaves.py"))},
+        env: %{"GREETING" => "\\u65e5\\u672c"},
+        await_ready: true
+      )
+
+    {:ok, %{workers: [%{os_pid: os_pid}]}} = Tinkex.CustomLoss.info(pool)
+    :latin1 = :file.native_name_encoding()
+    true = File.read!("/proc/\#{os_pid}/environ") =~ "GREETING=\\u65e5\\u672c"
+    IO.puts("given")
+    """
+
+    ebin = Application.app_dir(:tinkex_custom_loss, "ebin")
+    opts = [env: [{"LC_ALL", "C"}, {"ELIXIR_ERL_OPTIONS", nil}], stderr_to_stdout: true]
+    assert {output, 0} = System.cmd("elixir", ["-pa", ebin, "-e", script], opts)
+    assert output =~ "given"
+  end
+
   # Only the start waits: whoever restarts a pool finds the supervisor at once, and calls wait.
   @tag :tmp_dir
   test "a pool that starts anew does not wait for a worker again", %{tmp_dir: dir} do
