@@ -11,14 +11,12 @@ and with everything else that was started.
 
 from __future__ import annotations
 
-import asyncio
 import concurrent.futures
 import os
 import pickle
 import sys
-import threading
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +35,7 @@ from .evaluation import (
     open_reply,
     running,
 )
+from .event_loop import EventLoop
 from .processes import ProcessRun
 from .regularizer import Regularizer
 from .threads import THREADS
@@ -44,34 +43,13 @@ from .threads import THREADS
 __all__ = ["THREADS", "Started", "check_picklable", "runs_inline", "start"]
 
 
-class _EventLoop:
-    """One event loop for async terms, in a thread of ours.
-
-    The tinker SDK calls custom losses from inside its own running loop, where nothing can be
-    awaited synchronously.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._loop: asyncio.AbstractEventLoop | None = None
-
-    def submit(self, coroutine: Coroutine[Any, Any, Any]) -> concurrent.futures.Future[Any]:
-        with self._lock:
-            if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                threading.Thread(
-                    target=self._loop.run_forever, name="tinker-custom-loss-async", daemon=True
-                ).start()
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-
-
-_LOOP = _EventLoop()
+_LOOP = EventLoop()
 
 
 def _forget_after_fork() -> None:
     """Threads do not survive a fork; the child starts its own."""
     global _LOOP
-    _LOOP = _EventLoop()
+    _LOOP = EventLoop()
 
 
 if hasattr(os, "register_at_fork"):
@@ -178,6 +156,8 @@ def start(
         # The run keeps its own time, from when its process is ready.
         return Started(THREADS.submit(run.run), finish, run.kill, float("inf"))
     assert isinstance(place, concurrent.futures.Executor)
+    # In this process, say in a thread pool, it is the memory of all terms: have it copied there.
+    values.flags.writeable = False
     with guarding(call.name):
         future = place.submit(evaluate_parcel, parcel)
     return Started(future, finish, future.cancel, expires)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["ProcessRun", "die_with_parent", "warm"]
 
 _START_UP_SECONDS = 120.0  # importing torch from a cold disk, with room
+_LONGEST_WAIT_SECONDS = 2e6  # poll(2) counts milliseconds in 32 bits
 
 _alive: set[_Worker] = set()
 _idle: list[_Worker] = []
@@ -39,8 +40,10 @@ _lock = threading.Lock()
 
 def _forget_after_fork() -> None:
     """The processes are the parent's: two of us on one pipe would read each other's replies."""
+    global _lock
     _alive.clear()
     _idle.clear()
+    _lock = threading.Lock()  # another thread may have held it
 
 
 if hasattr(os, "register_at_fork"):
@@ -101,13 +104,17 @@ class ProcessRun:
             worker.await_ready(name)
             reply = worker.ask(work, self._timeout, name)
         except BaseException:
-            worker.kill()
+            with self._guard:
+                self._worker = None
+            worker.end()
             raise
         with self._guard:
             self._worker = None  # from here on it may be running somebody else's term
+        if self._killed:
+            worker.end()
+        else:
             with _lock:
-                if not self._killed:
-                    _idle.append(worker)
+                _idle.append(worker)
         if reply.failure is not None and reply.failure["term"] is None:
             raise TermError(
                 f'the process of the term "{name}" cannot load it: {reply.failure["message"]}; '
@@ -123,7 +130,7 @@ class ProcessRun:
         with self._guard:
             self._killed = True
             if self._worker is not None:
-                self._worker.kill()
+                self._worker.process.kill()  # run() sees it, and tidies up
 
     def _take_worker(self) -> _Worker:
         worker = None
@@ -138,7 +145,7 @@ class ProcessRun:
         with self._guard:
             self._worker = worker
             if self._killed:
-                worker.kill()
+                worker.process.kill()
         return worker
 
 
@@ -166,7 +173,8 @@ class _Worker:
         reply: ParcelReply = pickle.loads(self._receive(timeout, name, "ran out of time"))
         return reply
 
-    def kill(self) -> None:
+    def end(self) -> None:
+        """Kill it and close what belongs to it. No other thread may be using it."""
         with _lock:
             _alive.discard(self)
         self.process.kill()
@@ -174,7 +182,8 @@ class _Worker:
         self._pipe.close()
 
     def _receive(self, timeout: float | None, name: str, late: str) -> bytes:
-        if not wait([self._pipe, self.process.sentinel], timeout):
+        patience = None if timeout is None else min(timeout, _LONGEST_WAIT_SECONDS)
+        if not wait([self._pipe, self.process.sentinel], patience):
             raise TermTimeoutError(
                 f'the term "{name}" {late} in its process: {timeout:g} s have passed; '
                 "the process was ended",

@@ -29,7 +29,7 @@ from tinker_custom_loss import Composer, Regularizer, forward_backward_custom, w
 from tinker_custom_loss.sandbox import SandboxServer
 
 TERMS, SECONDS, ROUNDS, TARGET = 4, 0.2, 5, 1.1
-WARM_UP_SECONDS = 60
+WARM_UP_SECONDS = 120
 
 
 def slow(data: Any, logprobs: list[torch.Tensor], *, seconds: float = SECONDS) -> Any:
@@ -78,8 +78,9 @@ def concurrency(fn: Callable[..., Any], place: Any) -> float:
 
     # A pool gives its first worker all there is to do while the others still import torch.
     warm_up = time.monotonic() + WARM_UP_SECONDS
-    while ratio() > 1.2 and time.monotonic() < warm_up:
-        pass
+    in_a_row = 0
+    while in_a_row < 3 and time.monotonic() < warm_up:
+        in_a_row = in_a_row + 1 if ratio() < 1.2 else 0
     return statistics.median(ratio() for _ in range(ROUNDS))
 
 

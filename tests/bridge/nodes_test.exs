@@ -18,8 +18,8 @@ defmodule Tinkex.CustomLoss.NodesTest do
     {:ok, peer, node} =
       :peer.start(%{
         name: :peer.random_name(),
-        host: '127.0.0.1',
-        args: Enum.flat_map(:code.get_path(), &['-pa', &1])
+        host: ~c"127.0.0.1",
+        args: Enum.flat_map(:code.get_path(), &[~c"-pa", &1])
       })
 
     on_exit(fn -> :peer.stop(peer) end)

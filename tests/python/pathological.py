@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import itertools
 import logging
 import os
 import subprocess
 import sys
 import time
 import warnings
+
+_calls = itertools.count()
 
 
 def harmless(data, logprobs, *, scale: float = 1.0):
@@ -64,7 +67,7 @@ def floods(data, logprobs):
 
 def logs(data, logprobs):
     logging.getLogger("my.term").warning("watch %s", "out")
-    warnings.warn("this is deprecated", stacklevel=1)
+    warnings.warn(f"this is deprecated, call {next(_calls)}", stacklevel=1)
     try:
         raise ValueError("inner")
     except ValueError:
@@ -112,9 +115,9 @@ def sleeps(data, logprobs):
 
 
 def holds_the_interpreter(data, logprobs):
-    logging.getLogger("holds").info("holding")
-    while True:
-        ctypes.PyDLL(None).usleep(900_000)
+    logging.getLogger("holds").info("about to hold")
+    time.sleep(0.2)  # the record must get out first
+    ctypes.PyDLL(None).sleep(3600)
 
 
 def crashes(data, logprobs):

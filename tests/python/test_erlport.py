@@ -6,6 +6,7 @@ import math
 import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -78,11 +79,17 @@ class Host:
         assert stdin is not None
         assert stdout is not None
         frame = function.encode() + b"\0" + argument
-        stdin.write(struct.pack(">I", len(frame)) + frame)
-        stdin.flush()
-        header = stdout.read(4)
-        assert len(header) == 4, "the stream ended"
-        return unpack(stdout.read(*struct.unpack(">I", header)))
+        # A stream that something was printed into may promise more than ever comes.
+        watchdog = threading.Timer(60, self._process.kill)
+        watchdog.start()
+        try:
+            stdin.write(struct.pack(">I", len(frame)) + frame)
+            stdin.flush()
+            header = stdout.read(4)
+            assert len(header) == 4, "the stream ended"
+            return unpack(stdout.read(*struct.unpack(">I", header)))
+        finally:
+            watchdog.cancel()
 
     def compute(self, fn: str, request_id: int | None = 7) -> Any:
         message: dict[str, Any] = {

@@ -195,6 +195,10 @@ class TestProcesses:
         run.kill()  # too late: the process may be running another step's term by now
         assert self.pid(self.one(process_id), logprobs) == pid
 
+    def test_no_timeout_is_too_long(self, logprobs):
+        composer = self.one(library.square, timeout=1e9)
+        assert composer.compute([None, None], logprobs).loss_total > 0
+
     def test_what_only_this_process_can_import_is_named(self, logprobs, tmp_path, monkeypatch):
         module = tmp_path / "vanishing.py"
         module.write_text("def term(data, logprobs):\n    return logprobs[0].sum(), {}\n")
@@ -362,6 +366,29 @@ def test_an_executor_that_is_shut_down_is_an_error_of_the_term(logprobs):
         Composer(None, [term]).compute([None, None], logprobs)
 
 
+def test_a_term_in_a_thread_pool_has_memory_of_its_own(logprobs):
+    """Skipped for changing its logprobs, it must not have changed those of the others."""
+    changed = threading.Event()
+
+    def changes_in_place(data, logprobs):
+        logprobs[0].detach().zero_()
+        changed.set()
+        return logprobs[0].sum(), {}
+
+    def computes_after(data, logprobs):
+        assert changed.wait(60)
+        return logprobs[0].square().sum(), {}
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        terms = [
+            Regularizer(changes_in_place, 1.0, "bad", run_in_executor=pool, on_error="skip"),
+            Regularizer(computes_after, 1.0, "good"),
+        ]
+        composition = Composer(None, terms).compute([None, None], logprobs)
+    torch.testing.assert_close(composition.gradients[0], 2 * logprobs[0])
+    assert "in place" in composition.telemetry["regularizers"]["bad"]["error"]
+
+
 def test_what_travels_is_small_and_plain():
     """No tensor: torch would send a file descriptor, and a machine elsewhere could not open it."""
     call = tinker_custom_loss.evaluation.Call("far", library.square, {})
@@ -370,3 +397,49 @@ def test_what_travels_is_small_and_plain():
     text = pickle.dumps(parcel)
     assert b"torch" not in text
     assert len(text) < values.nbytes + 1000
+
+
+class TestAsyncTermsOnOneLoop:
+    @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+    def test_a_grad_mode_held_while_waiting_is_its_own(self, logprobs, mode):
+        """Torch keeps these modes by thread, and all async terms share one."""
+        inside, computed = threading.Event(), threading.Event()
+
+        async def until(event):
+            while not event.is_set():
+                await asyncio.sleep(0.001)
+
+        async def awaits_without_grad(data, logprobs):
+            with mode():
+                inside.set()
+                await until(computed)
+                assert not (logprobs[0] * 1).requires_grad
+            return logprobs[0].sum(), {}
+
+        async def computes_meanwhile(data, logprobs):
+            await until(inside)
+            loss = logprobs[1].square().sum()
+            computed.set()
+            return loss, {}
+
+        terms = [
+            Regularizer(awaits_without_grad, 1.0, "awaits", timeout=60),
+            Regularizer(computes_meanwhile, 1.0, "computes", timeout=60),
+        ]
+        composition = Composer(None, terms).compute([None, None], logprobs)
+        torch.testing.assert_close(composition.gradients[0], torch.ones(5))
+        torch.testing.assert_close(composition.gradients[1], 2 * logprobs[1])
+
+    def test_a_task_that_exits_ends_its_term_alone(self, logprobs):
+        async def exits():
+            sys.exit(3)
+
+        async def gathers(data, logprobs):
+            await asyncio.gather(exits())
+
+        with pytest.raises(TermError, match='"far" raised SystemExit: 3'):
+            Composer(None, [Regularizer(gathers, 1.0, "far", timeout=30)]).compute(
+                [None, None], logprobs
+            )
+        after = Composer(None, [Regularizer(library.square_async, 1.0, "after", timeout=30)])
+        assert after.compute([None, None], logprobs).loss_total > 0

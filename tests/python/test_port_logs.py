@@ -44,7 +44,7 @@ def test_logging_never_waits_and_keeps_no_more_than_its_capacity(pipe):
             records += 1
         else:
             assert message["level"] == "warning"
-            assert message["message"].endswith("dropped: they came faster than they could be sent")
+            assert "log records dropped" in message["message"]
             dropped += int(message["message"].split()[0])
     stuck.join()
     drain.join()

@@ -16,12 +16,12 @@ from typing import Any
 
 from ..errors import CancelledError
 
-__all__ = ["InlineTurn", "Request", "current_request", "interruptible"]
+__all__ = ["InlineTurn", "Interrupted", "Request", "current_request", "interruptible"]
 
 _POLL_SECONDS = 0.02
 
 
-class _Interrupted(BaseException):
+class Interrupted(BaseException):
     """The request of the function in which this is raised was cancelled."""
 
 
@@ -41,7 +41,7 @@ class Request:
         with self._lock:
             if self._thread is not None and not self._interrupted:
                 self._interrupted = True
-                _set_async_exception(self._thread, _Interrupted)
+                _set_async_exception(self._thread, Interrupted)
 
     def enter(self) -> None:
         """The calling thread is about to run a function of the user.

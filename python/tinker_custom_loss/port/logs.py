@@ -103,7 +103,7 @@ def _drop_notice(count: int) -> dict[str, Any]:
         "op": "log",
         "level": "warning",
         "logger": __name__,
-        "message": f"{count} log records dropped: they came faster than they could be sent",
+        "message": f"{count} log records dropped: more than can be sent, or made by another record",
         "term": None,
         "id": None,
     }

@@ -36,7 +36,8 @@ defmodule Tinkex.CustomLoss.Faults.LimitsTest do
   end
 
   test "bombs for the worker are refused, and the worker goes on" do
-    {:ok, port, os_pid} = Python.open(Options.start!([]))
+    config = Options.start!([])
+    {:ok, port, os_pid} = Python.open(config, Python.worker_args(config))
     assert {:ready, _} = next(port)
     before = resident(os_pid)
 

@@ -16,31 +16,34 @@ defmodule Tinkex.CustomLoss.Test.Chaos do
   @workers 2
   @long 120_000
 
-  # Per thousand calls. The first group costs a worker or two, which take seconds to start.
-  @faults [
-    segfaults: 1,
-    calls_os_exit: 1,
-    is_killed: 1,
-    writes_to_the_stream: 1,
-    sleeps: 1,
-    swallows_interrupts: 1,
-    killed_from_outside: 1,
-    raises: 30,
-    calls_sys_exit: 30,
-    returns_nan: 30,
-    loops: 10,
-    never_resolves: 10,
-    caller_dies: 10,
-    prints: 30,
-    logs: 30,
-    squares_async: 100,
-    large: 5
+  # Per ten thousand calls. Each of the first ones costs a worker or two, which take seconds to start.
+  @fatal [
+    segfaults: 4,
+    calls_os_exit: 4,
+    is_killed: 4,
+    writes_to_the_stream: 4,
+    sleeps: 4,
+    swallows_interrupts: 4,
+    killed_from_outside: 4
+  ]
+  @others [
+    raises: 300,
+    calls_sys_exit: 300,
+    returns_nan: 300,
+    loops: 100,
+    never_resolves: 100,
+    caller_dies: 100,
+    prints: 300,
+    logs: 300,
+    squares_async: 1_000,
+    large: 50
   ]
 
   @doc """
   Runs `calls` calls, prints what came of them, and returns the counts.
 
-  Options: `:calls`, `:seed`, `:seconds` after which no more calls begin.
+  Options: `:calls`, `:seed`, `:seconds` after which no more calls begin, and `:fatal`, how many times
+  as often as in a long run a fault ends workers.
   """
   def run(opts) do
     calls = Keyword.fetch!(opts, :calls)
@@ -50,13 +53,8 @@ defmodule Tinkex.CustomLoss.Test.Chaos do
     {:ok, supervisor} = Supervisor.start_link([pool_spec(mark)], strategy: :one_for_one)
     [{_id, pool, _, _}] = Supervisor.which_children(supervisor)
 
-    # Both sides have done everything once, before they are weighed.
-    for fault <- [:none, :large, :logs, :raises], do: call(pool, fault)
-    Bridge.await_all(pool)
     before = weigh(pool)
-    answers = run_calls(pool, calls, seed, stop_at)
-    Bridge.await_all(pool)
-    for _ <- 1..8, do: call(pool, :none)
+    answers = run_calls(pool, calls, seed, faults(Keyword.get(opts, :fatal, 1)), stop_at)
     later = weigh(pool)
     {:ok, info} = CustomLoss.info(pool)
     Supervisor.stop(supervisor)
@@ -99,7 +97,9 @@ defmodule Tinkex.CustomLoss.Test.Chaos do
      await_ready: true}
   end
 
-  defp run_calls(pool, calls, seed, stop_at) do
+  defp faults(times), do: for({fault, n} <- @fatal, do: {fault, times * n}) ++ @others
+
+  defp run_calls(pool, calls, seed, faults, stop_at) do
     per_caller = div(calls, @callers)
 
     1..@callers
@@ -108,7 +108,7 @@ defmodule Tinkex.CustomLoss.Test.Chaos do
 
       Task.async(fn ->
         :rand.seed(:exsss, {seed, caller, 0})
-        caller(pool, count, stop_at, %{asked: %{}, outcomes: %{}, wrong: []})
+        caller(pool, count, {faults, stop_at}, %{asked: %{}, outcomes: %{}, wrong: []})
       end)
     end)
     |> Task.await_many(:infinity)
@@ -120,17 +120,17 @@ defmodule Tinkex.CustomLoss.Test.Chaos do
     end)
   end
 
-  defp caller(_pool, 0, _stop_at, seen), do: seen
+  defp caller(_pool, 0, _plan, seen), do: seen
 
-  defp caller(pool, count, stop_at, seen) do
+  defp caller(pool, count, {faults, stop_at} = plan, seen) do
     if System.monotonic_time(:second) >= stop_at do
       seen
     else
-      fault = pick()
+      fault = pick(faults)
       outcome = call(pool, fault)
       wrong = if allowed?(fault, outcome), do: [], else: [{fault, outcome}]
 
-      caller(pool, count - 1, stop_at, %{
+      caller(pool, count - 1, plan, %{
         asked: Map.update(seen.asked, fault, 1, &(&1 + 1)),
         outcomes: Map.update(seen.outcomes, kind(outcome), 1, &(&1 + 1)),
         wrong: wrong ++ seen.wrong
@@ -138,10 +138,10 @@ defmodule Tinkex.CustomLoss.Test.Chaos do
     end
   end
 
-  defp pick do
-    dice = :rand.uniform(1_000)
+  defp pick(faults) do
+    dice = :rand.uniform(10_000)
 
-    Enum.reduce_while(@faults, dice, fn {fault, weight}, left ->
+    Enum.reduce_while(faults, dice, fn {fault, weight}, left ->
       if left <= weight, do: {:halt, fault}, else: {:cont, left - weight}
     end)
     |> then(&if(is_atom(&1), do: &1, else: :none))
@@ -150,7 +150,7 @@ defmodule Tinkex.CustomLoss.Test.Chaos do
   # One call, and what it came to: :right, {:wrong, answer}, or an exception.
 
   defp call(pool, :none), do: compute(pool, {:l2, %{reduction: "sum"}}, @long)
-  defp call(pool, :large), do: compute(pool, "pathological:squares", @long, 500_000)
+  defp call(pool, :large), do: compute(pool, "pathological:squares", @long, 100_000)
 
   defp call(pool, fault) when fault in [:sleeps, :swallows_interrupts, :loops, :never_resolves],
     do: compute(pool, "pathological:#{fault}", 50 + :rand.uniform(100))
@@ -219,7 +219,16 @@ defmodule Tinkex.CustomLoss.Test.Chaos do
 
   # Afterwards
 
+  # When every worker has lately done the same, or a new one would weigh less than an old one.
   defp weigh(pool) do
+    Bridge.await_all(pool)
+
+    for fault <- [:large, :logs, :none] do
+      1..(4 * @workers)
+      |> Enum.map(fn _ -> Task.async(fn -> call(pool, fault) end) end)
+      |> Task.await_many(:infinity)
+    end
+
     for pid <- Process.list(), do: :erlang.garbage_collect(pid)
     os_pids = Bridge.os_pids(pool)
 

@@ -172,8 +172,7 @@ waits for a term that never returns as long as that takes."
 
   @doc "The validated options of a pool, as a map."
   def start!(opts) do
-    # A report of a crash shows what its process was started with, and an environment holds keys.
-    opts |> validate!(@start, "Tinkex.CustomLoss") |> Map.update!(:env, &fn -> &1 end)
+    opts |> validate!(@start, "Tinkex.CustomLoss") |> hide_environment()
   end
 
   @doc "The validated options of `compute/4`, as a map."
@@ -210,7 +209,11 @@ waits for a term that never returns as long as that takes."
   end
 
   @doc "The validated options of a sandbox, as a map."
-  def sandbox!(opts), do: validate!(opts, @sandbox, "Tinkex.CustomLoss.Sandbox")
+  def sandbox!(opts),
+    do: opts |> validate!(@sandbox, "Tinkex.CustomLoss.Sandbox") |> hide_environment()
+
+  # A report of a crash shows what its process was started with, and an environment holds keys.
+  defp hide_environment(options), do: Map.update!(options, :env, &fn -> &1 end)
 
   @doc "The validated options of a sandbox's gradient check, as a map."
   def check!(opts),
