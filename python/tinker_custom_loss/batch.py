@@ -94,6 +94,12 @@ def checked_batch(data: Sequence[object], logprobs: Sequence[Tensor] | TensorBat
     Raises:
         RequestError: the counts differ, the batch is empty, or something is no float tensor.
     """
+    for path, value in (("data", data), ("logprobs", logprobs)):
+        if not hasattr(value, "__len__"):
+            raise RequestError(
+                f"{path} is a {type(value).__name__}; expected a list with one entry a datum",
+                path=path,
+            )
     if len(data) != len(logprobs):
         raise RequestError(
             f"there are {len(data)} datums but {len(logprobs)} logprob tensors; expected one "
@@ -115,6 +121,11 @@ def checked_batch(data: Sequence[object], logprobs: Sequence[Tensor] | TensorBat
                 path=f"logprobs[{index}]",
             )
         _check_float(tensor, index)
+        if tensor.ndim not in (1, 2):
+            raise RequestError(
+                f"logprobs[{index}] has shape {list(tensor.shape)}; expected [T] or [T,K]",
+                path=f"logprobs[{index}]",
+            )
     return _common_buffer(logprobs)
 
 

@@ -113,6 +113,7 @@ class Composer:
         base_params: Mapping[str, Any] | None = None,
         inline_lock: contextlib.AbstractContextManager[Any] | None = None,
     ) -> None:
+        _check_no_composer(base_loss_fn)
         if isinstance(base_loss_fn, (Mapping, list, tuple, str)):
             raise RequestError(
                 f"base_loss_fn must be a function of (data, logprobs), got "
@@ -136,6 +137,7 @@ class Composer:
             )
         for index, term in enumerate(self.regularizers):
             try:
+                _check_no_composer(term.fn)
                 execution.check_picklable(term)
             except RequestError as error:
                 where = f"regularizers[{index}]"
@@ -337,7 +339,7 @@ class Composer:
             for term, part in zip(self._terms, finite, strict=True)
             if keep_term_gradients and part.gradient is not None
         }
-        home = None if total is None else _bring_home(batch.with_flat(total), given)
+        home = None if total is None else self._bring_home(batch.with_flat(total), given)
         return Composition(loss_total, home, telemetry, kept)
 
     def _total_norm(self, total: Tensor, weights: list[float], finite: list[FinitePart]) -> float:
@@ -355,6 +357,30 @@ class Composer:
             )
         return value
 
+    def _bring_home(
+        self, gradient: TensorBatch, given: Sequence[Tensor] | TensorBatch
+    ) -> TensorBatch:
+        """The gradient in the dtype and on the device of the logprobs that were given."""
+        like = given.flat if isinstance(given, TensorBatch) else given[0]
+        home = gradient.flat.to(like.device, like.dtype)
+        if like.element_size() < gradient.flat.element_size() and not home.isfinite().all():
+            dtype = str(like.dtype).removeprefix("torch.")
+            raise NonFiniteError(
+                f"the gradient is finite, but does not fit into {dtype}, the type of the logprobs; "
+                "give them as float32, or lower the weights",
+                term=", ".join(term.name for term in self._terms),
+            )
+        return gradient.with_flat(home)
+
+
+def _check_no_composer(fn: object) -> None:
+    if isinstance(fn, Composer):
+        raise RequestError(
+            "a Composer cannot be a term of another, since its metrics are no plain numbers; give "
+            "its terms to one Composer",
+            path="fn",
+        )
+
 
 @contextlib.contextmanager
 def _skipping(term: Regularizer, index: int, results: dict[int, Outcome | TermError]) -> Any:
@@ -369,9 +395,3 @@ def _skipping(term: Regularizer, index: int, results: dict[int, Outcome | TermEr
 def _check_cancelled(cancelled: threading.Event | None) -> None:
     if cancelled is not None and cancelled.is_set():
         raise CancelledError("the computation was cancelled by its caller")
-
-
-def _bring_home(gradient: TensorBatch, given: Sequence[Tensor] | TensorBatch) -> TensorBatch:
-    """The gradient in the dtype and on the device of the logprobs that were given."""
-    like = given.flat if isinstance(given, TensorBatch) else given[0]
-    return gradient.with_flat(gradient.flat.to(like.device, like.dtype))

@@ -15,7 +15,7 @@
 from __future__ import annotations
 
 import traceback as _traceback
-from typing import ClassVar
+from typing import Any, ClassVar
 
 __all__ = [
     "CancelledError",
@@ -33,6 +33,15 @@ class CustomLossError(Exception):
     """Base of everything this package raises on purpose."""
 
     kind: ClassVar[str] = "internal"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exceptions pickle as cls(*args), which lacks the keyword arguments; one that cannot be
+        # read again breaks the process pool that carries it.
+        return _rebuilt, (type(self), self.args), self.__dict__
+
+
+def _rebuilt(cls: type[CustomLossError], args: tuple[Any, ...]) -> CustomLossError:
+    return cls.__new__(cls, *args)
 
 
 class RequestError(CustomLossError, ValueError):

@@ -99,18 +99,19 @@ def differentiate(
     The gradient is taken on its own, with ``torch.autograd.grad``, so that no graph outlives its
     term and ``.grad`` of nothing is touched.
     """
-    loss, metrics = _checked(name, returned)
-    gradient = None
-    differentiable = loss.requires_grad
-    if differentiable and gradients:
-        try:
+    try:
+        loss, metrics = _checked(name, returned)
+        value = float(loss.detach())
+        gradient = None
+        differentiable = loss.requires_grad
+        if differentiable and gradients:
             (gradient,) = torch.autograd.grad(loss.reshape(()), leaf.flat, allow_unused=True)
-        except Exception as error:
-            raise TermError.from_exception(name, error) from error
-        differentiable = gradient is not None
-    return Outcome(
-        float(loss.detach()), metrics, differentiable, gradient, time.perf_counter() - started
-    )
+            differentiable = gradient is not None
+    except TermError:
+        raise
+    except Exception as error:
+        raise TermError.from_exception(name, error) from error
+    return Outcome(value, metrics, differentiable, gradient, time.perf_counter() - started)
 
 
 @contextmanager

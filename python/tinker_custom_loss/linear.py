@@ -23,7 +23,7 @@ from torch import Tensor
 from .batch import Shape, TensorBatch
 from .composer import Composer, Composition
 from .errors import RequestError
-from .regularizer import LossFn, Regularizer
+from .regularizer import BASE_LOSS, LossFn, Regularizer
 
 __all__ = [
     "Regularizers",
@@ -32,6 +32,7 @@ __all__ = [
     "linear_data",
     "linearize",
     "linearize_with",
+    "sdk_loss",
     "zero_gradient",
 ]
 
@@ -126,6 +127,26 @@ def zero_gradient(data: Sequence[Datum]) -> list[Datum]:
     return [_sent(datum, _zeros(datum)) for datum in data]
 
 
+def sdk_loss(base_loss_fn: Any) -> Any:
+    """What to hand to the SDK as it is: it would find out in mid-step, and end the client.
+
+    Raises:
+        RequestError: it is no loss.
+    """
+    if base_loss_fn is None:
+        raise RequestError(
+            "there is nothing to compute: give a base_loss_fn, or at least one regularizer",
+            path=BASE_LOSS,
+        )
+    if not callable(base_loss_fn) and not _is_handle(base_loss_fn):
+        raise RequestError(
+            "base_loss_fn must be a function of (data, logprobs), got "
+            f"{type(base_loss_fn).__name__}; regularizers come after it",
+            path=BASE_LOSS,
+        )
+    return base_loss_fn
+
+
 def composer_of(base_loss_fn: Any, regularizers: Regularizers | None, step: int) -> Composer:
     """The composer for one step's arguments.
 
@@ -145,8 +166,7 @@ def composer_of(base_loss_fn: Any, regularizers: Regularizers | None, step: int)
                 path="regularizers",
             )
         return base_loss_fn
-    handle = getattr(tinker, "LossHandle", None)  # since tinker 0.38
-    if handle is not None and isinstance(base_loss_fn, handle):
+    if _is_handle(base_loss_fn):
         base_loss_fn = _client_side(base_loss_fn)
     return Composer(base_loss_fn, regularizers)
 
@@ -203,6 +223,11 @@ def _zeros(datum: Datum) -> TensorData:
 
 def _shape(tensor: TensorData) -> Shape:
     return tuple(tensor.to_numpy().shape if tensor.shape is None else tensor.shape)
+
+
+def _is_handle(loss: object) -> bool:
+    handle = getattr(tinker, "LossHandle", None)  # since tinker 0.38
+    return handle is not None and isinstance(loss, handle)
 
 
 def _client_side(handle: Any) -> Callable[[Sequence[Datum], Sequence[Tensor]], Any]:

@@ -15,6 +15,7 @@ import pickle
 import signal
 import sys
 import threading
+import time
 import traceback
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["ProcessRun", "die_with_parent", "warm"]
 
 _START_UP_SECONDS = 120.0  # importing torch from a cold disk, with room
-_LONGEST_WAIT_SECONDS = 2e6  # poll(2) counts milliseconds in 32 bits
+_LOOK_EVERY_SECONDS = 1.0
 
 _alive: set[_Worker] = set()
 _idle: list[_Worker] = []
@@ -182,18 +183,26 @@ class _Worker:
         self._pipe.close()
 
     def _receive(self, timeout: float | None, name: str, late: str) -> bytes:
-        patience = None if timeout is None else min(timeout, _LONGEST_WAIT_SECONDS)
-        if not wait([self._pipe, self.process.sentinel], patience):
-            raise TermTimeoutError(
-                f'the term "{name}" {late} in its process: {timeout:g} s have passed; '
-                "the process was ended",
-                term=name,
-            )
+        expires = float("inf") if timeout is None else time.monotonic() + timeout
+        while not wait([self._pipe, self.process.sentinel], self._patience(expires)):
+            if time.monotonic() >= expires:
+                raise TermTimeoutError(
+                    f'the term "{name}" {late} in its process: {timeout:g} s have passed; '
+                    "the process was ended",
+                    term=name,
+                )
+            # What the term itself forked may hold both descriptors open after its process is gone.
+            if not self.process.is_alive() and not self._pipe.poll():
+                raise TermError(self._obituary(name), term=name)
         try:
             return self._pipe.recv_bytes()
         except (EOFError, OSError):
             self.process.join()
             raise TermError(self._obituary(name), term=name) from None
+
+    @staticmethod
+    def _patience(expires: float) -> float:
+        return max(0.0, min(_LOOK_EVERY_SECONDS, expires - time.monotonic()))
 
     def _obituary(self, name: str) -> str:
         code = self.process.exitcode or 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import difflib
+import functools
 import inspect
 import math
 import numbers
@@ -252,7 +253,7 @@ def nearest(wrong: str, names: Sequence[str]) -> str:
 
 def is_coroutine_function(fn: object) -> bool:
     """Whether a function, partial or callable object returns a coroutine when called."""
-    while hasattr(fn, "func"):  # functools.partial
+    while isinstance(fn, functools.partial):
         fn = fn.func
     return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(
         getattr(fn, "__call__", None)  # noqa: B004 - the method itself is wanted
@@ -260,11 +261,12 @@ def is_coroutine_function(fn: object) -> bool:
 
 
 def _is_finite_number(value: object) -> bool:
-    return (
-        isinstance(value, numbers.Real)
-        and not isinstance(value, bool)
-        and math.isfinite(float(value))
-    )
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(float(value))
+    except OverflowError:  # an int beyond all floats
+        return False
 
 
 def _show(value: object) -> str:

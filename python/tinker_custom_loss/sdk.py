@@ -19,10 +19,9 @@ from tinker import APIFuture, Datum, ForwardBackwardOutput, TrainingClient
 from torch import Tensor
 
 from .composer import Composer
-from .errors import RequestError
 from .futures import StepFuture, concurrent_future, settle, with_telemetry, withdrawable
 from .gradients import carry
-from .linear import Regularizers, composer_of, linearize
+from .linear import Regularizers, composer_of, linearize, sdk_loss
 from .regularizer import LossFn
 from .training_client import RegularizedTrainingClient, with_regularizers
 
@@ -82,7 +81,7 @@ def forward_backward_custom(
         )
     carrier = _carrier(base_loss_fn, regularizers, step)
     if carrier is None:
-        return training_client.forward_backward_custom(data, _given(base_loss_fn))
+        return training_client.forward_backward_custom(data, sdk_loss(base_loss_fn))
     return carrier.future(training_client.forward_backward_custom(data, carrier), flat_metrics)
 
 
@@ -106,7 +105,7 @@ async def forward_backward_custom_async(
         )
     carrier = _carrier(base_loss_fn, regularizers, step)
     if carrier is None:
-        return await training_client.forward_backward_custom_async(data, _given(base_loss_fn))
+        return await training_client.forward_backward_custom_async(data, sdk_loss(base_loss_fn))
     inner = await training_client.forward_backward_custom_async(data, carrier)
     return carrier.future(inner, flat_metrics)
 
@@ -116,15 +115,6 @@ def _carrier(base_loss_fn: Any, regularizers: Regularizers | None, step: int) ->
     if regularizers is None and not isinstance(base_loss_fn, Composer):
         return None
     return _Carrier(composer_of(base_loss_fn, regularizers, step), step)
-
-
-def _given(base_loss_fn: Any) -> Any:
-    if base_loss_fn is None:
-        raise RequestError(
-            "there is nothing to compute: give a base_loss_fn, or at least one regularizer",
-            path="base_loss",
-        )
-    return base_loss_fn
 
 
 class _Carrier:

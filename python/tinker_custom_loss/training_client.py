@@ -24,7 +24,7 @@ from . import execution
 from .composer import Composer
 from .errors import RequestError
 from .futures import StepFuture, concurrent_future, settle, with_telemetry, withdrawable
-from .linear import Regularizers, composer_of, forward_data, linearize_with, zero_gradient
+from .linear import Regularizers, composer_of, forward_data, linearize_with, sdk_loss, zero_gradient
 from .regularizer import LossFn
 
 __all__ = ["RegularizedTrainingClient", "with_regularizers"]
@@ -127,14 +127,9 @@ class RegularizedTrainingClient:
         if loss_fn is not None and base_loss_fn is not None:
             raise RequestError("give either base_loss_fn or loss_fn, not both", path="loss_fn")
         base = loss_fn if base_loss_fn is None else base_loss_fn
-        if base is None and regularizers is None:
-            raise RequestError(
-                "there is nothing to compute: give a base_loss_fn, or at least one regularizer",
-                path="base_loss",
-            )
         if regularizers is None and not isinstance(base, Composer):
             plain: Any = self._client.forward_backward_custom
-            return self._turns.submit(functools.partial(plain, data, base, **sdk_options))
+            return self._turns.submit(functools.partial(plain, data, sdk_loss(base), **sdk_options))
         if sdk_options:
             raise RequestError(
                 f"unknown option {next(iter(sdk_options))!r} of a step with regularizers; known "
@@ -262,7 +257,7 @@ class _Step:
             self._cancelled
         )
         self._client = client
-        self._data = data
+        self._data = list(data)  # the caller's may have changed when the step's turn comes
         self._forward_data = forward_data(data)
         self._composer = composer
         self._step = step

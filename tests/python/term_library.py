@@ -85,3 +85,11 @@ def sleeps_for_ever(data, logprobs):
 
 def kills_its_process(data, logprobs):
     os.kill(os.getpid(), 9)
+
+
+def forks_and_dies(data, logprobs):
+    """Leaves a child that holds every descriptor of its process open, for a while."""
+    if os.fork() == 0:
+        time.sleep(60)
+        os._exit(0)
+    os.kill(os.getpid(), 9)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
+import pickle
 import threading
 
 import pytest
@@ -453,3 +454,46 @@ def test_flat_telemetry_is_floats_without_colons(logprobs):
     assert not [key for key in flat if ":" in key]
     assert {type(value) for value in flat.values()} == {float}
     assert flat == flatten(composition.telemetry)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        TermError("it failed", term="a", error_type="KeyError", traceback="…"),
+        NonFiniteError("it is nan", term="a", datum=1, token=(2,)),
+        RequestError("it is wrong", path="data"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_errors_can_be_pickled(error):
+    """Else one that a process raises would break the pool that it runs in."""
+    again = pickle.loads(pickle.dumps(error))
+    assert (type(again), str(again), vars(again)) == (type(error), str(error), vars(error))
+
+
+def test_a_gradient_that_does_not_fit_the_dtype_of_the_logprobs(logprobs):
+    composer = Composer(None, [spec(total, 1e6, "total")])
+    with pytest.raises(NonFiniteError, match="does not fit into float16"):
+        composer.compute(DATA, [t.half() for t in logprobs])
+    assert composer.compute(DATA, [t.bfloat16() for t in logprobs]).gradients
+
+
+def test_a_metric_beyond_all_floats_is_an_error_of_its_term(logprobs):
+    with pytest.raises(TermError, match='the term "base_loss" raised OverflowError'):
+        Composer(lambda data, x: (x[0].sum(), {"n": 10**400})).compute(DATA, logprobs)
+
+
+@pytest.mark.parametrize("shape", [[], [1, 1, 2]])
+def test_logprobs_of_another_rank_are_refused(shape):
+    with pytest.raises(
+        RequestError, match=r"logprobs\[1\] has shape .*; expected \[T\] or \[T,K\]"
+    ):
+        Composer(total).compute(DATA, [torch.zeros(2), torch.zeros(shape)])
+
+
+@pytest.mark.parametrize("wrong", [None, iter([])])
+def test_what_has_no_length_is_refused(logprobs, wrong):
+    with pytest.raises(RequestError, match=r"data is a .*; expected a list"):
+        Composer(total).compute(wrong, logprobs)
+    with pytest.raises(RequestError, match=r"logprobs is a .*; expected a list"):
+        Composer(total).compute(DATA, wrong)

@@ -133,6 +133,11 @@ class TestProcesses:
         assert info.value.term == "far"
         assert self.pid(self.one(process_id), logprobs)
 
+    def test_one_that_dies_and_leaves_a_child_is_still_seen_to_die(self, logprobs):
+        """The child holds the pipe open, so that there is no end of file."""
+        with pytest.raises(TermError, match='"far" ended with signal SIGKILL in mid-term'):
+            self.one(library.forks_and_dies).compute([None, None], logprobs)
+
     def test_one_that_is_killed_from_outside(self, logprobs, tmp_path):
         path = tmp_path / "pid"
         composer = self.one(notes_pid_and_hangs, params={"path": str(path)})

@@ -14,7 +14,7 @@ from tinker_custom_loss.gradients import carry, cosine, norm, weighted_sum
 @pytest.mark.parametrize("size", [0, 1, 65_536, 65_537, 3_000_000])
 def test_a_norm_is_that_of_double_precision(size):
     values = torch.rand(size) + 0.5
-    assert norm(values) == pytest.approx(float(values.double().norm()), rel=2e-7)
+    assert norm(values) == pytest.approx(float(values.double().norm()), rel=1e-6)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e20, 3e38])

@@ -140,3 +140,25 @@ def test_a_base_loss_is_a_function(base):
 def test_coroutine_functions_are_told_apart(fn):
     assert Regularizer(fn, 1.0, "awaits").is_async
     assert not Regularizer(square, 1.0, "square").is_async
+
+
+@pytest.mark.parametrize("weight", [10**400, -(10**400)], ids=["huge", "minus huge"])
+def test_a_weight_beyond_all_floats_is_refused(weight):
+    assert "expected a finite number" in str(refuse(weight=weight))
+
+
+def test_an_attribute_called_func_makes_no_partial():
+    class CallsIt:
+        func = staticmethod(square_async)
+
+        def __call__(self, data, logprobs):
+            return square(data, logprobs)
+
+    assert not Regularizer(CallsIt(), 1.0, "sync").is_async
+
+
+def test_a_composer_is_no_term():
+    inner = Composer(total, [GOOD])
+    assert "a Composer cannot be a term of another" in str(refuse(fn=inner))
+    with pytest.raises(RequestError, match="a Composer cannot be a term of another"):
+        Composer(inner, [GOOD])

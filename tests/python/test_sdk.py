@@ -338,6 +338,8 @@ class TestArguments:
             ((None, None), {}, "base_loss"),
             ((None, []), {}, "regularizers"),
             ((weighted_nll, {"fn": squares}), {}, "regularizers"),
+            ((REGULARIZERS,), {}, "base_loss"),
+            (("cross_entropy",), {}, "base_loss"),
             ((weighted_nll, REGULARIZERS), {"step": "3"}, "step"),
             ((weighted_nll, REGULARIZERS), {"step": -1}, "step"),
             ((weighted_nll, REGULARIZERS), {"step": True}, "step"),

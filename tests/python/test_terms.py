@@ -12,7 +12,7 @@ import tinker
 import torch
 
 from tinker_custom_loss import Composer, TensorBatch, TermError
-from tinker_custom_loss.terms import CATALOGUE, entropy
+from tinker_custom_loss.terms import CATALOGUE, entropy, l2
 
 SHAPES = {
     "tokens": [(4,), (3,)],
@@ -205,6 +205,11 @@ class TestWhatATermSaysOfBadInput:
         with pytest.raises(TermError, match='datum 1 has no "reference_logprobs"'):
             rows.compute("kl", weights=None)
 
+    @every_term
+    def test_a_misspelt_key_is_not_taken_for_weights_of_one(self, name):
+        with pytest.raises(TermError, match=r'datum 0 has no "wieghts" .*; it has: reference_lo'):
+            Rows([(2,)]).compute(name, weights="wieghts")
+
     def test_a_shape_that_disagrees_is_named(self):
         rows = Rows([(2,), (3,)])
         rows.logprobs[1] = torch.zeros(4)
@@ -234,3 +239,11 @@ def test_a_term_is_a_documented_function_that_pickles_by_name(name):
     assert "reduction" in inspect.signature(term).parameters
     assert "Unit" in term.__doc__
     assert repr(term) == f"<term {name}>"
+
+
+def test_l2_is_exact_to_float32_at_every_size():
+    values = torch.rand(4_000_000)
+    want = float(values.double().square().sum())
+    composition = Composer(l2).compute([None], [values])
+    assert composition.loss_total == pytest.approx(want, rel=1e-6)
+    assert torch.equal(composition.gradient.flat, 2 * values)

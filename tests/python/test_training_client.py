@@ -199,6 +199,16 @@ class TestOrder:
         right.result(60)
         step.result(60)
 
+    def test_a_list_that_is_used_again_is_that_of_the_call(self, client):
+        gate = Gate()
+        first = client.forward_backward_custom(datums(), None, [gate.term()])
+        data = datums()
+        second = client.forward_backward_custom(data, None, [L2])
+        data.clear()
+        gate.open.set()
+        first.result(60)
+        assert second.result(60).metrics["datum_count"] == 4
+
     def test_a_call_can_be_withdrawn_until_it_is_sent(self, client, sandbox):
         before = sandbox.parameters(client.model_id)
         gate = Gate()

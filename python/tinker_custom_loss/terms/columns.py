@@ -29,12 +29,20 @@ def required_column(key: str, data: Sequence[Any], logprobs: TensorBatch) -> Ten
 
 
 def optional_column(key: str | None, data: Sequence[Any], logprobs: TensorBatch) -> Tensor | None:
-    """The same, or None if ``key`` is None or no datum has it at all."""
+    """The same, or None if ``key`` is None.
+
+    No datum at all need have ``"weights"``, which every term looks for unasked; any other key was
+    named on purpose, and a misspelt one must not mean that everything counts.
+    """
     if key is None:
         return None
-    if _batch_column(key, data) is None and not any(key in d.loss_fn_inputs for d in data):
+    if key == "weights" and not _present(key, data):
         return None
     return required_column(key, data, logprobs)
+
+
+def _present(key: str, data: Sequence[Any]) -> bool:
+    return _batch_column(key, data) is not None or any(key in d.loss_fn_inputs for d in data)
 
 
 def _batch_column(key: str, data: Sequence[Any]) -> TensorBatch | None:
