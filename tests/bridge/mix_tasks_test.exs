@@ -71,6 +71,13 @@ defmodule Tinkex.CustomLoss.MixTasksTest do
       assert output =~ ~s(FAIL  "no_such_module" cannot be loaded)
     end
 
+    test "fails where a worker does not start, although nothing is missing" do
+      env = [{"TINKEX_CUSTOM_LOSS_PYTHON", fixture("starts_no_worker.sh")}]
+      {output, status} = mix(["tinkex.custom_loss.doctor"], env)
+      assert status == 1
+      assert output =~ ~r/^FAIL  .*starts_no_worker.sh exited with status 3 before it was ready/m
+    end
+
     test "knows its options" do
       assert {output, 1} = mix(["tinkex.custom_loss.doctor", "--lod", "x"])
       assert output =~ "--lod: there is no such option"

@@ -46,6 +46,11 @@ defmodule Tinkex.CustomLoss.NodesTest do
     assert {:ok, [%{name: "l2"}]} = CustomLoss.terms({Far, node})
     assert {:ok, %{workers: [%{state: :ready}]}} = CustomLoss.info({Far, node})
     assert_raise ArgumentError, ~r/no term :l3/, fn -> ask({Far, node}, 5, base_loss: :l3) end
+
+    # Refused by the process there, and raised here.
+    assert_raise ArgumentError, ~r/`base_loss.params.x` is {1, 2}/, fn ->
+      ask({Far, node}, 5, base_loss: {:l2, x: {1, 2}})
+    end
   end
 
   test "keeps deadlines, and cancels there", %{node: node} do

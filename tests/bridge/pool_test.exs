@@ -334,11 +334,59 @@ defmodule Tinkex.CustomLoss.PoolTest do
       eventually(fn -> not alive?(os_pid) end)
     end
 
+    @tag :capture_log
+    test "is waited for by whoever wants it ready, and said as what it is" do
+      Process.flag(:trap_exit, true)
+      opts = [python: fixture("never_ready.py"), start_timeout: 300, await_ready: true]
+      assert {:error, %WorkerError{} = error} = CustomLoss.start_link(opts)
+      assert Exception.message(error) =~ "was not ready after 0.3 s"
+    end
+
     test "in our version of the protocol says which side is older" do
       pool = start_pool!(python: fixture("speaks_version_2.py"), backoff: {60_000, 60_000})
       assert {:error, %WorkerError{} = error} = ask(pool, 1)
       assert Exception.message(error) =~ "the Elixir package tinkex_custom_loss is older"
     end
+  end
+
+  # Such as in a container, where no LANG is set.
+  test "a BEAM whose locale is not UTF-8 gives variables that are" do
+    script = """
+    {:ok, pool} =
+      Tinkex.CustomLoss.start_link(
+        python: #{inspect(fixture("behaves.py"))},
+        env: %{"GREETING" => "\\u65e5\\u672c"},
+        await_ready: true
+      )
+
+    {:ok, %{workers: [%{os_pid: os_pid}]}} = Tinkex.CustomLoss.info(pool)
+    :latin1 = :file.native_name_encoding()
+    true = File.read!("/proc/\#{os_pid}/environ") =~ "GREETING=\\u65e5\\u672c"
+    IO.puts("given")
+    """
+
+    ebin = Application.app_dir(:tinkex_custom_loss, "ebin")
+    opts = [env: [{"LC_ALL", "C"}, {"ELIXIR_ERL_OPTIONS", nil}], stderr_to_stdout: true]
+    assert {output, 0} = System.cmd("elixir", ["-pa", ebin, "-e", script], opts)
+    assert output =~ "given"
+  end
+
+  # Only the start waits: whoever restarts a pool finds the supervisor at once, and calls wait.
+  @tag :tmp_dir
+  test "a pool that starts anew does not wait for a worker again", %{tmp_dir: dir} do
+    env = %{"READY_ONCE" => Path.join(dir, "ready")}
+    pool = start_peers!("ready_once.py", env: env, start_timeout: 60_000)
+    [os_pid] = os_pids(pool)
+    {_, process, _, _} = List.keyfind(Supervisor.which_children(pool), CustomLoss.Pool, 0)
+    Process.exit(process, :kill)
+    eventually(fn -> not alive?(os_pid) end)
+
+    assert {:ok, children} =
+             Task.yield(Task.async(fn -> Supervisor.which_children(pool) end), 10_000)
+
+    assert {_, other, _, _} = List.keyfind(children, CustomLoss.Pool, 0)
+    assert is_pid(other) and other != process
+    assert {:error, %TimeoutError{stage: :queued}} = ask(pool, 1, timeout: 50)
   end
 
   test "a flood of log records neither delays answers for long nor fills the memory" do

@@ -86,6 +86,27 @@ defmodule Tinkex.CustomLoss.TelemetryTest do
              CustomLoss.compute(pool, nil, [[-3.0]], base_loss: "pathological:raises")
 
     assert_received {[:tinkex, :custom_loss, :exception], %{duration: _}, %{reason: ^error}}
+
+    # What is raised has an end as well as a start.
+    error =
+      assert_raise ArgumentError, ~r/no term :l3/, fn ->
+        CustomLoss.compute(pool, nil, [[-3.0]], base_loss: :l3)
+      end
+
+    assert_received {[:tinkex, :custom_loss, :exception], %{duration: _}, %{reason: ^error}}
+
+    error =
+      assert_raise ArgumentError, ~r/`base_loss.params.x`/, fn ->
+        CustomLoss.compute(pool, nil, [[-3.0]], base_loss: {:l2, x: {1, 2}})
+      end
+
+    assert_received {[:tinkex, :custom_loss, :exception], %{duration: _}, %{reason: ^error}}
+  end
+
+  test "a level that Logger does not have is refused when the logger is attached" do
+    assert_raise ArgumentError, ~r/invalid value for :level of attach_logger\/1/, fn ->
+      CustomLoss.Telemetry.attach_logger(level: :loud)
+    end
   end
 
   test "the events of a pool say what is the matter with it" do

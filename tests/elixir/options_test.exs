@@ -25,6 +25,10 @@ defmodule Tinkex.CustomLoss.OptionsTest do
           {:name, nil, "an atom, {:global, term} or {:via, module, term}"},
           {:env, [{"A=B", "c"}], "a map or list of {name, value}"},
           {:env, %{A: "c"}, "a map or list of {name, value}"},
+          # What no process can be given is refused before there is a supervisor to take down.
+          {:env, %{"A" => <<255>>}, "a map or list of {name, value}"},
+          {:python_path, [<<255>>], "a list of strings"},
+          {:start_timeout, 5_000_000_000, "an integer from 1 to 2147483647"},
           {:cd, "/no/such/directory", "a directory that exists"},
           {:await_ready, :yes, "true or false"},
           {:backoff, {10, 5}, "{first, longest} in milliseconds"},
@@ -71,6 +75,23 @@ defmodule Tinkex.CustomLoss.OptionsTest do
     test "refuses what is no timeout" do
       assert message(fn -> compute(base_loss: :nll, timeout: 0) end) =~
                "expected a positive number of milliseconds or :infinity, got: 0"
+
+      # No receive waits longer; the request would have been with its worker when that shows.
+      assert message(fn -> compute(base_loss: :nll, timeout: :timer.hours(24 * 365)) end) =~
+               "expected at most 4294967295 milliseconds, or :infinity, got: 31536000000"
+
+      for timeout <- [:soon, 0, 5_000_000_000] do
+        assert message(fn -> CustomLoss.terms(NoSuchPool, timeout) end) =~
+                 "invalid value for the timeout of Tinkex.CustomLoss.terms/2: expected"
+      end
+    end
+
+    test "refuses what names no pool" do
+      for server <- ["MyLoss", 1, {:a, :b, :c}, {MyLoss, "node"}, nil],
+          call <- [&CustomLoss.info/1, &CustomLoss.terms/1] do
+        assert message(fn -> call.(server) end) =~
+                 "expected the name of a pool, its pid or {name, node}, got: #{inspect(server)}"
+      end
     end
 
     test "refuses a base loss that cannot be named" do

@@ -36,10 +36,15 @@ defmodule Tinkex.CustomLoss.OutputTest do
       [0.125, 0.25],
       [[0.125, 0.25], [0.125, 0.25], [0.125, 0.25]],
       {<<0, 0, 0, 62>>, {1}},
-      %{"logprobs" => %{"data" => [0.125], "shape" => [1]}}
+      %{"logprobs" => %{"data" => [0.125], "shape" => [1]}},
+      %{data: <<0, 0, 0, 62, 0, 0, 0, 62>>, dtype: :float32},
+      %{"data" => <<0, 0, 0, 62, 0, 0, 0, 62>>, "dtype" => "float64", "shape" => nil},
+      %{data: <<0, 0, 0, 62>>}
     ]
 
-    for {gradient, shape} <- Enum.zip(gradients, ["[2]", "[3, 2]", "[1]", "[1]"]) do
+    shapes = ["[2]", "[3, 2]", "[1]", "[1]", "[2]", "[1]", "[1]"]
+
+    for {gradient, shape} <- Enum.zip(gradients, shapes) do
       output = %Output{loss_total: 2.5, gradients: [gradient], telemetry: @telemetry}
 
       assert inspect(output) ==
@@ -48,7 +53,7 @@ defmodule Tinkex.CustomLoss.OutputTest do
     end
 
     output = %Output{loss_total: 2.5, gradients: gradients, telemetry: @telemetry}
-    assert inspect(output) =~ "[[2], [3, 2], [1], … 4 in all]"
+    assert inspect(output) =~ "[[2], [3, 2], [1], … 7 in all]"
     assert inspect(%{output | gradients: nil}) =~ "gradients: nil"
   end
 end

@@ -89,7 +89,8 @@ defmodule Tinkex.CustomLoss do
   @doc """
   Starts a pool, linked to the caller. See the module's documentation for the options.
 
-  Returns `{:error, exception}` only with `await_ready: true`, if no worker can be started.
+  Returns `{:error, exception}` only with `await_ready: true`, if no worker can be started. As with
+  any `start_link`, a caller that does not trap exits then ends, too; under a supervisor, it says so.
   """
   @spec start_link(keyword()) :: Supervisor.on_start()
   def start_link(opts) do
@@ -122,7 +123,14 @@ defmodule Tinkex.CustomLoss do
       }
     ]
 
-    await = %{id: :await_ready, start: {__MODULE__, :await_ready, [self(), config]}}
+    # Temporary, so that it is forgotten once it has returned: a supervisor that starts its children
+    # anew would wait in it again, and end if Python is not ready then.
+    await = %{
+      id: :await_ready,
+      restart: :temporary,
+      start: {__MODULE__, :await_ready, [self(), config]}
+    }
+
     children = if config.await_ready, do: children ++ [await], else: children
 
     # Whoever loses the account of what workers have starts over with new ones.
@@ -139,7 +147,8 @@ defmodule Tinkex.CustomLoss do
 
   @doc false
   def await_ready(supervisor, config) do
-    with :ok <- Pool.await_ready(Pool.whereis(supervisor).pool, config.start_timeout),
+    # The worker's own clock starts later, and knows better what was the matter.
+    with :ok <- Pool.await_ready(Pool.whereis(supervisor).pool, config.start_timeout + 5_000),
          do: :ignore
   end
 
@@ -262,7 +271,10 @@ defmodule Tinkex.CustomLoss do
   list of maps with `:name`, `:required`, `:default` and `:type`. Waits for the first worker.
   """
   @spec terms(server(), timeout()) :: {:ok, [map()]} | {:error, error()}
-  def terms(server, timeout \\ 30_000), do: Call.terms(server, timeout, Call.deadline(timeout))
+  def terms(server, timeout \\ 30_000) do
+    timeout = Options.timeout!(timeout)
+    Call.terms(server, timeout, Call.deadline(timeout))
+  end
 
   @doc """
   What the pool is doing.

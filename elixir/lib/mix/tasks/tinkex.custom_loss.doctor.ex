@@ -67,6 +67,8 @@ defmodule Mix.Tasks.Tinkex.CustomLoss.Doctor do
 
   defp round_trip(config) do
     {:ok, _} = Application.ensure_all_started(:logger)
+    # A pool that does not start is what this is to tell, not to end of.
+    Process.flag(:trap_exit, true)
     opts = [load: config.load, await_ready: true, name: __MODULE__]
     opts = if config.python, do: [python: config.python] ++ opts, else: opts
 

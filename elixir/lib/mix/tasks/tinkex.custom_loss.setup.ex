@@ -84,10 +84,10 @@ defmodule Mix.Tasks.Tinkex.CustomLoss.Setup do
 
   # From a copy, so that building leaves nothing among the sources of a dependency.
   defp install(uv, python, extras, args) do
-    copy =
-      Path.join(System.tmp_dir!(), "tinker-custom-loss-#{System.unique_integer([:positive])}")
-
-    File.mkdir_p!(copy)
+    # A name that nobody else has, nor can prepare: others use the directory, too.
+    name = "tinker-custom-loss-#{System.pid()}-#{:rand.uniform(0x1_0000_0000_0000)}"
+    copy = Path.join(System.tmp_dir!(), name)
+    File.mkdir!(copy)
 
     try do
       for name <- ["pyproject.toml", "README.md", "LICENSE", "python"],

@@ -64,7 +64,12 @@ defmodule Tinkex.CustomLoss.Call do
   def deadline(timeout), do: System.monotonic_time(:millisecond) + timeout
 
   # Calls `fun` about the pool of `server`, or our `function` on the node where it is.
-  defp with_pool(server, {function, args} = what, timeout, deadline, fun) do
+  defp with_pool(server, {function, args}, timeout, deadline, fun) do
+    unless server?(server) do
+      raise ArgumentError,
+            "expected the name of a pool, its pid or {name, node}, got: #{inspect(server)}"
+    end
+
     case GenServer.whereis(server) do
       pid when is_pid(pid) and node(pid) == node() ->
         case Pool.whereis(pid) do
@@ -78,13 +83,16 @@ defmodule Tinkex.CustomLoss.Call do
       pid when is_pid(pid) ->
         remote(node(pid), function, [pid | args], timeout, deadline)
 
-      {name, node} when node == node() ->
-        with_pool(name, what, timeout, deadline, fun)
-
       {name, node} ->
         remote(node, function, [name | args], timeout, deadline)
     end
   end
+
+  defp server?(nil), do: false
+  defp server?({:via, module, _term}), do: is_atom(module)
+  defp server?({:global, _term}), do: true
+  defp server?({name, node}), do: is_atom(name) and is_atom(node)
+  defp server?(server), do: is_atom(server) or is_pid(server)
 
   # The process there does what a caller there does; what is left of the time goes with it, since
   # clocks differ between nodes.
@@ -94,6 +102,8 @@ defmodule Tinkex.CustomLoss.Call do
   catch
     :error, {:erpc, :timeout} -> {:error, %TimeoutError{timeout: timeout, stage: :computing}}
     :error, {:erpc, reason} -> {:error, %WorkerError{reason: {:node, node, reason}}}
+    # As here: what MessagePack has no form for.
+    :error, {:exception, %ArgumentError{} = error, _stack} -> {:error, error}
     :error, {:exception, reason, _stack} -> {:error, %WorkerError{reason: {:node, node, reason}}}
     :exit, {:exception, reason} -> {:error, %WorkerError{reason: {:node, node, reason}}}
   end

@@ -75,7 +75,7 @@ more of them only take memory."
 is sent."
     ],
     start_timeout: [
-      type: :pos_integer,
+      type: {:integer, 1, 0x7FFF_FFFF},
       default: 60_000,
       doc: "milliseconds that a worker may take to import torch and what is in `:load`. One that \
 hangs there is killed and started again."
@@ -178,6 +178,17 @@ waits for a term that never returns as long as that takes."
   @doc "The validated options of `compute/4`, as a map."
   def call!(opts), do: opts |> validate!(@call, "Tinkex.CustomLoss.compute/4") |> terms!()
 
+  @doc "The validated timeout of `terms/2`."
+  def timeout!(timeout) do
+    with expected when is_binary(expected) <- problem(:timeout, timeout) do
+      raise ArgumentError,
+            "invalid value for the timeout of Tinkex.CustomLoss.terms/2: expected #{expected}, " <>
+              "got: #{inspect(timeout)}"
+    end
+
+    timeout
+  end
+
   @doc "The validated options of `forward_backward_custom/4`, as a map."
   def train!(opts), do: train!(opts, @train, "Tinkex.CustomLoss.forward_backward_custom/4")
 
@@ -274,7 +285,13 @@ waits for a term that never returns as long as that takes."
 
   defp problem(:integer, value), do: unless(is_integer(value), do: "an integer")
 
+  # A receive takes no longer ones.
+  @longest 0xFFFF_FFFF
+
   defp problem(:timeout, :infinity), do: nil
+
+  defp problem(:timeout, value) when is_integer(value) and value > @longest,
+    do: "at most #{@longest} milliseconds, or :infinity"
 
   defp problem(:timeout, value) do
     unless is_integer(value) and value > 0,
@@ -321,8 +338,11 @@ waits for a term that never returns as long as that takes."
     end
   end
 
-  # A zero byte would end the string for the operating system.
-  defp string?(value), do: is_binary(value) and value != "" and not String.contains?(value, <<0>>)
+  # A zero byte would end the string for the operating system, and a port's environment is text.
+  defp string?(value) do
+    is_binary(value) and value != "" and String.valid?(value) and
+      not String.contains?(value, <<0>>)
+  end
 
   defp variable?({name, value}) do
     string?(name) and not String.contains?(name, "=") and

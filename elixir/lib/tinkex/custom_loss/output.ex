@@ -54,6 +54,8 @@ defmodule Tinkex.CustomLoss.Output do
   defimpl Inspect do
     import Inspect.Algebra
 
+    alias Tinkex.CustomLoss.Numbers
+
     def inspect(output, opts) do
       fields = [
         loss_total: output.loss_total,
@@ -92,7 +94,14 @@ defmodule Tinkex.CustomLoss.Output do
     defp shape(%{shape: shape}) when is_tuple(shape), do: Tuple.to_list(shape)
     defp shape(%{shape: shape}) when is_list(shape), do: shape
     defp shape(%{"shape" => shape}) when is_list(shape), do: shape
+    defp shape(%{data: bytes} = map) when is_binary(bytes), do: count(bytes, map[:dtype])
+    defp shape(%{"data" => bytes} = map) when is_binary(bytes), do: count(bytes, map["dtype"])
     defp shape(%{data: values}), do: shape(values)
     defp shape(%{"data" => values}), do: shape(values)
+
+    defp count(bytes, dtype) do
+      {:ok, dtype} = Numbers.dtype(dtype || :float32)
+      [div(byte_size(bytes), Numbers.size(dtype))]
+    end
   end
 end

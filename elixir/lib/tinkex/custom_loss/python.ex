@@ -108,9 +108,18 @@ defmodule Tinkex.CustomLoss.Python do
     given
     |> List.keystore("PYTHONPATH", 0, {"PYTHONPATH", Enum.join(path, ":")})
     |> Enum.map(fn
-      {name, nil} -> {to_charlist(name), false}
-      {name, value} -> {to_charlist(name), to_charlist(value)}
+      {name, nil} -> {native(name), false}
+      {name, value} -> {native(name), native(value)}
     end)
+  end
+
+  # Where the locale is not UTF-8, as in a container without LANG, a port takes bytes alone.
+  defp native(text) do
+    chars = to_charlist(text)
+
+    if :file.native_name_encoding() == :latin1 and Enum.any?(chars, &(&1 > 0xFF)),
+      do: :binary.bin_to_list(text),
+      else: chars
   end
 
   @doc """

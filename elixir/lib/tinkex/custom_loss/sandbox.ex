@@ -52,6 +52,8 @@ defmodule Tinkex.CustomLoss.Sandbox do
 
   @doc """
   Starts a model, linked to the caller; returns when it is ready, or with the error why it is not.
+
+  As with any `start_link`, a caller that does not trap exits ends with a model that does not start.
   """
   @spec start_link(keyword()) :: GenServer.on_start()
   def start_link(opts \\ []) do

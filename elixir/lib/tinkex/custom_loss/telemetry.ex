@@ -50,6 +50,8 @@ defmodule Tinkex.CustomLoss.Telemetry do
     [:tinkex_custom_loss, :deadline]
   ]
 
+  @levels [:debug, :info, :notice, :warning, :error, :critical, :alert, :emergency]
+
   @doc "All events, for `:telemetry.attach_many/4`."
   @spec events() :: [[atom()]]
   def events, do: @events
@@ -71,6 +73,12 @@ defmodule Tinkex.CustomLoss.Telemetry do
       raise ArgumentError,
             "attach_logger/1 has no option #{inspect(key)}; " <>
               "its options are [:handler_id, :level]"
+    end
+
+    unless level in @levels do
+      raise ArgumentError,
+            "invalid value for :level of attach_logger/1: expected one of " <>
+              "#{Enum.map_join(@levels, ", ", &inspect/1)}, got: #{inspect(level)}"
     end
 
     unless match?({:module, _}, load()) do
@@ -102,9 +110,16 @@ defmodule Tinkex.CustomLoss.Telemetry do
       %{pool: pool, regularizer_count: count, track_grad_norms: request.gradients}
     )
 
-    result = fun.()
-    duration = System.monotonic_time() - start
     metadata = %{pool: pool, regularizer_count: count}
+
+    result =
+      try do
+        fun.()
+      rescue
+        error ->
+          failed(error, start, metadata)
+          reraise error, __STACKTRACE__
+      end
 
     case result do
       {:ok, %Output{telemetry: telemetry} = output, %{async: async}} ->
@@ -112,7 +127,7 @@ defmodule Tinkex.CustomLoss.Telemetry do
             do: regularizer(name, record, system_time, %{pool: pool, async: name in async})
 
         measurements = %{
-          duration: duration,
+          duration: System.monotonic_time() - start,
           loss_total: output.loss_total,
           regularizer_total: telemetry["regularizer_total"]
         }
@@ -120,14 +135,18 @@ defmodule Tinkex.CustomLoss.Telemetry do
         execute([:tinkex, :custom_loss, :stop], measurements, metadata)
 
       {:error, reason} ->
-        execute(
-          [:tinkex, :custom_loss, :exception],
-          %{duration: duration},
-          Map.put(metadata, :reason, reason)
-        )
+        failed(reason, start, metadata)
     end
 
     result
+  end
+
+  defp failed(reason, start, metadata) do
+    execute(
+      [:tinkex, :custom_loss, :exception],
+      %{duration: System.monotonic_time() - start},
+      Map.put(metadata, :reason, reason)
+    )
   end
 
   defp regularizer(name, record, system_time, metadata) do
