@@ -23,10 +23,7 @@ defmodule Tinkex.CustomLoss.OptionsTest do
           {:load, [:my_losses], "a list of strings"},
           {:name, "MyLoss", "an atom, {:global, term} or {:via, module, term}"},
           {:name, nil, "an atom, {:global, term} or {:via, module, term}"},
-          {:env, [{"A=B", "c"}], "a map or list of {name, value}"},
-          {:env, %{A: "c"}, "a map or list of {name, value}"},
           # What no process can be given is refused before there is a supervisor to take down.
-          {:env, %{"A" => <<255>>}, "a map or list of {name, value}"},
           {:python_path, [<<255>>], "a list of strings"},
           {:start_timeout, 5_000_000_000, "an integer from 1 to 2147483647"},
           {:cd, "/no/such/directory", "a directory that exists"},
@@ -44,6 +41,22 @@ defmodule Tinkex.CustomLoss.OptionsTest do
                  "invalid value for :#{unquote(option)} of Tinkex.CustomLoss: expected #{unquote(expected)}"
 
         assert sentence =~ ", got: #{inspect(unquote(Macro.escape(value)))}"
+      end
+    end
+
+    for {env, names} <- [
+          {[{"A=B", "secret"}], ~s(["A=B"])},
+          {%{A: "secret"}, "[:A]"},
+          {%{"A" => <<"secret", 255>>}, ~s(["A"])}
+        ] do
+      test "refuses #{inspect(env)} for :env, and shows names alone" do
+        sentence = message(fn -> CustomLoss.start_link(env: unquote(Macro.escape(env))) end)
+
+        assert sentence =~
+                 "invalid value for :env of Tinkex.CustomLoss: expected a map or list of"
+
+        assert String.ends_with?(sentence, "got: #{unquote(names)}")
+        refute sentence =~ "secret"
       end
     end
 

@@ -264,12 +264,22 @@ waits for a term that never returns as long as that takes."
 
       with expected when is_binary(expected) <- problem(option[:type], value) do
         raise ArgumentError,
-              "invalid value for :#{key} of #{where}: expected #{expected}, got: #{inspect(value)}"
+              "invalid value for :#{key} of #{where}: expected #{expected}, " <>
+                "got: #{inspect(shown(key, value))}"
       end
     end
 
     Map.new(schema, fn {key, option} -> {key, Keyword.get(opts, key, option[:default])} end)
   end
+
+  # An environment holds keys, and the message may end in a log.
+  defp shown(:env, variables) when is_list(variables) or is_map(variables) do
+    for variable <- variables do
+      with {name, _value} <- variable, do: name
+    end
+  end
+
+  defp shown(_key, value), do: value
 
   # What was expected, or nil if the value is that.
   defp problem(nil, _value), do: nil
