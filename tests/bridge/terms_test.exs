@@ -216,44 +216,4 @@ defmodule Tinkex.CustomLoss.TermsTest do
       assert log =~ "term=logs"
     end
   end
-
-  for state <- [:idle, :loops, :sleeps, :holds_the_gil] do
-    @tag :tmp_dir
-    test "a BEAM that is killed leaves no process behind: #{state}", %{tmp_dir: dir} do
-      file = Path.join(dir, "pids")
-
-      code = """
-      {:ok, pool} = Tinkex.CustomLoss.start_link(load: [#{inspect(fixture("pathological.py"))}], await_ready: true)
-      {:ok, %{workers: [%{os_pid: python}]}} = Tinkex.CustomLoss.info(pool)
-      me = self()
-      if #{unquote(state != :idle)} do
-        spawn(fn -> Tinkex.CustomLoss.compute(pool, nil, [[-1.0]], base_loss: "pathological:#{unquote(state)}", timeout: :infinity) end)
-        wait = fn wait -> match?({:ok, %{in_flight: 1}}, Tinkex.CustomLoss.info(pool)) || wait.(wait) end
-        wait.(wait)
-        Process.sleep(300)
-      end
-      File.write!(#{inspect(file <> ".part")}, "\#{System.pid()} \#{python}")
-      File.rename!(#{inspect(file <> ".part")}, #{inspect(file)})
-      Process.sleep(:infinity)
-      """
-
-      paths = Enum.flat_map(:code.get_path(), &["-pa", to_string(&1)])
-      elixir = System.find_executable("elixir")
-
-      port =
-        Port.open({:spawn_executable, elixir}, [
-          :binary,
-          :exit_status,
-          :stderr_to_stdout,
-          args: paths ++ ["-e", code]
-        ])
-
-      eventually(fn -> File.exists?(file) end, 60_000)
-      [beam, python] = file |> File.read!() |> String.split()
-      assert alive?(python)
-      System.cmd("/bin/sh", ["-c", "kill -KILL #{beam}"])
-      eventually(fn -> not alive?(python) end, 2_000)
-      if Port.info(port), do: Port.close(port)
-    end
-  end
 end

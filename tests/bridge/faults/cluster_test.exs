@@ -8,7 +8,11 @@ defmodule Tinkex.CustomLoss.Faults.ClusterTest do
 
   setup_all do
     [[_, code]] = Regex.scan(~r/^```elixir\n(.*?)^```$/ms, File.read!(@guide))
+    # The guides are run elsewhere, too.
+    forget = fn -> {:code.delete(MyLosses), :code.purge(MyLosses)} end
+    forget.()
     [{module, _}] = Code.compile_string(code, @guide)
+    on_exit(forget)
     start_supervised!(%{id: :pg, start: {:pg, :start_link, []}})
     %{module: module}
   end
