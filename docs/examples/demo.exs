@@ -31,13 +31,20 @@ defmodule Demo do
 
   def run(argv) do
     path = List.first(argv) || System.get_env("TEXT") || Path.join(__DIR__, "../../LICENSE")
-    text = File.read!(path)
 
-    if byte_size(text) <= @length do
-      IO.puts(:stderr, "#{path} is too short: more than #{@length} bytes are needed")
-      System.halt(2)
+    case File.read(path) do
+      {:ok, text} when byte_size(text) > @length -> run(path, text)
+      {:ok, _} -> refuse("#{path} is too short: more than #{@length} bytes are needed")
+      {:error, reason} -> refuse("#{path} cannot be read: #{:file.format_error(reason)}")
     end
+  end
 
+  defp refuse(sentence) do
+    IO.puts(:stderr, sentence)
+    2
+  end
+
+  defp run(path, text) do
     IO.puts(
       "#{Path.basename(path)}: #{byte_size(text)} bytes; " <>
         "#{@sequences} pieces of #{@length} bytes a step"

@@ -81,7 +81,11 @@ def table(first: dict, last: dict) -> None:
 def main() -> int:
     license_text = Path(__file__).parents[2] / "LICENSE"
     path = Path(sys.argv[1] if len(sys.argv) > 1 else os.environ.get("TEXT") or license_text)
-    text = path.read_bytes()
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        print(f"{path} cannot be read: {error.strerror}", file=sys.stderr)
+        return 2
     if len(text) <= LENGTH:
         print(f"{path} is too short: more than {LENGTH} bytes are needed", file=sys.stderr)
         return 2

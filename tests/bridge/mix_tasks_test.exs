@@ -127,10 +127,16 @@ defmodule Tinkex.CustomLoss.MixTasksTest do
     assert output =~ "setup: using the environment in #{dir}"
   end
 
-  test "setup refuses a Python that is too old, or not there" do
-    assert {output, 1} = mix(["tinkex.custom_loss.setup", "--python", fixture("python_3_9")])
+  @tag :tmp_dir
+  test "setup refuses a Python that is too old, or not there", %{tmp_dir: tmp} do
+    setup = ["tinkex.custom_loss.setup", "--dir", Path.join(tmp, "environment"), "--python"]
+    assert {output, 1} = mix(setup ++ [fixture("python_3_9")])
     assert output =~ "is older than Python 3.11"
-    assert {output, 1} = mix(["tinkex.custom_loss.setup", "--python", "no-such-python"])
+    assert {output, 1} = mix(setup ++ ["no-such-python"])
     assert output =~ "there is no no-such-python"
+    # Also where the environment is there already, whatever it was made with.
+    File.mkdir_p!(Path.join(tmp, "environment/bin"))
+    File.touch!(Path.join(tmp, "environment/bin/python"))
+    assert {_output, 1} = mix(setup ++ ["no-such-python"])
   end
 end

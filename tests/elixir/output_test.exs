@@ -48,12 +48,12 @@ defmodule Tinkex.CustomLoss.OutputTest do
       output = %Output{loss_total: 2.5, gradients: [gradient], telemetry: @telemetry}
 
       assert inspect(output) ==
-               "#Tinkex.CustomLoss.Output<loss_total: 2.5, gradients: [#{shape}], " <>
+               "#Tinkex.CustomLoss.Output<loss_total: 2.5, gradient_shapes: [#{shape}], " <>
                  ~s(regularizers: %{"kl" => 0.5}>)
     end
 
     output = %Output{loss_total: 2.5, gradients: gradients, telemetry: @telemetry}
     assert inspect(output) =~ "[[2], [3, 2], [1], … 7 in all]"
-    assert inspect(%{output | gradients: nil}) =~ "gradients: nil"
+    assert inspect(%{output | gradients: nil}) =~ "gradient_shapes: nil"
   end
 end

@@ -6,7 +6,7 @@ defmodule Mix.Tasks.Tinkex.CustomLoss.Setup do
 
       mix tinkex.custom_loss.setup
       mix tinkex.custom_loss.setup --python python3.12 --extra sandbox
-      mix tinkex.custom_loss.setup -- --index-url https://mirror.example/simple
+      mix tinkex.custom_loss.setup -- torch==2.13.0 --index-url https://mirror.example/simple
 
   The environment is made in `.venv` of the current directory, where pools find it without being
   told, and holds the Python package from the sources of this one, with PyTorch and the `tinker` SDK.
@@ -22,7 +22,8 @@ defmodule Mix.Tasks.Tinkex.CustomLoss.Setup do
     * `--python` - the Python to make it with, 3.11 or newer. Default `python3`
     * `--extra` - an extra of the package: `sandbox`, for the loopback server. Repeatable
 
-  What follows `--` is passed to `pip install` or `uv pip install`.
+  What follows `--` is passed to `pip install` or `uv pip install`: name a version or an index there to
+  choose the build of PyTorch, which by default is the newest, on Linux with some gigabytes of CUDA.
   """
 
   use Mix.Task
@@ -44,9 +45,11 @@ defmodule Mix.Tasks.Tinkex.CustomLoss.Setup do
     uv = System.find_executable("uv")
     python = Path.join(dir, "bin/python")
 
+    base = if opts[:python] || not File.exists?(python), do: base_python(opts[:python])
+
     if File.exists?(python),
       do: say("using the environment in #{dir}"),
-      else: make(uv, base_python(opts[:python]), dir)
+      else: make(uv, base, dir)
 
     install(uv, python, Keyword.get_values(opts, :extra), Enum.drop(installer_args, 1))
 

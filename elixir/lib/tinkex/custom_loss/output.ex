@@ -59,7 +59,7 @@ defmodule Tinkex.CustomLoss.Output do
     def inspect(output, opts) do
       fields = [
         loss_total: output.loss_total,
-        gradients: output.gradients && shapes(output.gradients),
+        gradient_shapes: output.gradients && shapes(output.gradients),
         regularizers: contributions(output.telemetry)
       ]
 

@@ -37,9 +37,16 @@ defmodule Tinkex.CustomLoss.Python do
       end
     end
   rescue
-    # eacces, enomem, emfile and the like.
+    # What the operating system refuses: eacces, enomem, emfile and the like.
     error in ErlangError ->
-      not_started("Python cannot be started: #{inspect(error.original)}")
+      with %ErlangError{original: reason} <- error do
+        not_started(
+          "#{config.python || "Python"} cannot be started: #{inspect(reason)}; " <>
+            "mix tinkex.custom_loss.doctor says which Python is meant"
+        )
+      else
+        _defect -> reraise error, __STACKTRACE__
+      end
   end
 
   @doc "The Python of the documented order, as an absolute path."
