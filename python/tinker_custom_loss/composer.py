@@ -30,6 +30,7 @@ from .evaluation import Call, Outcome, evaluate
 from .finite import FinitePart, finite_part, record_of
 from .regularizer import BASE_LOSS, LossFn, Regularizer, regularizers_from
 from .telemetry import flatten, step_record
+from .threads import THREADS
 
 __all__ = ["Composer", "Composition"]
 
@@ -195,7 +196,7 @@ class Composer:
     ) -> Composition:
         """:meth:`compute`, awaited: the caller's event loop stays free meanwhile."""
         cancelled = threading.Event()
-        future = execution.THREADS.submit(
+        future = THREADS.submit(
             self.compute,
             data,
             logprobs,

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .batch import Shape, TensorBatch
 from .errors import ChangedLogprobsError, TermError
-from .regularizer import LossFn
+from .regularizer import LossFn, show
 
 __all__ = ["Call", "Outcome", "current_term", "differentiate", "evaluate"]
 
@@ -238,8 +238,7 @@ def _number(name: str, key: object, value: object) -> float:
 def _describe(value: object) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of shape {list(value.shape)}"
-    text = repr(value)
-    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
+    return show(value)
 
 
 # --- Elsewhere -----------------------------------------------------------------------------

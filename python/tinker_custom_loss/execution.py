@@ -40,7 +40,7 @@ from .processes import ProcessRun
 from .regularizer import Regularizer
 from .threads import THREADS
 
-__all__ = ["THREADS", "Started", "check_picklable", "runs_inline", "start"]
+__all__ = ["Started", "check_picklable", "runs_inline", "start"]
 
 
 _LOOP = EventLoop()

@@ -10,8 +10,8 @@ from typing import Any, TypeVar, cast
 
 from tinker import APIFuture, ForwardBackwardOutput
 
-from . import execution
 from .telemetry import flatten
+from .threads import THREADS
 
 __all__ = ["StepFuture", "concurrent_future", "settle", "with_telemetry", "withdrawable"]
 
@@ -55,7 +55,7 @@ def concurrent_future(future: APIFuture[T]) -> concurrent.futures.Future[T]:
     own = getattr(future, "future", None)  # before tinker 0.38 not every APIFuture has one
     if own is not None:
         return cast("concurrent.futures.Future[T]", own())
-    return execution.THREADS.submit(future.result)
+    return THREADS.submit(future.result)
 
 
 def withdrawable(withdrawn: threading.Event) -> concurrent.futures.Future[Any]:

@@ -25,6 +25,7 @@ __all__ = [
     "is_coroutine_function",
     "nearest",
     "regularizers_from",
+    "show",
 ]
 
 LossFn = Callable[..., Any]
@@ -129,7 +130,7 @@ class Regularizer:
         if not isinstance(spec, Mapping):
             raise RequestError(
                 "expected a Regularizer or a dict with the keys fn, weight and name, "
-                f"got {_show(spec)}"
+                f"got {show(spec)}"
             )
         allowed = [f.name for f in fields(cls)]
         for key in spec:
@@ -145,7 +146,7 @@ class Regularizer:
     def _check_name(self) -> None:
         if not isinstance(self.name, str) or not self.name:
             raise RequestError(
-                f'invalid value for "name": expected a non-empty string, got {_show(self.name)}',
+                f'invalid value for "name": expected a non-empty string, got {show(self.name)}',
                 path="name",
             )
         if ":" in self.name or "/" in self.name:
@@ -201,7 +202,7 @@ class Regularizer:
 
     def _refuse(self, option: str, expected: str, got: object) -> NoReturn:
         raise RequestError(
-            f'invalid value for "{option}" of {self._title}: expected {expected}, got {_show(got)}',
+            f'invalid value for "{option}" of {self._title}: expected {expected}, got {show(got)}',
             path=option,
         )
 
@@ -214,7 +215,7 @@ def regularizers_from(
         return ()
     if isinstance(specs, (str, bytes, Mapping)) or not isinstance(specs, Sequence):
         raise RequestError(
-            f"regularizers must be a list of Regularizer or dict, got {_show(specs)}",
+            f"regularizers must be a list of Regularizer or dict, got {show(specs)}",
             path="regularizers",
         )
     regularizers: list[Regularizer] = []
@@ -269,7 +270,8 @@ def _is_finite_number(value: object) -> bool:
         return False
 
 
-def _show(value: object) -> str:
+def show(value: object) -> str:
+    """A value as error messages show it: its repr, cut short, and its type."""
     text = repr(value)
     text = text if len(text) <= 60 else text[:57] + "..."
     return f"{text} ({type(value).__name__})"

@@ -20,12 +20,12 @@ from typing import Any, Final, TypeVar
 
 from tinker import APIFuture, Datum, ForwardBackwardOutput, TrainingClient
 
-from . import execution
 from .composer import Composer
 from .errors import RequestError
 from .futures import StepFuture, concurrent_future, settle, with_telemetry, withdrawable
 from .linear import Regularizers, composer_of, forward_data, linearize_with, sdk_loss, zero_gradient
 from .regularizer import LossFn
+from .threads import THREADS
 
 __all__ = ["RegularizedTrainingClient", "with_regularizers"]
 
@@ -234,7 +234,7 @@ class _Turns:
         self._waiting.append(job)
         if not self._busy:
             self._busy = True
-            execution.THREADS.submit(self._work)
+            THREADS.submit(self._work)
 
     def _work(self) -> None:
         while True:
