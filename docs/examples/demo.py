@@ -20,10 +20,10 @@ import torch
 from demo_terms import rarity, smoothness
 
 from tinker_custom_loss import Regularizer
+from tinker_custom_loss.client.sdk import forward_backward_custom
 from tinker_custom_loss.sandbox import SandboxServer
 from tinker_custom_loss.sandbox.examples import Examples
 from tinker_custom_loss.sandbox.gradient_check import check_gradient
-from tinker_custom_loss.sdk import forward_backward_custom
 from tinker_custom_loss.terms import l2, nll
 
 STEPS, SECONDS, SHOW_EVERY = 120, 40, 10

@@ -6,7 +6,6 @@ what each term did. See :class:`Composer` and :class:`Regularizer`.
 
 from typing import TYPE_CHECKING, Any
 
-from .batch import TensorBatch
 from .composer import Composer, Composition
 from .errors import (
     CancelledError,
@@ -18,11 +17,12 @@ from .errors import (
     TermError,
     TermTimeoutError,
 )
+from .record import flatten
 from .regularizer import Regularizer
-from .telemetry import flatten
+from .tensors.batch import TensorBatch
 
 if TYPE_CHECKING:
-    from .sdk import (
+    from .client.sdk import (
         RegularizedTrainingClient,
         forward_backward_custom,
         forward_backward_custom_async,
@@ -67,7 +67,7 @@ _SDK = frozenset(
 
 def __getattr__(name: str) -> Any:
     if name in _SDK:
-        from . import sdk
+        from .client import sdk
 
         return getattr(sdk, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from . import __version__
-from .doctor import examine
+from .cli.doctor import examine
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,7 +42,7 @@ def _doctor(load: Sequence[str]) -> int:
 
 
 def _terms(load: Sequence[str]) -> int:
-    from .registry import LoadError, Registry
+    from .terms.registry import LoadError, Registry
 
     try:
         terms = Registry(load).describe()

@@ -22,15 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import execution, processes
-from . import gradients as grad
-from .batch import TensorBatch, checked_batch
 from .errors import CancelledError, ChangedLogprobsError, NonFiniteError, RequestError, TermError
-from .evaluation import Call, Outcome, evaluate
-from .finite import FinitePart, finite_part, record_of
+from .record import flatten, step_record
 from .regularizer import BASE_LOSS, LossFn, Regularizer, regularizers_from
-from .telemetry import flatten, step_record
-from .threads import THREADS
+from .running import places, processes
+from .running.evaluation import Call, Outcome, evaluate
+from .running.non_finite import FinitePart, finite_part, record_of
+from .running.threads import THREADS
+from .tensors import gradients as grad
+from .tensors.batch import TensorBatch, checked_batch
 
 __all__ = ["Composer", "Composition"]
 
@@ -45,7 +45,7 @@ class Composition:
         loss_total: the composed loss, in double precision.
         gradient: ``∂loss_total/∂logprobs`` over one buffer (not negated), in the dtype and on the
             device of the logprobs; None if none was asked for.
-        telemetry: the nested record, see :mod:`tinker_custom_loss.telemetry`.
+        telemetry: the nested record, see :mod:`tinker_custom_loss.record`.
         term_gradients: each differentiable term's own unweighted gradient by name (the base loss
             under ``"base_loss"``), if asked for; else empty.
     """
@@ -139,7 +139,7 @@ class Composer:
         for index, term in enumerate(self.regularizers):
             try:
                 _check_no_composer(term.fn)
-                execution.check_picklable(term)
+                places.check_picklable(term)
             except RequestError as error:
                 where = f"regularizers[{index}]"
                 raise RequestError(f"{where}: {error}", path=f"{where}.{error.path}") from error
@@ -239,15 +239,15 @@ class Composer:
     ) -> list[Outcome | TermError]:
         """Every term's outcome, in order; an error only where the term may be skipped."""
         results: dict[int, Outcome | TermError] = {}
-        pending: dict[int, execution.Started] = {}
+        pending: dict[int, places.Started] = {}
         try:
             for index, term in enumerate(self._terms):
-                if not execution.runs_inline(term):
+                if not places.runs_inline(term):
                     with _skipping(term, index, results):
-                        pending[index] = execution.start(
+                        pending[index] = places.start(
                             term, self._calls[index], data, batch, gradients
                         )
-            inline = [i for i, term in enumerate(self._terms) if execution.runs_inline(term)]
+            inline = [i for i, term in enumerate(self._terms) if places.runs_inline(term)]
             with self._inline_lock if inline else contextlib.nullcontext():
                 for index in inline:
                     _check_cancelled(cancelled)
@@ -261,7 +261,7 @@ class Composer:
 
     def _collect(
         self,
-        pending: dict[int, execution.Started],
+        pending: dict[int, places.Started],
         results: dict[int, Outcome | TermError],
         cancelled: threading.Event | None,
     ) -> None:

@@ -97,7 +97,7 @@ def _own_frames(error: BaseException) -> TracebackType | None:
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         file = Path(frame.tb_frame.f_code.co_filename)
-        if package not in file.parents or file.parent.name == "terms":
+        if package not in file.parents or file.parent == package / "terms":
             break
         frame = frame.tb_next
     return frame

@@ -3,7 +3,7 @@ defmodule Tinkex.CustomLoss.MixTasksTest do
 
   import Tinkex.CustomLoss.Bridge
 
-  alias Tinkex.CustomLoss.Python
+  alias Tinkex.CustomLoss.Pool.Python
 
   @root Path.expand("../..", __DIR__)
   @moduletag timeout: 300_000

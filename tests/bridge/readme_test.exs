@@ -2,7 +2,7 @@ defmodule Tinkex.CustomLoss.ReadmeTest do
   # Changes the working directory.
   use ExUnit.Case, async: false
 
-  alias Tinkex.CustomLoss.Python
+  alias Tinkex.CustomLoss.Pool.Python
   alias Tinkex.CustomLoss.Test.SandboxServer
   alias Tinkex.Types.{Datum, ModelInput, TensorData}
 
@@ -91,7 +91,7 @@ defmodule Tinkex.CustomLoss.ReadmeTest do
   defp check("erlport.md", bindings) do
     program = """
     import base64, sys
-    from tinker_custom_loss import erlport
+    from tinker_custom_loss.port import erlport
     from tinker_custom_loss.port.messages import unpack
     print(unpack(erlport.compute(base64.b64decode(sys.argv[1])))["loss_total"])
     """

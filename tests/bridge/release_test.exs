@@ -59,7 +59,7 @@ defmodule Tinkex.CustomLoss.ReleaseTest do
 
   defp cmd!(program, args, dir, env \\ []) do
     python =
-      with {:ok, python} <- Tinkex.CustomLoss.Python.find(nil),
+      with {:ok, python} <- Tinkex.CustomLoss.Pool.Python.find(nil),
            do: [{"TINKEX_CUSTOM_LOSS_PYTHON", python}]
 
     clean =

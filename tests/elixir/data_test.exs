@@ -1,8 +1,8 @@
 defmodule Tinkex.CustomLoss.DataTest do
   use ExUnit.Case, async: true
 
-  alias Tinkex.CustomLoss.{Batch, Data, MessagePack}
   alias Tinkex.CustomLoss.Test.Vectors
+  alias Tinkex.CustomLoss.Wire.{Batch, Data, MessagePack}
 
   # The shapes of Tinkex's structs, which these tests cannot have.
   defmodule Datum do

@@ -1,8 +1,8 @@
 defmodule Tinkex.CustomLoss.MessagePackTest do
   use ExUnit.Case, async: true
 
-  alias Tinkex.CustomLoss.MessagePack
-  alias Tinkex.CustomLoss.MessagePack.{DecodeError, Ext, Timestamp}
+  alias Tinkex.CustomLoss.Wire.MessagePack
+  alias Tinkex.CustomLoss.Wire.MessagePack.{DecodeError, Ext, Timestamp}
   alias Tinkex.CustomLoss.Test.{Terms, Vectors}
 
   doctest MessagePack

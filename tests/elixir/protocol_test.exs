@@ -1,8 +1,8 @@
 defmodule Tinkex.CustomLoss.ProtocolTest do
   use ExUnit.Case, async: true
 
-  alias Tinkex.CustomLoss.{Batch, MessagePack, Protocol, Tensor}
   alias Tinkex.CustomLoss.Test.Vectors
+  alias Tinkex.CustomLoss.Wire.{Batch, MessagePack, Protocol, Tensor}
 
   doctest Protocol
 

@@ -1,7 +1,7 @@
 defmodule Tinkex.CustomLoss.TensorTest do
   use ExUnit.Case, async: true
 
-  alias Tinkex.CustomLoss.{Batch, Tensor}
+  alias Tinkex.CustomLoss.Wire.{Batch, Tensor}
 
   doctest Tensor
 
@@ -135,7 +135,7 @@ defmodule Tinkex.CustomLoss.TensorTest do
     assert {:error, sentence} = Tensor.restore(answer, batch)
 
     assert sentence =~
-             "the gradients are #Tinkex.CustomLoss.Batch<float32, [[1, 2]]>, the logprobs"
+             "the gradients are #Tinkex.CustomLoss.Wire.Batch<float32, [[1, 2]]>, the logprobs"
   end
 
   test "what is wrong with a tensor is said with the index of its datum" do
@@ -180,6 +180,6 @@ defmodule Tinkex.CustomLoss.TensorTest do
 
   test "inspecting a batch shows shapes, never data" do
     batch = Tensor.logprobs(for n <- 1..5, do: List.duplicate(-1.0, n))
-    assert inspect(batch) == "#Tinkex.CustomLoss.Batch<float32, [[1], [2], [3], … 5 in all]>"
+    assert inspect(batch) == "#Tinkex.CustomLoss.Wire.Batch<float32, [[1], [2], [3], … 5 in all]>"
   end
 end

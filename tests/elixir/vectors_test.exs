@@ -1,8 +1,8 @@
 defmodule Tinkex.CustomLoss.VectorsTest do
   use ExUnit.Case, async: true
 
-  alias Tinkex.CustomLoss.{Batch, MessagePack, Protocol}
   alias Tinkex.CustomLoss.Test.Vectors
+  alias Tinkex.CustomLoss.Wire.{Batch, MessagePack, Protocol}
 
   test "every format decodes to its value, and its canonical form is what we encode" do
     for vector <- Vectors.formats() do

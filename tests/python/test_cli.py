@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tinker_custom_loss import doctor
 from tinker_custom_loss.__main__ import main
+from tinker_custom_loss.cli import doctor
 
 ROOT = Path(__file__).parents[2]
 

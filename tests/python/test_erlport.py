@@ -1,4 +1,4 @@
-"""tinker_custom_loss.erlport, called as ErlPort calls it: by name, with bytes, over 0 and 1."""
+"""The door for ErlPort, called as ErlPort calls it: by name, with bytes, over 0 and 1."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def read(size):
 
 while True:
     function, _, argument = read(*struct.unpack(">I", read(4))).partition(b"\\0")
-    module = importlib.import_module("tinker_custom_loss.erlport")
+    module = importlib.import_module("tinker_custom_loss.port.erlport")
     result = getattr(module, function.decode())(
         argument if function == b"compute" else argument.split(b",")
     )

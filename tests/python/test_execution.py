@@ -20,7 +20,7 @@ import torch
 import term_library as library
 import tinker_custom_loss
 from tinker_custom_loss import Composer, Regularizer, RequestError, TermError, TermTimeoutError
-from tinker_custom_loss import processes as term_processes
+from tinker_custom_loss.running import processes as term_processes
 
 K = 2
 
@@ -189,7 +189,7 @@ class TestProcesses:
 
     def test_giving_up_on_a_step_spares_a_process_that_has_moved_on(self, logprobs):
         parcel = term_processes.Parcel(
-            tinker_custom_loss.evaluation.Call("far", process_id, {}),
+            tinker_custom_loss.running.evaluation.Call("far", process_id, {}),
             [None, None],
             torch.cat([x.flatten() for x in logprobs]).numpy(),
             tuple(tuple(x.shape) for x in logprobs),
@@ -396,7 +396,7 @@ def test_a_term_in_a_thread_pool_has_memory_of_its_own(logprobs):
 
 def test_what_travels_is_small_and_plain():
     """No tensor: torch would send a file descriptor, and a machine elsewhere could not open it."""
-    call = tinker_custom_loss.evaluation.Call("far", library.square, {})
+    call = tinker_custom_loss.running.evaluation.Call("far", library.square, {})
     values = torch.zeros(1000).numpy()
     parcel = term_processes.Parcel(call, [None], values, ((1000,),), True)
     text = pickle.dumps(parcel)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tinker_custom_loss import RequestError, TensorBatch
-from tinker_custom_loss.gradients import carry, cosine, norm, weighted_sum
+from tinker_custom_loss.tensors.gradients import carry, cosine, norm, weighted_sum
 
 
 @pytest.mark.parametrize("size", [0, 1, 65_536, 65_537, 3_000_000])

@@ -6,7 +6,7 @@ import ast
 from pathlib import Path
 
 import tinker_custom_loss
-from tinker_custom_loss import registry
+from tinker_custom_loss.terms import registry
 
 PORT = Path(tinker_custom_loss.__file__).parent / "port"
 FORBIDDEN_MODULES = {"pickle", "marshal", "shelve", "yaml", "tempfile", "multiprocessing", "socket"}

@@ -9,8 +9,8 @@ import textwrap
 import pytest
 
 from tinker_custom_loss import RequestError
-from tinker_custom_loss.registry import LoadError, Registry
 from tinker_custom_loss.terms import CATALOGUE
+from tinker_custom_loss.terms.registry import LoadError, Registry
 
 LOSSES = """
     import functools

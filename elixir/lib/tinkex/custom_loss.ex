@@ -61,20 +61,10 @@ defmodule Tinkex.CustomLoss do
 
   use Supervisor
 
-  alias Tinkex.CustomLoss.{
-    Call,
-    Data,
-    LossFn,
-    Output,
-    Pool,
-    Reaper,
-    Regularizer,
-    Telemetry,
-    Tensor,
-    Training,
-    Worker,
-    WorkerError
-  }
+  alias Tinkex.CustomLoss.{Output, Pool, Regularizer, Telemetry, Training, WorkerError}
+  alias Tinkex.CustomLoss.Pool.{Call, Reaper, Worker}
+  alias Tinkex.CustomLoss.Training.LossFn
+  alias Tinkex.CustomLoss.Wire.{Data, Tensor}
 
   @typedoc "The name of a pool, the pid that `start_link/1` returned, or `{name, node}`."
   @type server :: Supervisor.supervisor()
@@ -155,9 +145,9 @@ defmodule Tinkex.CustomLoss do
   @doc """
   The loss of `logprobs`, its gradient, and what each term did.
 
-    * `data` - a list of datums, or nil: see `Tinkex.CustomLoss.Data`
+    * `data` - a list of datums, or nil: see `Tinkex.CustomLoss.Wire.Data`
     * `logprobs` - a list with one tensor a datum, `[T]` or `[T, K]`: lists of floats, Nx tensors,
-      Tinkex's `TensorData` or raw outputs, or `{binary, shape}`. See `Tinkex.CustomLoss.Tensor`.
+      Tinkex's `TensorData` or raw outputs, or `{binary, shape}`. See `Tinkex.CustomLoss.Wire.Tensor`.
 
   ## Options
 

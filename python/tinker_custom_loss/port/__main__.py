@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 
 from .. import __version__
-from ..registry import LoadError, Registry
+from ..terms.registry import LoadError, Registry
 from .cancellation import InlineTurn
 from .frames import MAX_FRAME, FrameReader, FrameWriter
 from .logs import LEVELS, LogStream

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import Tensor
 
-from ..batch import Shape, TensorBatch
+from ..tensors.batch import Shape, TensorBatch
 
 if TYPE_CHECKING:
     import tinker

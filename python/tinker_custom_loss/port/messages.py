@@ -16,8 +16,8 @@ from typing import Any
 import msgpack
 import torch
 
-from ..batch import Shape, TensorBatch
 from ..errors import ProtocolError, RequestError
+from ..tensors.batch import Shape, TensorBatch
 from .data import Column, WireData
 from .messagepack import pack, pack_pieces, unpack
 

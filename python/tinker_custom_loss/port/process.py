@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from ..processes import die_with_parent
+from ..running.processes import die_with_parent
 from .frames import widen_pipe
 
 __all__ = ["FROM_HOST", "TO_HOST", "attached", "end", "resident_bytes", "settle"]

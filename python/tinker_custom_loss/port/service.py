@@ -16,9 +16,9 @@ from ..errors import (
     ProtocolError,
     RequestError,
 )
-from ..registry import Registry
 from ..regularizer import BASE_LOSS, LossFn, is_coroutine_function
 from ..terms import Term
+from ..terms.registry import Registry
 from .cancellation import interruptible
 from .logs import shorten
 from .messagepack import Buffer

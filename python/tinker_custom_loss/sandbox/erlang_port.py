@@ -15,7 +15,6 @@ from typing import Any, NoReturn
 import torch
 
 from .. import __version__
-from ..batch import Shape, TensorBatch
 from ..errors import ProtocolError, RequestError
 from ..port.frames import MAX_FRAME, FrameReader, FrameTooLargeError, FrameWriter
 from ..port.logs import LogStream
@@ -23,7 +22,8 @@ from ..port.messagepack import Buffer, pack_pieces
 from ..port.messages import decode_batch, decode_compute, decode_terms, encode_batch, get
 from ..port.process import FROM_HOST, TO_HOST, attached, end, settle
 from ..port.service import composer_arguments, error_message, id_of, parse
-from ..registry import LoadError, Registry
+from ..tensors.batch import Shape, TensorBatch
+from ..terms.registry import LoadError, Registry
 from .examples import VOCABULARY, Examples
 from .gradient_check import check_gradient
 from .model import AdamParams, ForwardBackwardResult, LanguageModel

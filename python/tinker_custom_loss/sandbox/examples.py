@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..batch import TensorBatch
 from ..errors import RequestError
+from ..tensors.batch import TensorBatch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

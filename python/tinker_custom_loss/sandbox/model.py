@@ -21,7 +21,7 @@ from .examples import VOCABULARY
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from ..batch import TensorBatch
+    from ..tensors.batch import TensorBatch
     from .examples import Examples
 
 __all__ = ["AdamParams", "ForwardBackwardResult", "LanguageModel"]

@@ -15,8 +15,8 @@ import torch
 from tinker.proto import tinker_public_pb2 as pb
 from torch import Tensor
 
-from ..batch import TensorBatch
 from ..errors import RequestError
+from ..tensors.batch import TensorBatch
 from .examples import Examples
 from .model import AdamParams, ForwardBackwardResult
 

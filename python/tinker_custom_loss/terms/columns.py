@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..batch import TensorBatch
+from ..tensors.batch import TensorBatch
 
 __all__ = ["optional_column", "required_column"]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..batch import TensorBatch
+from ..tensors.batch import TensorBatch
 from .columns import optional_column, required_column
 from .reduction import by_rank, reduce
 from .term import term

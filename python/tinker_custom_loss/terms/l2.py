@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..batch import TensorBatch
-from ..gradients import dot
+from ..tensors.batch import TensorBatch
+from ..tensors.gradients import dot
 from .columns import optional_column
 from .reduction import reduce
 from .term import term

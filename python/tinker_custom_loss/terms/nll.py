@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..batch import TensorBatch
+from ..tensors.batch import TensorBatch
 from .columns import optional_column
 from .reduction import reduce
 from .term import term

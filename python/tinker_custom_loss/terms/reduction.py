@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..batch import TensorBatch
+from ..tensors.batch import TensorBatch
 
 __all__ = ["by_rank", "reduce"]
 

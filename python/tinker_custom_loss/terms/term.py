@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..batch import TensorBatch
+from ..tensors.batch import TensorBatch
 
 __all__ = ["FlatFn", "Term", "term"]
 

@@ -5,7 +5,9 @@ defmodule Tinkex.CustomLoss.Faults.LimitsTest do
   import Tinkex.CustomLoss.Bridge
 
   alias Tinkex.CustomLoss
-  alias Tinkex.CustomLoss.{MessagePack, Options, OverloadedError, Protocol, Python}
+  alias Tinkex.CustomLoss.{Options, OverloadedError}
+  alias Tinkex.CustomLoss.Pool.Python
+  alias Tinkex.CustomLoss.Wire.{MessagePack, Protocol}
   alias Tinkex.CustomLoss.{RequestError, WorkerError}
 
   @moduletag timeout: 120_000

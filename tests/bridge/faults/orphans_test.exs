@@ -33,7 +33,7 @@ defmodule Tinkex.CustomLoss.Faults.OrphansTest do
         args: Enum.flat_map(:code.get_path(), &['-pa', &1])
       })
 
-    {:ok, python} = CustomLoss.Python.find(nil)
+    {:ok, python} = CustomLoss.Pool.Python.find(nil)
     {:ok, _} = :peer.call(peer, Application, :ensure_all_started, [:elixir])
 
     groups =

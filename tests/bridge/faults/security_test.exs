@@ -5,7 +5,9 @@ defmodule Tinkex.CustomLoss.Faults.SecurityTest do
   import ExUnit.CaptureLog
   import Tinkex.CustomLoss.Bridge
 
-  alias Tinkex.CustomLoss.{MessagePack, Options, Protocol, Python}
+  alias Tinkex.CustomLoss.Options
+  alias Tinkex.CustomLoss.Pool.Python
+  alias Tinkex.CustomLoss.Wire.{MessagePack, Protocol}
 
   @moduletag timeout: 120_000
 
@@ -95,7 +97,7 @@ defmodule Tinkex.CustomLoss.Faults.SecurityTest do
   defp request(id, name) do
     Protocol.encode_compute(%{
       id: id,
-      logprobs: Tinkex.CustomLoss.Tensor.logprobs([[-1.0, -2.0]]),
+      logprobs: Tinkex.CustomLoss.Wire.Tensor.logprobs([[-1.0, -2.0]]),
       regularizers: [%{name: "term", fn: name, weight: 1.0}]
     })
   end

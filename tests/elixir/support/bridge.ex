@@ -56,7 +56,7 @@ defmodule Tinkex.CustomLoss.Bridge do
   What they print is dropped.
   """
   def start_terms!(files, opts \\ []) do
-    {:ok, python} = Tinkex.CustomLoss.Python.find(nil)
+    {:ok, python} = Tinkex.CustomLoss.Pool.Python.find(nil)
     python |> terms_opts(files) |> Keyword.merge(opts) |> start_pool!()
   end
 

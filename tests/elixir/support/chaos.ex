@@ -10,7 +10,8 @@ defmodule Tinkex.CustomLoss.Test.Chaos do
   import Bitwise
 
   alias Tinkex.CustomLoss
-  alias Tinkex.CustomLoss.{Bridge, Python, TermError, TimeoutError, WorkerError}
+  alias Tinkex.CustomLoss.{Bridge, TermError, TimeoutError, WorkerError}
+  alias Tinkex.CustomLoss.Pool.Python
 
   @callers 32
   @workers 2

@@ -1,7 +1,7 @@
 defmodule Tinkex.CustomLoss.Test.Fuzz do
   @moduledoc "Mutated and random frames into the Elixir decoder, the same for the same seed."
 
-  alias Tinkex.CustomLoss.{MessagePack, Protocol}
+  alias Tinkex.CustomLoss.Wire.{MessagePack, Protocol}
   alias Tinkex.CustomLoss.Test.{Terms, Vectors}
 
   @words div(256 * 1024 * 1024, 8)

@@ -7,7 +7,8 @@ defmodule Tinkex.CustomLoss.Test.SandboxServer do
 
   import ExUnit.Assertions
 
-  alias Tinkex.CustomLoss.{Bridge, Python}
+  alias Tinkex.CustomLoss.Bridge
+  alias Tinkex.CustomLoss.Pool.Python
 
   @doc "Starts one; it ends with the calling process."
   def start! do

@@ -1,7 +1,7 @@
 defmodule Tinkex.CustomLoss.Test.Terms do
   @moduledoc "Random terms that MessagePack has a form for, from a seeded generator."
 
-  alias Tinkex.CustomLoss.MessagePack.{Ext, Timestamp}
+  alias Tinkex.CustomLoss.Wire.MessagePack.{Ext, Timestamp}
 
   @doc "Makes what follows in this process the same in every run of that seed."
   def seed(seed), do: :rand.seed(:exsss, seed)

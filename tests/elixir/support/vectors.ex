@@ -1,7 +1,7 @@
 defmodule Tinkex.CustomLoss.Test.Vectors do
   @moduledoc "The messages of tests/vectors; their README says how they are written."
 
-  alias Tinkex.CustomLoss.MessagePack.{Ext, Timestamp}
+  alias Tinkex.CustomLoss.Wire.MessagePack.{Ext, Timestamp}
   alias Tinkex.CustomLoss.Test.JSON
 
   @directory Path.expand("../../vectors", __DIR__)

@@ -20,7 +20,8 @@ defmodule Mix.Tasks.Tinkex.CustomLoss.Doctor do
   use Mix.Task
 
   alias Tinkex.CustomLoss
-  alias Tinkex.CustomLoss.{Options, Python}
+  alias Tinkex.CustomLoss.Options
+  alias Tinkex.CustomLoss.Pool.Python
 
   @requirements ["app.config"]
   @switches [python: :string, load: :keep]

@@ -16,7 +16,8 @@ defmodule Mix.Tasks.Tinkex.CustomLoss.Terms do
   use Mix.Task
 
   alias Mix.Tasks.Tinkex.CustomLoss.Doctor
-  alias Tinkex.CustomLoss.{Options, Python}
+  alias Tinkex.CustomLoss.Options
+  alias Tinkex.CustomLoss.Pool.Python
 
   @requirements ["app.config"]
   @switches [python: :string, load: :keep]

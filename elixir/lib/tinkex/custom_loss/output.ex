@@ -18,7 +18,7 @@ defmodule Tinkex.CustomLoss.Output do
 
   @type t :: %__MODULE__{
           loss_total: float() | :nan | :infinity | :neg_infinity,
-          gradients: [Tinkex.CustomLoss.Tensor.t()] | nil,
+          gradients: [Tinkex.CustomLoss.Wire.Tensor.t()] | nil,
           telemetry: %{String.t() => term()}
         }
 
@@ -54,7 +54,7 @@ defmodule Tinkex.CustomLoss.Output do
   defimpl Inspect do
     import Inspect.Algebra
 
-    alias Tinkex.CustomLoss.Numbers
+    alias Tinkex.CustomLoss.Wire.Numbers
 
     def inspect(output, opts) do
       fields = [

@@ -7,7 +7,8 @@ defmodule Tinkex.CustomLoss.Pool do
 
   use GenServer
 
-  alias Tinkex.CustomLoss.{OverloadedError, Telemetry, TimeoutError, Worker, WorkerError}
+  alias Tinkex.CustomLoss.{OverloadedError, Telemetry, TimeoutError, WorkerError}
+  alias Tinkex.CustomLoss.Pool.Worker
 
   @type handle :: %{
           supervisor: pid(),

@@ -25,19 +25,9 @@ defmodule Tinkex.CustomLoss.Sandbox do
 
   use GenServer, restart: :temporary
 
-  alias Tinkex.CustomLoss.{
-    Batch,
-    Call,
-    Data,
-    Log,
-    MessagePack,
-    Numbers,
-    Options,
-    Protocol,
-    Python,
-    Regularizer,
-    WorkerError
-  }
+  alias Tinkex.CustomLoss.{Options, Regularizer, WorkerError}
+  alias Tinkex.CustomLoss.Pool.{Call, Log, Python}
+  alias Tinkex.CustomLoss.Wire.{Batch, Data, MessagePack, Numbers, Protocol}
 
   @type server :: GenServer.server()
 

@@ -3,7 +3,8 @@ defmodule Tinkex.CustomLoss.Training do
   # forward, loss and gradient, backward, over any client with the functions of Tinkex's.
 
   alias Tinkex.CustomLoss
-  alias Tinkex.CustomLoss.{Data, Output}
+  alias Tinkex.CustomLoss.Output
+  alias Tinkex.CustomLoss.Wire.Data
 
   def forward_backward_custom(server, training_client, data, options) do
     client = client!(training_client)

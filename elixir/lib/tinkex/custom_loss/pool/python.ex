@@ -1,0 +1,215 @@
+defmodule Tinkex.CustomLoss.Pool.Python do
+  @moduledoc false
+  # Which Python, what it is told, and why it did not start.
+
+  alias Tinkex.CustomLoss.WorkerError
+
+  @module "tinker_custom_loss.port"
+
+  @doc """
+  Starts the operating system's process of a worker, or of what `args` say. The calling process owns
+  the port.
+
+  There is no shell in between, so that the process is the one that signals reach. The BEAM makes
+  each such process the leader of its own process group, whose number is its pid.
+  """
+  @spec open(map(), [String.t()]) ::
+          {:ok, port(), os_pid :: pos_integer() | nil} | {:error, WorkerError.t()}
+  def open(config, args) do
+    with {:ok, python} <- find(config.python) do
+      options = [
+        {:packet, 4},
+        # File descriptors 3 and 4: nothing that is printed can reach the stream.
+        :nouse_stdio,
+        :binary,
+        :exit_status,
+        :hide,
+        args: ["-u", "-m" | args],
+        env: env(config)
+      ]
+
+      options = if config.cd, do: [{:cd, config.cd} | options], else: options
+      port = Port.open({:spawn_executable, python}, options)
+
+      case Port.info(port, :os_pid) do
+        {:os_pid, os_pid} -> {:ok, port, os_pid}
+        nil -> {:ok, port, nil}
+      end
+    end
+  rescue
+    # What the operating system refuses: eacces, enomem, emfile and the like.
+    error in ErlangError ->
+      with %ErlangError{original: reason} <- error do
+        not_started(
+          "#{config.python || "Python"} cannot be started: #{inspect(reason)}; " <>
+            "mix tinkex.custom_loss.doctor says which Python is meant"
+        )
+      else
+        _defect -> reraise error, __STACKTRACE__
+      end
+  end
+
+  @doc "The Python of the documented order, as an absolute path."
+  @spec find(String.t() | nil) :: {:ok, Path.t()} | {:error, WorkerError.t()}
+  def find(given), do: with({:ok, python, _source} <- choose(given), do: {:ok, python})
+
+  @doc "The same, with what named it."
+  @spec choose(String.t() | nil) :: {:ok, Path.t(), String.t()} | {:error, WorkerError.t()}
+  def choose(given) do
+    {source, name} =
+      cond do
+        given -> {"the option :python", given}
+        python = env_var("TINKEX_CUSTOM_LOSS_PYTHON") -> {"TINKEX_CUSTOM_LOSS_PYTHON", python}
+        dir = env_var("VIRTUAL_ENV") -> {"VIRTUAL_ENV", Path.join(dir, "bin/python")}
+        File.exists?(".venv/bin/python") -> {"the directory .venv", ".venv/bin/python"}
+        true -> {"PATH", "python3"}
+      end
+
+    path = if name =~ "/", do: Path.expand(name), else: System.find_executable(name)
+
+    cond do
+      path && File.regular?(path) ->
+        {:ok, path, source}
+
+      source == "PATH" ->
+        not_started(
+          "there is no python3 on PATH: install Python 3.11 or newer, or say where it is with " <>
+            "the option :python or the environment variable TINKEX_CUSTOM_LOSS_PYTHON"
+        )
+
+      true ->
+        not_started("there is no Python at #{name}, which #{source} names: correct or remove it")
+    end
+  end
+
+  defp env_var(name), do: with("" <- System.get_env(name, ""), do: nil)
+
+  @doc "What a worker is told."
+  @spec worker_args(map()) :: [String.t()]
+  def worker_args(config) do
+    [@module | Enum.flat_map(config.load, &["--load", &1])] ++
+      [
+        "--max-frame",
+        "#{config.max_frame}",
+        "--max-in-flight",
+        "#{config.max_in_flight}",
+        "--threads",
+        "#{config.threads}",
+        "--log-level",
+        "#{config.log_level}"
+      ]
+  end
+
+  defp env(config) do
+    given = Enum.to_list(config.env.())
+
+    inherited =
+      case List.keyfind(given, "PYTHONPATH", 0) do
+        {_, value} -> value
+        nil -> System.get_env("PYTHONPATH")
+      end
+
+    path = Enum.map(config.python_path, &Path.expand/1) ++ List.wrap(sources())
+    path = path ++ if(inherited in [nil, ""], do: [], else: [inherited])
+
+    given
+    |> List.keystore("PYTHONPATH", 0, {"PYTHONPATH", Enum.join(path, ":")})
+    |> Enum.map(fn
+      {name, nil} -> {native(name), false}
+      {name, value} -> {native(name), native(value)}
+    end)
+  end
+
+  # Where the locale is not UTF-8, as in a container without LANG, a port takes bytes alone.
+  defp native(text) do
+    chars = to_charlist(text)
+
+    if :file.native_name_encoding() == :latin1 and Enum.any?(chars, &(&1 > 0xFF)),
+      do: :binary.bin_to_list(text),
+      else: chars
+  end
+
+  @doc """
+  The directory of the Python sources that came with this application.
+
+  nil where it was built without them: then Python has to have the package installed.
+  """
+  @spec sources() :: Path.t() | nil
+  def sources do
+    with dir when is_list(dir) <- :code.priv_dir(:tinkex_custom_loss),
+         path = Path.join(dir, "python"),
+         true <- File.dir?(Path.join(path, "tinker_custom_loss")) do
+      path
+    else
+      _ -> nil
+    end
+  end
+
+  # Prints the packages that are missing; the version first, since an old Python cannot say more.
+  @probe """
+  import sys
+  if sys.version_info < (3, 11):
+      print("version", sys.version.split()[0])
+  else:
+      from importlib.util import find_spec
+      names = ("tinker_custom_loss", "torch", "tinker", "msgpack", "numpy")
+      missing = [name for name in names if find_spec(name) is None]
+      print("missing" if missing else "complete", *missing)
+  """
+
+  @doc """
+  Why a Python that exited before it was ready did so, and what to run.
+  """
+  @spec diagnose(map(), non_neg_integer()) :: WorkerError.t()
+  def diagnose(config, status) do
+    with {:ok, python} <- find(config.python),
+         :ok <- check(python, config) do
+      {:error, error} =
+        not_started(
+          "#{python} exited with status #{status} before it was ready; what it said is on the " <>
+            "standard error of the BEAM. To see it again, run: #{python} -m #{@module}"
+        )
+
+      error
+    else
+      {:error, error} -> error
+    end
+  end
+
+  @doc "Whether a Python is new enough and has the packages, without importing them."
+  @spec check(Path.t(), map()) :: :ok | {:error, WorkerError.t()}
+  def check(python, config) do
+    case cmd(python, ["-c", @probe], config, stderr_to_stdout: true) do
+      {"version " <> version, 0} ->
+        not_started("#{python} is Python #{String.trim(version)}: 3.11 or newer is needed")
+
+      {"missing " <> names, 0} ->
+        lacking(python, names |> String.split() |> Enum.map(&install_name/1))
+
+      _nothing_missing ->
+        :ok
+    end
+  end
+
+  @doc "`System.cmd/3` in the environment that workers have."
+  def cmd(python, args, config, opts \\ []) do
+    env = for {name, value} <- env(config), do: {"#{name}", (value && "#{value}") || nil}
+    System.cmd(python, args, [env: env] ++ opts)
+  end
+
+  defp install_name("tinker_custom_loss"), do: "tinker-custom-loss"
+  defp install_name(name), do: name
+
+  defp lacking(python, names) do
+    list = Enum.join(names, ", ")
+    run = Enum.join(names, " ")
+
+    not_started(
+      "#{python} lacks #{list}; run: mix tinkex.custom_loss.setup, which makes an environment " <>
+        "that has it all, or: #{python} -m pip install #{run}"
+    )
+  end
+
+  @doc false
+  def not_started(sentence), do: {:error, %WorkerError{reason: {:not_started, sentence}}}
+end

@@ -1,0 +1,113 @@
+defmodule Tinkex.CustomLoss.Wire.Batch do
+  @moduledoc """
+  All tensors of one kind of a batch, one a datum, in one piece of memory: how tensors travel.
+
+    * `data` - iodata: the tensors one after another, row-major, little-endian
+    * `dtype` - `:float32`, `:float64`, `:float16`, `:bfloat16`, `:int64` or `:int32`
+    * `shapes` - one list of sizes a datum, or nil where the datum has no such tensor
+    * `forms` - how each tensor was given, so that its gradient can go back in the same form
+  """
+
+  alias Tinkex.CustomLoss.Wire.Numbers
+
+  @enforce_keys [:dtype, :shapes, :data]
+  defstruct [:dtype, :shapes, :data, forms: []]
+
+  @type shape :: [non_neg_integer()]
+  @type t :: %__MODULE__{
+          dtype: Numbers.dtype(),
+          shapes: [shape() | nil],
+          data: iodata(),
+          forms: [term()]
+        }
+
+  @doc "The batch as a map of the wire."
+  @spec to_wire(t()) :: map()
+  def to_wire(%__MODULE__{} = batch) do
+    %{
+      "data" => {:bin, batch.data},
+      "dtype" => Atom.to_string(batch.dtype),
+      "shapes" => batch.shapes
+    }
+  end
+
+  @doc """
+  The batch in a map from the wire; its `data` is a part of the frame.
+
+  On error, says what is wrong and where in the map.
+  """
+  @spec from_wire(term()) :: {:ok, t()} | {:error, path :: [String.t() | integer()], String.t()}
+  def from_wire(%{"data" => data, "dtype" => name, "shapes" => shapes}) do
+    with {:ok, dtype} <- check_dtype(name),
+         :ok <- check_shapes(shapes, 0),
+         :ok <- check_data(data, shapes, dtype) do
+      {:ok, %__MODULE__{dtype: dtype, shapes: shapes, data: data}}
+    end
+  end
+
+  def from_wire(%{} = map) do
+    missing = Enum.find(["data", "dtype", "shapes"], &(not is_map_key(map, &1)))
+    {:error, [missing], "is missing"}
+  end
+
+  def from_wire(_other), do: {:error, [], "is not a batch"}
+
+  defp check_dtype(name) do
+    with :error <- Numbers.dtype(name), do: {:error, ["dtype"], "is not a dtype of the protocol"}
+  end
+
+  defp check_shapes([shape | rest], index) do
+    if is_nil(shape) or shape?(shape),
+      do: check_shapes(rest, index + 1),
+      else: {:error, [index, "shapes"], "is neither nil nor an array of sizes"}
+  end
+
+  defp check_shapes([], _index), do: :ok
+  defp check_shapes(_other, _index), do: {:error, ["shapes"], "is not an array"}
+
+  defp check_data(data, shapes, dtype) when is_binary(data) do
+    expected = Numbers.size(dtype) * Enum.reduce(shapes, 0, &(count(&1) + &2))
+
+    if byte_size(data) == expected,
+      do: :ok,
+      else: {:error, ["data"], "has #{byte_size(data)} bytes; its shapes hold #{expected}"}
+  end
+
+  defp check_data(_data, _shapes, _dtype), do: {:error, ["data"], "is not a bin"}
+
+  @doc "Whether a term is a list of sizes."
+  @spec shape?(term()) :: boolean()
+  def shape?([size | rest]) when is_integer(size) and size >= 0, do: shape?(rest)
+  def shape?(other), do: other == []
+
+  @doc "How many values a tensor of this shape holds; 0 for nil."
+  @spec count(shape() | nil) :: non_neg_integer()
+  def count(nil), do: 0
+  def count([size]), do: size
+  def count(shape), do: Enum.reduce(shape, 1, &(&1 * &2))
+
+  @doc "Each datum's bytes, as parts of the batch's: nil where it has none."
+  @spec parts(t()) :: [binary() | nil]
+  def parts(%__MODULE__{dtype: dtype, shapes: shapes, data: data}),
+    do: split(shapes, IO.iodata_to_binary(data), Numbers.size(dtype))
+
+  defp split([nil | shapes], data, size), do: [nil | split(shapes, data, size)]
+
+  defp split([shape | shapes], data, size) do
+    bytes = size * count(shape)
+    <<part::binary-size(bytes), rest::binary>> = data
+    [part | split(shapes, rest, size)]
+  end
+
+  defp split([], <<>>, _size), do: []
+
+  defimpl Inspect do
+    # Shapes, never data.
+    def inspect(batch, _opts) do
+      {shown, more} = Enum.split(batch.shapes, 3)
+      shapes = Enum.map_join(shown, ", ", &Kernel.inspect(&1, charlists: :as_lists))
+      rest = if more == [], do: "", else: ", … #{length(batch.shapes)} in all"
+      "#Tinkex.CustomLoss.Wire.Batch<#{batch.dtype}, [#{shapes}#{rest}]>"
+    end
+  end
+end

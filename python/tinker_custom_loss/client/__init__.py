@@ -1,0 +1,1 @@
+"""The tinker SDK: the wrapped client, the linearization, futures."""

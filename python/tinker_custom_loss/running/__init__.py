@@ -1,0 +1,1 @@
+"""One term, wherever it runs: evaluation, places, and what nan does."""

@@ -1,0 +1,135 @@
+"""What happens when a loss or a gradient is nan or infinite, and what is recorded of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import NonFiniteError, TermError
+from ..record import TermRecord
+from ..regularizer import Regularizer
+from ..tensors import gradients as grad
+from ..tensors.batch import TensorBatch
+from .evaluation import Outcome
+
+__all__ = ["FinitePart", "finite_part", "record_of"]
+
+
+@dataclass(frozen=True)
+class FinitePart:
+    """An outcome after its term's ``on_non_finite`` was applied: its gradient is finite."""
+
+    outcome: Outcome | None
+    gradient: Tensor | None
+    norm: float
+    zeroed: int = 0
+    error: str | None = None
+
+
+def finite_part(term: Regularizer, result: Outcome | TermError, batch: TensorBatch) -> FinitePart:
+    """Apply a term's ``on_non_finite`` to what it computed.
+
+    The check costs nothing extra: a norm is finite only if every entry is.
+    """
+    if isinstance(result, TermError):
+        return FinitePart(None, None, 0.0, error=str(result))
+    gradient = result.gradient
+    norm = 0.0
+    if gradient is not None:
+        gradient = gradient.contiguous()
+        norm = grad.norm(gradient)
+    if math.isfinite(result.value) and math.isfinite(norm):
+        return FinitePart(result, gradient, norm)
+    if term.on_non_finite == "zero":
+        zeroed = int(not math.isfinite(result.value))
+        if gradient is not None:
+            bad = ~torch.isfinite(gradient)
+            zeroed += int(bad.sum())
+            gradient = gradient.masked_fill(bad, 0.0)
+            norm = grad.norm(gradient)
+        return FinitePart(result, gradient, norm, zeroed=zeroed)
+    error = _non_finite_error(term.name, result, gradient, batch)
+    if term.on_non_finite == "skip":
+        return FinitePart(None, None, 0.0, error=str(error))
+    raise error
+
+
+def _non_finite_error(
+    name: str, outcome: Outcome, gradient: Tensor | None, batch: TensorBatch
+) -> NonFiniteError:
+    """Says whether the input, the loss or only the gradient went wrong, and where."""
+    inputs = torch.isfinite(batch.flat).logical_not().nonzero()
+    upstream = ""
+    if len(inputs):
+        datum, token = batch.locate(int(inputs[0]))
+        upstream = (
+            f"; the logprobs themselves are not finite at datum {datum}, token {_index(token)}"
+            f" (and {len(inputs) - 1} more), so mask those positions"
+        )
+    if gradient is not None and not math.isfinite(grad.norm(gradient)):
+        positions = torch.isfinite(gradient).logical_not().nonzero()
+        datum, token = batch.locate(int(positions[0]))
+        return NonFiniteError(
+            f'the gradient of the term "{name}" is {float(gradient[positions[0]])} at datum '
+            f"{datum}, token {_index(token)}, and not finite at {len(positions)} of "
+            f"{gradient.numel()} positions; its loss is {outcome.value}"
+            + (upstream or "; likely log or division at 0, or sqrt at 0"),
+            term=name,
+            datum=datum,
+            token=token,
+        )
+    return NonFiniteError(
+        f'the loss of the term "{name}" is {outcome.value}, not a finite number{upstream}',
+        term=name,
+    )
+
+
+def record_of(
+    part: FinitePart,
+    weight: float,
+    total: Tensor | None,
+    total_norm: float | None,
+    alone: bool,
+) -> TermRecord:
+    """The telemetry of one term. ``alone``: its gradient is the only one in ``total``."""
+    outcome = part.outcome
+    if outcome is None:
+        return TermRecord(
+            value=None,
+            weight=weight,
+            contribution=0.0,
+            custom={},
+            grad_norm=None if total is None else 0.0,
+            cosine_to_total=None if total is None else 0.0,
+            differentiable=False,
+            seconds=None,
+            error=part.error,
+        )
+    cosine = None
+    if total is not None and total_norm is not None:
+        cosine = 0.0
+        if part.gradient is not None and weight != 0.0 and part.norm != 0.0:
+            cosine = (
+                1.0
+                if alone
+                else math.copysign(1.0, weight)
+                * grad.cosine(part.gradient, total, part.norm, total_norm)
+            )
+    return TermRecord(
+        value=outcome.value,
+        weight=weight,
+        contribution=weight * outcome.value if math.isfinite(outcome.value) else 0.0,
+        custom=outcome.metrics,
+        grad_norm=None if total is None else part.norm,
+        cosine_to_total=cosine,
+        differentiable=outcome.differentiable,
+        seconds=outcome.seconds,
+        non_finite_zeroed=part.zeroed,
+    )
+
+
+def _index(token: tuple[int, ...]) -> str:
+    return str(token[0]) if len(token) == 1 else str(list(token))

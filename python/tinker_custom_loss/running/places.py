@@ -1,0 +1,185 @@
+"""Where a term runs, and how long it may take.
+
+    False        inline: on the calling thread; an async function on this package's event loop
+    True         a thread
+    "process"    a process of its own (see processes.py)
+    an Executor  whatever it is: a thread or process pool, a Dask cluster
+
+Everything that does not run inline is started first, so that it overlaps with the inline terms
+and with everything else that was started.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import pickle
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import RequestError, TermError, TermTimeoutError
+from ..regularizer import Regularizer
+from ..tensors.batch import TensorBatch
+from .evaluation import (
+    Call,
+    Outcome,
+    Parcel,
+    ParcelReply,
+    differentiate,
+    evaluate,
+    evaluate_parcel,
+    guarding,
+    leaf_of,
+    open_reply,
+    running,
+)
+from .event_loop import EventLoop
+from .processes import ProcessRun
+from .threads import THREADS
+
+__all__ = ["Started", "check_picklable", "runs_inline", "start"]
+
+
+_LOOP = EventLoop()
+
+
+def _forget_after_fork() -> None:
+    """Threads do not survive a fork; the child starts its own."""
+    global _LOOP
+    _LOOP = EventLoop()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_after_fork)
+
+
+@dataclass(frozen=True)
+class Started:
+    """A term that is running somewhere else.
+
+    ``finish`` turns what the future holds into an Outcome, on the calling thread; ``abandon``
+    ends the term, where that is possible.
+    """
+
+    future: concurrent.futures.Future[Any]
+    finish: Callable[[Any], Outcome]
+    abandon: Callable[[], object]
+    expires: float  # time.monotonic()
+    _ended: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.future.add_done_callback(lambda _: self._ended.append(time.monotonic()))
+
+    @property
+    def late(self) -> bool:
+        """Whether it has outlived its timeout, even if it ended while inline terms still ran."""
+        return (self._ended[0] if self._ended else time.monotonic()) >= self.expires
+
+    def outcome(self, name: str) -> Outcome:
+        """The outcome of a term whose future is done.
+
+        Raises:
+            TermError: whatever went wrong, under the term's name.
+        """
+        try:
+            returned = self.future.result(timeout=0)
+        except TermError:
+            raise
+        except (Exception, concurrent.futures.CancelledError) as error:
+            raise TermError.from_exception(name, error) from error
+        return self.finish(returned)
+
+    def time_out(self, name: str, timeout: float) -> TermTimeoutError:
+        """End the term and say that it was late."""
+        self.abandon()
+        return TermTimeoutError(
+            f'the term "{name}" outlived its timeout of {timeout:g} s', term=name
+        )
+
+
+def runs_inline(term: Regularizer) -> bool:
+    """Whether a term runs on the calling thread."""
+    return term.run_in_executor is False and not term.is_async
+
+
+def check_picklable(term: Regularizer) -> None:
+    """Refuse, when a composer is built, a term that cannot be sent to a process.
+
+    Raises:
+        RequestError: naming the term, why, and what to do.
+    """
+    place = term.run_in_executor
+    if place != "process" and not isinstance(place, concurrent.futures.ProcessPoolExecutor):
+        return
+    try:
+        pickle.dumps((term.fn, dict(term.params)))
+        _check_importable(term.fn)
+    except Exception as error:
+        raise RequestError(
+            f'regularizer "{term.name}" cannot run in a process, because its function or params '
+            f"cannot be pickled: {error}; define the function at the top level of a module file, "
+            "or set run_in_executor to True",
+            path="run_in_executor",
+        ) from error
+
+
+def _check_importable(fn: object) -> None:
+    """What a notebook or a prompt defines pickles by a name that no other process can look up."""
+    main = sys.modules["__main__"]
+    if getattr(fn, "__module__", None) == "__main__" and not hasattr(main, "__file__"):
+        raise pickle.PicklingError("it is defined in a notebook or at a prompt")
+
+
+def start(
+    term: Regularizer, call: Call, data: Sequence[Any], logprobs: TensorBatch, gradients: bool
+) -> Started:
+    """Start a term that does not run inline."""
+    place, timeout = term.run_in_executor, term.timeout
+    expires = time.monotonic() + timeout if timeout is not None else float("inf")
+    if place is False:
+        return _start_async(call, data, logprobs, gradients, expires)
+    if place is True:
+        future = THREADS.submit(evaluate, call, data, logprobs, gradients)
+        return Started(future, _as_is, future.cancel, expires)
+
+    values = logprobs.flat.detach().cpu().numpy()
+    parcel = Parcel(call, data, values, logprobs.shapes, gradients)
+
+    def finish(reply: ParcelReply) -> Outcome:
+        return open_reply(reply, logprobs.flat)
+
+    if place == "process":
+        run = ProcessRun(parcel, timeout)
+        # The run keeps its own time, from when its process is ready.
+        return Started(THREADS.submit(run.run), finish, run.kill, float("inf"))
+    assert isinstance(place, concurrent.futures.Executor)
+    # In this process, say in a thread pool, it is the memory of all terms: have it copied there.
+    values.flags.writeable = False
+    with guarding(call.name):
+        future = place.submit(evaluate_parcel, parcel)
+    return Started(future, finish, future.cancel, expires)
+
+
+def _start_async(
+    call: Call, data: Sequence[Any], logprobs: TensorBatch, gradients: bool, expires: float
+) -> Started:
+    started = time.perf_counter()
+    leaf = leaf_of(logprobs)
+
+    async def awaited() -> Any:
+        with running(call.name), guarding(call.name, leaf, awaiting=True):
+            return await call(data, leaf)
+
+    def finish(returned: object) -> Outcome:
+        # Differentiating here leaves the loop to the terms that are still awaiting.
+        return differentiate(call.name, returned, leaf, gradients, started)
+
+    future = _LOOP.submit(awaited())
+    return Started(future, finish, future.cancel, expires)
+
+
+def _as_is(outcome: Outcome) -> Outcome:
+    return outcome

@@ -1,0 +1,1 @@
+"""The flat batch, and the arithmetic on gradients over it."""
