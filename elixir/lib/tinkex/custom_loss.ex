@@ -103,6 +103,8 @@ defmodule Tinkex.CustomLoss do
   @impl true
   def init(config) do
     Telemetry.load()
+    # What events and log lines say: which pool it is.
+    config = %{config | name: config.name || self()}
 
     children = [
       {Reaper, self()},
@@ -177,7 +179,7 @@ defmodule Tinkex.CustomLoss do
       gradients: options.gradients
     }
 
-    Telemetry.span(server, request, fn ->
+    Telemetry.span(Call.name(server), request, fn ->
       with {:ok, result} <- Call.run(server, request, options.timeout, deadline),
            {:ok, gradients} <- restore(result.gradients, batch) do
         output = %Output{
