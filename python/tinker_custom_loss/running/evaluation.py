@@ -26,6 +26,7 @@ from .context import running
 from .differentiation import Evaluation, check_unchanged, differentiate, leaf_of
 from .event_loop import OWN_LOOP, Waiting
 from .modes import Modes
+from .threads import on_this_thread
 
 __all__ = ["Call", "RemoteCall", "RemoteReply", "evaluate"]
 
@@ -65,7 +66,7 @@ def evaluate(
     """
     started = time.perf_counter()
     leaf = leaf_of(logprobs)
-    with running(call.name), modes.entered(), guarding(call.name, leaf):
+    with running(call.name), modes.entered(), guarding(call.name, leaf), on_this_thread(call.name):
         returned = call(data, leaf)
         if inspect.isawaitable(returned):
             returned = waiting.wait(returned, modes)

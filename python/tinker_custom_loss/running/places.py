@@ -34,6 +34,7 @@ from .evaluation import (
     evaluation_from,
     guarding,
 )
+from . import exits  # noqa: F401 - has what runs here ended when the interpreter ends
 from .event_loop import OWN_LOOP, Loop, Waiting
 from .modes import Modes
 from .processes import ProcessRun
@@ -219,12 +220,13 @@ def _start_thread(
     surroundings: Surroundings,
     expires: float,
 ) -> Started:
+    THREADS.check_room(call.name)
     waiting = Waiting(surroundings.loop)
     future = THREADS.submit(evaluate, call, data, logprobs, gradients, surroundings.modes, waiting)
 
     def abandon() -> None:
-        future.cancel()
-        waiting.cancel()
+        if not waiting.cancel():
+            THREADS.leave_behind(future, call.name)
 
     return Started(future, _as_is, abandon, expires)
 

@@ -1,16 +1,27 @@
-"""Threads of this package's own."""
+"""Threads of this package's own, and the terms that run on any thread."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import contextvars
+import ctypes
+import logging
 import os
 import queue
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["THREADS"]
+from ..errors import TermError
+
+__all__ = ["THREADS", "interrupt", "interrupt_terms", "on_this_thread"]
+
+logger = logging.getLogger(__name__)
+
+MOST_LEFT_BEHIND = 32
+"""Threads that may be held by terms for which nobody waits any more."""
 
 
 class Threads(concurrent.futures.Executor):
@@ -26,6 +37,7 @@ class Threads(concurrent.futures.Executor):
     def forget(self) -> None:
         """Start anew, in the child of a fork: threads do not survive it."""
         self._idle: list[queue.SimpleQueue[Callable[[], None]]] = []
+        self._left_behind: set[concurrent.futures.Future[Any]] = set()
         self._lock = threading.Lock()
 
     def submit(
@@ -54,6 +66,40 @@ class Threads(concurrent.futures.Executor):
         inbox.put(job)
         return future
 
+    def check_room(self, term: str) -> None:
+        """Refuse to start one more term where too many have outlived their steps.
+
+        Raises:
+            TermError: there are as many as there may be.
+        """
+        if len(self._left_behind) >= MOST_LEFT_BEHIND:
+            raise TermError(
+                f'the term "{term}" was not started: {MOST_LEFT_BEHIND} threads are held by terms '
+                "that have outlived their steps, and a thread cannot be ended; set "
+                'run_in_executor to "process"',
+                term=term,
+            )
+
+    def leave_behind(self, future: concurrent.futures.Future[Any], term: str) -> None:
+        """Nobody waits for a term any more. It counts until it has ended by itself."""
+        if future.cancel() or future.done():
+            return
+        with self._lock:
+            self._left_behind.add(future)
+            count = len(self._left_behind)
+        logger.warning(
+            'the term "%s" runs on in its thread, which cannot be ended, although its step is '
+            'over: thread %d of at most %d; with run_in_executor="process" it would be ended',
+            term,
+            count,
+            MOST_LEFT_BEHIND,
+        )
+        future.add_done_callback(self._ended)
+
+    def _ended(self, future: concurrent.futures.Future[Any]) -> None:
+        with self._lock:
+            self._left_behind.discard(future)
+
     def _work(self, inbox: queue.SimpleQueue[Callable[[], None]]) -> None:
         while True:
             inbox.get()()
@@ -63,5 +109,51 @@ class Threads(concurrent.futures.Executor):
 
 THREADS = Threads()
 
+_terms: dict[int, str] = {}  # by the thread that runs them
+
+
+@contextmanager
+def on_this_thread(term: str) -> Iterator[None]:
+    """Mark the calling thread as running the function of a term."""
+    thread = threading.get_ident()
+    outer = _terms.get(thread)
+    _terms[thread] = term
+    try:
+        yield
+    finally:
+        if outer is None:
+            del _terms[thread]
+        else:
+            _terms[thread] = outer
+
+
+class _Exiting(SystemExit):
+    """The interpreter ends. Threads end silently by a SystemExit."""
+
+
+def interrupt(thread: int) -> None:
+    """Raise SystemExit in a thread at its next bytecode."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(_Exiting))
+
+
+def interrupt_terms(seconds: float) -> list[str]:
+    """Interrupt the terms of all other threads, and wait; the names of those that run on."""
+    expires = time.monotonic() + seconds
+    here = threading.get_ident()
+    for thread in list(_terms):
+        if thread != here:
+            interrupt(thread)
+    while any(thread != here for thread in list(_terms)) and time.monotonic() < expires:
+        time.sleep(0.005)
+    return [name for thread, name in list(_terms.items()) if thread != here]
+
+
+def _forget_after_fork() -> None:
+    THREADS.forget()
+    here = threading.get_ident()
+    for thread in set(_terms) - {here}:
+        del _terms[thread]
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=THREADS.forget)
+    os.register_at_fork(after_in_child=_forget_after_fork)
