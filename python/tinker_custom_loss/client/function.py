@@ -18,7 +18,7 @@ from tinker import APIFuture, Datum, ForwardBackwardOutput, TrainingClient
 from torch import Tensor
 
 from ..composer import Composer
-from ..tensors.gradients import carry
+from ..tensors.gradients import surrogate
 from . import sdk
 from .arguments import (
     BaseLoss,
@@ -84,7 +84,7 @@ def forward_backward_custom(
         return future
     client, datums, loss = _checked(training_client, data, base_loss_fn, regularizers, step)
     inner = sdk.forward_backward_custom(client, datums, loss)
-    return loss.future(inner, flat_metrics) if isinstance(loss, _Carrier) else inner
+    return loss.future(inner, flat_metrics) if isinstance(loss, _SurrogateLoss) else inner
 
 
 async def forward_backward_custom_async(
@@ -107,7 +107,7 @@ async def forward_backward_custom_async(
         )
     client, datums, loss = _checked(training_client, data, base_loss_fn, regularizers, step)
     inner = await client.forward_backward_custom_async(datums, loss)
-    return loss.future(inner, flat_metrics) if isinstance(loss, _Carrier) else inner
+    return loss.future(inner, flat_metrics) if isinstance(loss, _SurrogateLoss) else inner
 
 
 def _checked(
@@ -125,7 +125,7 @@ def _checked(
     if not is_composed(base_loss_fn, regularizers):
         return client, datums, sdk_loss(base_loss_fn, datums, client)
     composer = composer_of(base_loss_fn, regularizers, datums, client)
-    return client, datums, _Carrier(client, composer, number)
+    return client, datums, _SurrogateLoss(client, composer, number)
 
 
 # The SDK computes the losses of all clients on one thread: a term that waits for another step
@@ -133,7 +133,7 @@ def _checked(
 _SDK_THREAD = object()
 
 
-class _Carrier:
+class _SurrogateLoss:
     """A custom loss for the SDK that computes one step and never raises."""
 
     def __init__(self, client: TrainingClient, composer: Composer, step: int | None) -> None:
@@ -157,10 +157,10 @@ class _Carrier:
         except BaseException as failure:
             logger.error("%s contributes nothing: %s", self._name, failure)
             self._failure = failure
-            return carry(0.0, [torch.zeros_like(t) for t in logprobs], logprobs), {}
+            return surrogate(0.0, [torch.zeros_like(t) for t in logprobs], logprobs), {}
         self._record = composition.telemetry
         assert composition.gradients is not None
-        return carry(composition.loss_total, composition.gradients, logprobs), {}
+        return surrogate(composition.loss_total, composition.gradients, logprobs), {}
 
     @property
     def _name(self) -> str:

@@ -33,7 +33,7 @@ defmodule Tinkex.CustomLoss.RequestError do
   The request cannot be carried out as written; `:reason` says what is allowed.
 
   `:path` is where in the request, such as `"regularizers[1].params"`, or nil. What can be told
-  without asking Python raises `ArgumentError` instead.
+  without a pool raises `ArgumentError` instead.
   """
   defexception [:reason, :path]
 
@@ -80,8 +80,8 @@ defmodule Tinkex.CustomLoss.WorkerError do
     * `{:lost, reasons}` - the request was on two workers, and both died; retrying a third time
       would only kill the next one
     * `{:stopped, reason}` - the pool went away during the call
-    * `{:protocol, sentence}`, `{:internal, sentence}` - a bug in one of the two sides, to be
-      reported
+    * `{:protocol, sentence}` - what came is no message: a term wrote to the port, or a bug
+    * `{:internal, sentence}` - a bug in one of the two sides, to be reported
     * `{:node, node, reason}` - the node of the pool cannot be reached
 
   or, for a worker that died (see the telemetry event `[:tinkex_custom_loss, :worker, :down]`),
@@ -112,7 +112,11 @@ defmodule Tinkex.CustomLoss.WorkerError do
   defp describe({:stopped, reason}, _worker),
     do: "the pool stopped during the call: #{Exception.format_exit(reason)}"
 
-  defp describe({:protocol, sentence}, _worker), do: "#{sentence}; please report this"
+  defp describe({:protocol, sentence}, _worker) do
+    "#{sentence}. Something in the Python process may have written to the port's descriptors; " <>
+      "if no term does, please report this"
+  end
+
   defp describe({:internal, sentence}, _worker), do: "#{sentence}; please report this"
 
   defp describe({:node, node, reason}, _worker),
