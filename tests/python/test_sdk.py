@@ -39,9 +39,6 @@ from training import (
     weighted_nll,
 )
 
-# tinker 0.30 lets a warning of torch through when it encodes [T,K] weights that are all zero.
-pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
-
 REGULARIZERS = [
     {"fn": squares, "weight": lambda step: 0.1 / (1 + step), "name": "squares"},
     {"fn": spread, "weight": -0.5, "name": "spread"},

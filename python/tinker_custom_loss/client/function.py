@@ -8,9 +8,10 @@ zero weights, the *returned* future raises, and the client goes on.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import logging
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -83,8 +84,11 @@ def forward_backward_custom(
         )
         return future
     client, datums, loss = _checked(training_client, data, base_loss_fn, regularizers, step)
-    inner = sdk.forward_backward_custom(client, datums, loss)
-    return loss.future(inner, flat_metrics) if isinstance(loss, _SurrogateLoss) else inner
+    if not isinstance(loss, _SurrogateLoss):
+        return sdk.forward_backward_custom(client, datums, loss)
+    with loss.logging_refusal():  # before tinker 0.38 by the call itself
+        inner = sdk.forward_backward_custom(client, datums, loss)
+    return loss.future(inner, flat_metrics)
 
 
 async def forward_backward_custom_async(
@@ -106,8 +110,11 @@ async def forward_backward_custom_async(
             training_client, data, base_loss_fn, regularizers, step=step, flat_metrics=flat_metrics
         )
     client, datums, loss = _checked(training_client, data, base_loss_fn, regularizers, step)
-    inner = await client.forward_backward_custom_async(datums, loss)
-    return loss.future(inner, flat_metrics) if isinstance(loss, _SurrogateLoss) else inner
+    if not isinstance(loss, _SurrogateLoss):
+        return await client.forward_backward_custom_async(datums, loss)
+    with loss.logging_refusal():
+        inner = await client.forward_backward_custom_async(datums, loss)
+    return loss.future(inner, flat_metrics)
 
 
 def _checked(
@@ -166,19 +173,23 @@ class _SurrogateLoss:
     def _name(self) -> str:
         return "a step" if self._step is None else f"step {self._step}"
 
+    @contextlib.contextmanager
+    def logging_refusal(self) -> Iterator[None]:
+        """Log what the server raises, which loses the step."""
+        try:
+            yield
+        except BaseException as error:
+            logger.error("%s, which the server refused, contributes nothing: %s", self._name, error)
+            raise
+
     def future(self, inner: APIFuture[ForwardBackwardOutput], flat: bool) -> StepFuture[StepOutput]:
         """The future for the caller, over the SDK's."""
         # The SDK's own future is never cancelled: that would end the client.
         outer: concurrent.futures.Future[StepOutput] = withdrawable(self._cancelled)
 
         def outcome(done: concurrent.futures.Future[ForwardBackwardOutput]) -> StepOutput:
-            try:
+            with self.logging_refusal():
                 output = done.result()
-            except BaseException as error:
-                logger.error(
-                    "%s, which the server refused, contributes nothing: %s", self._name, error
-                )
-                raise
             if self._failure is not None:
                 raise self._failure
             return step_output(output, self._record, flat)
