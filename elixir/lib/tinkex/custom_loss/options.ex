@@ -74,6 +74,13 @@ more of them only take memory."
         "bytes of the largest message in either direction. A larger request is refused before it \
 is sent."
     ],
+    max_rss: [
+      type: :bytes,
+      default: :infinity,
+      doc:
+        "bytes of resident memory of a worker, or `:infinity`. One that a ping finds above it is \
+started anew when it has finished what it has: terms leak, and so do caches of native code."
+    ],
     start_timeout: [
       type: {:integer, 1, 0x7FFF_FFFF},
       default: 60_000,
@@ -307,6 +314,11 @@ waits for a term that never returns as long as that takes."
     unless is_integer(value) and value > 0,
       do: "a positive number of milliseconds or :infinity"
   end
+
+  defp problem(:bytes, :infinity), do: nil
+
+  defp problem(:bytes, value),
+    do: unless(is_integer(value) and value > 0, do: "a positive number of bytes or :infinity")
 
   defp problem(:boolean, value), do: unless(is_boolean(value), do: "true or false")
   defp problem(:keyword, value), do: unless(Keyword.keyword?(value), do: "a keyword list")
