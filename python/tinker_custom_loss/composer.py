@@ -26,8 +26,9 @@ from .errors import CancelledError, ChangedLogprobsError, NonFiniteError, Reques
 from .record import flatten, step_record
 from .regularizer import BASE_LOSS, LossFn, Regularizer, regularizers_from
 from .running import places, processes
-from .running.evaluation import Call, Outcome, evaluate
-from .running.non_finite import FinitePart, finite_part, record_of
+from .running.differentiation import Evaluation
+from .running.evaluation import Call, evaluate
+from .running.non_finite import CheckedEvaluation, check_finite, record_of
 from .running.threads import THREADS
 from .tensors import gradients as grad
 from .tensors.batch import TensorBatch, checked_batch
@@ -223,7 +224,7 @@ class Composer:
             return loss, metrics
         composition = self.compute(data, logprobs)
         assert composition.gradients is not None
-        loss = grad.carry(composition.loss_total, composition.gradients, logprobs)
+        loss = grad.surrogate(composition.loss_total, composition.gradients, logprobs)
         return loss, composition.telemetry
 
     def __repr__(self) -> str:
@@ -236,9 +237,9 @@ class Composer:
         batch: TensorBatch,
         gradients: bool,
         cancelled: threading.Event | None,
-    ) -> list[Outcome | TermError]:
-        """Every term's outcome, in order; an error only where the term may be skipped."""
-        results: dict[int, Outcome | TermError] = {}
+    ) -> list[Evaluation | TermError]:
+        """Every term's evaluation, in order; an error only where the term may be skipped."""
+        results: dict[int, Evaluation | TermError] = {}
         pending: dict[int, places.Started] = {}
         try:
             for index, term in enumerate(self._terms):
@@ -262,7 +263,7 @@ class Composer:
     def _collect(
         self,
         pending: dict[int, places.Started],
-        results: dict[int, Outcome | TermError],
+        results: dict[int, Evaluation | TermError],
         cancelled: threading.Event | None,
     ) -> None:
         """Wait for the started terms; the first one that fails ends the wait."""
@@ -285,21 +286,21 @@ class Composer:
                 elif started.future.done():
                     del pending[index]
                     with _skipping(term, index, results):
-                        results[index] = started.outcome(term.name)
+                        results[index] = started.evaluation(term.name)
 
     def _compose(
         self,
         batch: TensorBatch,
         given: Sequence[Tensor] | TensorBatch,
         weights: list[float],
-        results: list[Outcome | TermError],
+        results: list[Evaluation | TermError],
         gradients: bool,
         keep_term_gradients: bool,
         step: int,
         started: float,
     ) -> Composition:
         finite = [
-            finite_part(term, result, batch)
+            check_finite(term, result, batch)
             for term, result in zip(self._terms, results, strict=True)
         ]
         if gradients and not any(part.gradient is not None or part.error for part in finite):
@@ -343,7 +344,9 @@ class Composer:
         home = None if total is None else self._bring_home(batch.with_flat(total), given)
         return Composition(loss_total, home, telemetry, kept)
 
-    def _total_norm(self, total: Tensor, weights: list[float], finite: list[FinitePart]) -> float:
+    def _total_norm(
+        self, total: Tensor, weights: list[float], finite: list[CheckedEvaluation]
+    ) -> float:
         norms = [
             abs(weight) * part.norm
             for weight, part in zip(weights, finite, strict=True)
@@ -384,7 +387,7 @@ def _check_no_composer(fn: object) -> None:
 
 
 @contextlib.contextmanager
-def _skipping(term: Regularizer, index: int, results: dict[int, Outcome | TermError]) -> Any:
+def _skipping(term: Regularizer, index: int, results: dict[int, Evaluation | TermError]) -> Any:
     try:
         yield
     except TermError as error:

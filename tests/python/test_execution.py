@@ -188,15 +188,15 @@ class TestProcesses:
         assert self.pid(composer, logprobs) == pid
 
     def test_giving_up_on_a_step_spares_a_process_that_has_moved_on(self, logprobs):
-        parcel = term_processes.Parcel(
+        remote_call = term_processes.RemoteCall(
             tinker_custom_loss.running.evaluation.Call("far", process_id, {}),
             [None, None],
             torch.cat([x.flatten() for x in logprobs]).numpy(),
             tuple(tuple(x.shape) for x in logprobs),
             True,
         )
-        run = term_processes.ProcessRun(parcel, None)
-        pid = int(run.run().outcome[1]["pid"])
+        run = term_processes.ProcessRun(remote_call, None)
+        pid = int(run.run().evaluation[1]["pid"])
         run.kill()  # too late: the process may be running another step's term by now
         assert self.pid(self.one(process_id), logprobs) == pid
 
@@ -398,8 +398,8 @@ def test_what_travels_is_small_and_plain():
     """No tensor: torch would send a file descriptor, and a machine elsewhere could not open it."""
     call = tinker_custom_loss.running.evaluation.Call("far", library.square, {})
     values = torch.zeros(1000).numpy()
-    parcel = term_processes.Parcel(call, [None], values, ((1000,),), True)
-    text = pickle.dumps(parcel)
+    remote_call = term_processes.RemoteCall(call, [None], values, ((1000,),), True)
+    text = pickle.dumps(remote_call)
     assert b"torch" not in text
     assert len(text) < values.nbytes + 1000
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tinker_custom_loss import RequestError, TensorBatch
-from tinker_custom_loss.tensors.gradients import carry, cosine, norm, weighted_sum
+from tinker_custom_loss.tensors.gradients import cosine, norm, surrogate, weighted_sum
 
 
 @pytest.mark.parametrize("size", [0, 1, 65_536, 65_537, 3_000_000])
@@ -51,7 +51,7 @@ def test_a_carrier_hands_each_leaf_its_gradient_to_keep():
     leaves = [torch.zeros(2, requires_grad=True), torch.zeros(1, 2, requires_grad=True)]
     gradients = [torch.tensor([1.0, 2.0]), torch.tensor([[3.0, 4.0]])]
     value = 0.1 + 0.2  # not a float32
-    loss = carry(value, gradients, leaves)
+    loss = surrogate(value, gradients, leaves)
     loss.backward()
     assert loss.item() == value
     leaves[0].grad.zero_()

@@ -31,11 +31,12 @@ defmodule Tinkex.CustomLoss do
 
   ## What is returned, what is raised
 
-  What the caller got wrong raises `ArgumentError`. What the world got wrong is
-  `{:error, exception}`, where the exception says who is at fault:
+  What the caller got wrong, and can be told without a pool, raises `ArgumentError`. Everything else
+  is `{:error, exception}`, where the exception says who is at fault:
 
     * `Tinkex.CustomLoss.TermError` - a term raised; it has Python's traceback
-    * `Tinkex.CustomLoss.RequestError` - Python refused the request
+    * `Tinkex.CustomLoss.RequestError` - what was asked of the pool is not there, such as a term that
+      it has not loaded, or Python refused the request
     * `Tinkex.CustomLoss.TimeoutError` - the deadline passed
     * `Tinkex.CustomLoss.OverloadedError` - too many requests wait already
     * `Tinkex.CustomLoss.WorkerError` - no worker could serve it
@@ -94,17 +95,17 @@ defmodule Tinkex.CustomLoss do
 
   @doc false
   def child_spec(opts) do
-    opts
-    |> super()
-    |> Supervisor.child_spec(id: {__MODULE__, Keyword.get(opts, :name)})
+    # What else is wrong with them, start_link/1 says.
+    name = if Keyword.keyword?(opts), do: opts[:name]
+    opts |> super() |> Supervisor.child_spec(id: {__MODULE__, name})
   end
 
   @impl true
   def init(config) do
     Telemetry.load()
-
-    Pool.forget_with(self())
+    # What events and log lines say: which pool it is.
     config = %{config | name: config.name || self()}
+    Pool.forget_with(self())
 
     children = [
       {Pool, {self(), config}},
@@ -177,7 +178,7 @@ defmodule Tinkex.CustomLoss do
       gradients: options.gradients
     }
 
-    Telemetry.span(server, request, fn ->
+    Telemetry.span(Call.name(server), request, fn ->
       with {:ok, result} <- Call.run(server, request, options.timeout, deadline),
            {:ok, gradients} <- restore(result.gradients, batch) do
         output = %Output{
@@ -188,7 +189,7 @@ defmodule Tinkex.CustomLoss do
 
         {:ok, output, result}
       else
-        # A name that only the pool could tell is none.
+        # From another node: as here, what MessagePack has no form for.
         {:error, %ArgumentError{} = error} -> raise error
         {:error, error} -> {:error, error}
       end
@@ -263,7 +264,7 @@ defmodule Tinkex.CustomLoss do
   """
   @spec terms(server(), timeout()) :: {:ok, [map()]} | {:error, error()}
   def terms(server, timeout \\ 30_000) do
-    timeout = Options.timeout!(timeout)
+    timeout = Options.timeout!(timeout, "terms/2")
     Call.terms(server, timeout, Call.deadline(timeout))
   end
 
@@ -289,7 +290,7 @@ defmodule Tinkex.CustomLoss do
   def reload(server, timeout \\ 300_000), do: manage(server, :reload, timeout)
 
   defp manage(server, what, timeout) do
-    timeout = Options.timeout!(timeout)
+    timeout = Options.timeout!(timeout, "#{what}/2")
     Call.manage(server, what, timeout, Call.deadline(timeout))
   end
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..composer import Composer
 from ..regularizer import LossFn
-from ..tensors.gradients import carry
+from ..tensors.gradients import surrogate
 from .futures import StepFuture, concurrent_future, settle, with_telemetry, withdrawable
 from .linear import Regularizers, composer_of, linearize, sdk_loss
 from .training_client import RegularizedTrainingClient, with_regularizers
@@ -79,10 +79,10 @@ def forward_backward_custom(
         return training_client.forward_backward_custom(
             data, base_loss_fn, regularizers, step=step, flat_metrics=flat_metrics
         )
-    carrier = _carrier(base_loss_fn, regularizers, step)
-    if carrier is None:
+    loss = _surrogate_loss(base_loss_fn, regularizers, step)
+    if loss is None:
         return training_client.forward_backward_custom(data, sdk_loss(base_loss_fn))
-    return carrier.future(training_client.forward_backward_custom(data, carrier), flat_metrics)
+    return loss.future(training_client.forward_backward_custom(data, loss), flat_metrics)
 
 
 async def forward_backward_custom_async(
@@ -103,21 +103,23 @@ async def forward_backward_custom_async(
         return forward_backward_custom(
             training_client, data, base_loss_fn, regularizers, step=step, flat_metrics=flat_metrics
         )
-    carrier = _carrier(base_loss_fn, regularizers, step)
-    if carrier is None:
+    loss = _surrogate_loss(base_loss_fn, regularizers, step)
+    if loss is None:
         return await training_client.forward_backward_custom_async(data, sdk_loss(base_loss_fn))
-    inner = await training_client.forward_backward_custom_async(data, carrier)
-    return carrier.future(inner, flat_metrics)
+    inner = await training_client.forward_backward_custom_async(data, loss)
+    return loss.future(inner, flat_metrics)
 
 
-def _carrier(base_loss_fn: Any, regularizers: Regularizers | None, step: int) -> _Carrier | None:
+def _surrogate_loss(
+    base_loss_fn: Any, regularizers: Regularizers | None, step: int
+) -> _SurrogateLoss | None:
     """The loss to hand to the SDK; None: hand it ``base_loss_fn`` as it is."""
     if regularizers is None and not isinstance(base_loss_fn, Composer):
         return None
-    return _Carrier(composer_of(base_loss_fn, regularizers, step), step)
+    return _SurrogateLoss(composer_of(base_loss_fn, regularizers, step), step)
 
 
-class _Carrier:
+class _SurrogateLoss:
     """A custom loss for the SDK that computes one step and never raises."""
 
     def __init__(self, composer: Composer, step: int) -> None:
@@ -139,10 +141,10 @@ class _Carrier:
         except BaseException as failure:
             logger.error("step %d contributes nothing: %s", self._step, failure)
             self._failure = failure
-            return carry(0.0, [torch.zeros_like(t) for t in logprobs], logprobs), {}
+            return surrogate(0.0, [torch.zeros_like(t) for t in logprobs], logprobs), {}
         self._telemetry = composition.telemetry
         assert composition.gradients is not None
-        return carry(composition.loss_total, composition.gradients, logprobs), {}
+        return surrogate(composition.loss_total, composition.gradients, logprobs), {}
 
     def future(
         self, inner: APIFuture[ForwardBackwardOutput], flat: bool

@@ -13,36 +13,38 @@ from ..record import TermRecord
 from ..regularizer import Regularizer
 from ..tensors import gradients as grad
 from ..tensors.batch import TensorBatch
-from .evaluation import Outcome
+from .differentiation import Evaluation
 
-__all__ = ["FinitePart", "finite_part", "record_of"]
+__all__ = ["CheckedEvaluation", "check_finite", "record_of"]
 
 
 @dataclass(frozen=True)
-class FinitePart:
-    """An outcome after its term's ``on_non_finite`` was applied: its gradient is finite."""
+class CheckedEvaluation:
+    """An evaluation after its term's ``on_non_finite`` was applied: its gradient is finite."""
 
-    outcome: Outcome | None
+    evaluation: Evaluation | None
     gradient: Tensor | None
     norm: float
     zeroed: int = 0
     error: str | None = None
 
 
-def finite_part(term: Regularizer, result: Outcome | TermError, batch: TensorBatch) -> FinitePart:
+def check_finite(
+    term: Regularizer, result: Evaluation | TermError, batch: TensorBatch
+) -> CheckedEvaluation:
     """Apply a term's ``on_non_finite`` to what it computed.
 
     The check costs nothing extra: a norm is finite only if every entry is.
     """
     if isinstance(result, TermError):
-        return FinitePart(None, None, 0.0, error=str(result))
+        return CheckedEvaluation(None, None, 0.0, error=str(result))
     gradient = result.gradient
     norm = 0.0
     if gradient is not None:
         gradient = gradient.contiguous()
         norm = grad.norm(gradient)
     if math.isfinite(result.value) and math.isfinite(norm):
-        return FinitePart(result, gradient, norm)
+        return CheckedEvaluation(result, gradient, norm)
     if term.on_non_finite == "zero":
         zeroed = int(not math.isfinite(result.value))
         if gradient is not None:
@@ -50,15 +52,15 @@ def finite_part(term: Regularizer, result: Outcome | TermError, batch: TensorBat
             zeroed += int(bad.sum())
             gradient = gradient.masked_fill(bad, 0.0)
             norm = grad.norm(gradient)
-        return FinitePart(result, gradient, norm, zeroed=zeroed)
+        return CheckedEvaluation(result, gradient, norm, zeroed=zeroed)
     error = _non_finite_error(term.name, result, gradient, batch)
     if term.on_non_finite == "skip":
-        return FinitePart(None, None, 0.0, error=str(error))
+        return CheckedEvaluation(None, None, 0.0, error=str(error))
     raise error
 
 
 def _non_finite_error(
-    name: str, outcome: Outcome, gradient: Tensor | None, batch: TensorBatch
+    name: str, evaluation: Evaluation, gradient: Tensor | None, batch: TensorBatch
 ) -> NonFiniteError:
     """Says whether the input, the loss or only the gradient went wrong, and where."""
     inputs = torch.isfinite(batch.flat).logical_not().nonzero()
@@ -75,28 +77,28 @@ def _non_finite_error(
         return NonFiniteError(
             f'the gradient of the term "{name}" is {float(gradient[positions[0]])} at datum '
             f"{datum}, token {_index(token)}, and not finite at {len(positions)} of "
-            f"{gradient.numel()} positions; its loss is {outcome.value}"
+            f"{gradient.numel()} positions; its loss is {evaluation.value}"
             + (upstream or "; likely log or division at 0, or sqrt at 0"),
             term=name,
             datum=datum,
             token=token,
         )
     return NonFiniteError(
-        f'the loss of the term "{name}" is {outcome.value}, not a finite number{upstream}',
+        f'the loss of the term "{name}" is {evaluation.value}, not a finite number{upstream}',
         term=name,
     )
 
 
 def record_of(
-    part: FinitePart,
+    part: CheckedEvaluation,
     weight: float,
     total: Tensor | None,
     total_norm: float | None,
     alone: bool,
 ) -> TermRecord:
     """The telemetry of one term. ``alone``: its gradient is the only one in ``total``."""
-    outcome = part.outcome
-    if outcome is None:
+    evaluation = part.evaluation
+    if evaluation is None:
         return TermRecord(
             value=None,
             weight=weight,
@@ -119,14 +121,14 @@ def record_of(
                 * grad.cosine(part.gradient, total, part.norm, total_norm)
             )
     return TermRecord(
-        value=outcome.value,
+        value=evaluation.value,
         weight=weight,
-        contribution=weight * outcome.value if math.isfinite(outcome.value) else 0.0,
-        custom=outcome.metrics,
+        contribution=weight * evaluation.value if math.isfinite(evaluation.value) else 0.0,
+        custom=evaluation.metrics,
         grad_norm=None if total is None else part.norm,
         cosine_to_total=cosine,
-        differentiable=outcome.differentiable,
-        seconds=outcome.seconds,
+        differentiable=evaluation.differentiable,
+        seconds=evaluation.seconds,
         non_finite_zeroed=part.zeroed,
     )
 

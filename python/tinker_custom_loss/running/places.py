@@ -23,17 +23,15 @@ from typing import Any
 from ..errors import RequestError, TermError, TermTimeoutError
 from ..regularizer import Regularizer
 from ..tensors.batch import TensorBatch
+from .differentiation import Evaluation, differentiate, leaf_of
 from .evaluation import (
     Call,
-    Outcome,
-    Parcel,
-    ParcelReply,
-    differentiate,
+    RemoteCall,
+    RemoteReply,
     evaluate,
-    evaluate_parcel,
+    evaluate_remote,
+    evaluation_from,
     guarding,
-    leaf_of,
-    open_reply,
     running,
 )
 from .event_loop import EventLoop
@@ -60,12 +58,12 @@ if hasattr(os, "register_at_fork"):
 class Started:
     """A term that is running somewhere else.
 
-    ``finish`` turns what the future holds into an Outcome, on the calling thread; ``abandon``
+    ``finish`` turns what the future holds into an Evaluation, on the calling thread; ``abandon``
     ends the term, where that is possible.
     """
 
     future: concurrent.futures.Future[Any]
-    finish: Callable[[Any], Outcome]
+    finish: Callable[[Any], Evaluation]
     abandon: Callable[[], object]
     expires: float  # time.monotonic()
     _ended: list[float] = field(default_factory=list)
@@ -78,8 +76,8 @@ class Started:
         """Whether it has outlived its timeout, even if it ended while inline terms still ran."""
         return (self._ended[0] if self._ended else time.monotonic()) >= self.expires
 
-    def outcome(self, name: str) -> Outcome:
-        """The outcome of a term whose future is done.
+    def evaluation(self, name: str) -> Evaluation:
+        """The evaluation of a term whose future is done.
 
         Raises:
             TermError: whatever went wrong, under the term's name.
@@ -146,20 +144,20 @@ def start(
         return Started(future, _as_is, future.cancel, expires)
 
     values = logprobs.flat.detach().cpu().numpy()
-    parcel = Parcel(call, data, values, logprobs.shapes, gradients)
+    remote_call = RemoteCall(call, data, values, logprobs.shapes, gradients)
 
-    def finish(reply: ParcelReply) -> Outcome:
-        return open_reply(reply, logprobs.flat)
+    def finish(reply: RemoteReply) -> Evaluation:
+        return evaluation_from(reply, logprobs.flat)
 
     if place == "process":
-        run = ProcessRun(parcel, timeout)
+        run = ProcessRun(remote_call, timeout)
         # The run keeps its own time, from when its process is ready.
         return Started(THREADS.submit(run.run), finish, run.kill, float("inf"))
     assert isinstance(place, concurrent.futures.Executor)
     # In this process, say in a thread pool, it is the memory of all terms: have it copied there.
     values.flags.writeable = False
     with guarding(call.name):
-        future = place.submit(evaluate_parcel, parcel)
+        future = place.submit(evaluate_remote, remote_call)
     return Started(future, finish, future.cancel, expires)
 
 
@@ -173,7 +171,7 @@ def _start_async(
         with running(call.name), guarding(call.name, leaf, awaiting=True):
             return await call(data, leaf)
 
-    def finish(returned: object) -> Outcome:
+    def finish(returned: object) -> Evaluation:
         # Differentiating here leaves the loop to the terms that are still awaiting.
         return differentiate(call.name, returned, leaf, gradients, started)
 
@@ -181,5 +179,5 @@ def _start_async(
     return Started(future, finish, future.cancel, expires)
 
 
-def _as_is(outcome: Outcome) -> Outcome:
-    return outcome
+def _as_is(evaluation: Evaluation) -> Evaluation:
+    return evaluation

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..errors import TermError, TermTimeoutError
-from .evaluation import Parcel, ParcelReply, evaluate_parcel
+from .evaluation import RemoteCall, RemoteReply, evaluate_remote
 from .threads import THREADS
 
 if TYPE_CHECKING:
@@ -78,17 +78,17 @@ def _spawn() -> _Worker:
 
 
 class ProcessRun:
-    """One term in a process: :meth:`run` blocks for the outcome, :meth:`kill` ends it early."""
+    """One term in a process: :meth:`run` blocks for the evaluation, :meth:`kill` ends it early."""
 
-    def __init__(self, parcel: Parcel, timeout: float | None) -> None:
-        self._name = parcel.call.name
-        self._parcel = parcel
+    def __init__(self, remote_call: RemoteCall, timeout: float | None) -> None:
+        self._name = remote_call.call.name
+        self._call = remote_call
         self._timeout = timeout
         self._worker: _Worker | None = None
         self._killed = False
         self._guard = threading.Lock()
 
-    def run(self) -> ParcelReply:
+    def run(self) -> RemoteReply:
         """Send the term to a process and wait.
 
         Raises:
@@ -97,7 +97,7 @@ class ProcessRun:
         """
         name = self._name
         try:
-            work = pickle.dumps(self._parcel, protocol=pickle.HIGHEST_PROTOCOL)
+            work = pickle.dumps(self._call, protocol=pickle.HIGHEST_PROTOCOL)
         except Exception as error:
             raise TermError.from_exception(name, error) from error
         worker = self._take_worker()
@@ -168,10 +168,10 @@ class _Worker:
             self._receive(_START_UP_SECONDS, name, "did not start")
             self._ready = True
 
-    def ask(self, work: bytes, timeout: float | None, name: str) -> ParcelReply:
+    def ask(self, work: bytes, timeout: float | None, name: str) -> RemoteReply:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # seen again in receive
             self._pipe.send_bytes(work)
-        reply: ParcelReply = pickle.loads(self._receive(timeout, name, "ran out of time"))
+        reply: RemoteReply = pickle.loads(self._receive(timeout, name, "ran out of time"))
         return reply
 
     def end(self) -> None:
@@ -219,7 +219,7 @@ class _Worker:
 
 
 def _serve(pipe: Connection, parent: int) -> None:
-    """The worker process: one parcel at a time until the parent closes the pipe."""
+    """The worker process: one call at a time until the parent closes the pipe."""
     die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     torch.set_num_threads(1)
@@ -232,11 +232,11 @@ def _serve(pipe: Connection, parent: int) -> None:
         pipe.send_bytes(pickle.dumps(_answer(work), protocol=pickle.HIGHEST_PROTOCOL))
 
 
-def _answer(work: bytes) -> ParcelReply:
+def _answer(work: bytes) -> RemoteReply:
     try:
-        parcel: Parcel = pickle.loads(work)
+        remote_call: RemoteCall = pickle.loads(work)
     except Exception as error:  # whose term it is, only the parent knows
-        return ParcelReply(
+        return RemoteReply(
             None,
             {
                 "message": str(error),
@@ -245,4 +245,4 @@ def _answer(work: bytes) -> ParcelReply:
                 "traceback": "".join(traceback.format_exception(error)),
             },
         )
-    return evaluate_parcel(parcel)
+    return evaluate_remote(remote_call)

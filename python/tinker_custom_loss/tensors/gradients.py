@@ -1,4 +1,4 @@
-"""The arithmetic on gradients: one buffer, norms, cosines, and the tensor that carries them home.
+"""The arithmetic on gradients: one buffer, norms, cosines, and the surrogate loss.
 
 All norms and cosines are with respect to *logprobs*, not to the model's parameters.
 """
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["carry", "cosine", "dot", "norm", "weighted_sum"]
+__all__ = ["cosine", "dot", "norm", "surrogate", "weighted_sum"]
 
 _BLOCK = 1 << 16
 
@@ -67,17 +67,17 @@ def weighted_sum(gradients: Sequence[tuple[float, Tensor]], like: Tensor) -> Ten
     return total
 
 
-def carry(value: float, gradients: Sequence[Tensor], logprobs: Sequence[Tensor]) -> Tensor:
+def surrogate(value: float, gradients: Sequence[Tensor], logprobs: Sequence[Tensor]) -> Tensor:
     """A scalar whose value is ``value`` and whose backward hands ``gradients`` to ``logprobs``.
 
     This is how a gradient that is already known travels through an API that wants to call
     ``loss.backward()`` itself. The scalar is float64, so that the value arrives as it is.
     """
-    carrier: Tensor = _Carrier.apply(value, gradients, *logprobs)  # type: ignore[no-untyped-call]
-    return carrier
+    loss: Tensor = _Surrogate.apply(value, gradients, *logprobs)  # type: ignore[no-untyped-call]
+    return loss
 
 
-class _Carrier(torch.autograd.Function):
+class _Surrogate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: float, gradients: Sequence[Tensor], *logprobs: Tensor) -> Tensor:
         ctx.gradients = gradients

@@ -33,7 +33,7 @@ defmodule Tinkex.CustomLoss.RequestError do
   The request cannot be carried out as written; `:reason` says what is allowed.
 
   `:path` is where in the request, such as `"regularizers[1].params"`, or nil. What can be told
-  without asking Python raises `ArgumentError` instead.
+  without a pool raises `ArgumentError` instead.
   """
   defexception [:reason, :path]
 
@@ -95,8 +95,8 @@ defmodule Tinkex.CustomLoss.WorkerError do
       last one; retrying once more would only kill the next one
     * `{:stopped, reason}` - the pool went away during the call
     * `:draining` - the pool takes no more requests, see `Tinkex.CustomLoss.drain/2`
-    * `{:protocol, sentence}`, `{:internal, sentence}` - a bug in one of the two sides, to be
-      reported
+    * `{:protocol, sentence}` - what came is no message: a term wrote to the port, or a bug
+    * `{:internal, sentence}` - a bug in one of the two sides, to be reported
     * `{:node, node, reason}` - the node of the pool cannot be reached
 
   or, for a worker that died (see the telemetry event `[:tinkex_custom_loss, :worker, :down]`),
@@ -136,7 +136,11 @@ defmodule Tinkex.CustomLoss.WorkerError do
   defp describe(:draining, _worker),
     do: "the pool is being drained: it finishes what it has and takes no other requests"
 
-  defp describe({:protocol, sentence}, _worker), do: "#{sentence}; please report this"
+  defp describe({:protocol, sentence}, _worker) do
+    "#{sentence}. Something in the Python process may have written to the port's descriptors; " <>
+      "if no term does, please report this"
+  end
+
   defp describe({:internal, sentence}, _worker), do: "#{sentence}; please report this"
 
   defp describe({:node, node, reason}, _worker),
