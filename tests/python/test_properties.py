@@ -12,8 +12,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from property_terms import FORMULAS, PLACES, Drawn
 
+from property_terms import FORMULAS, PLACES, Drawn
 from tinker_custom_loss import Composer, TermError
 
 sizes = st.integers(1, 6)
