@@ -30,7 +30,7 @@ from .running.differentiation import Evaluation
 from .running.evaluation import Call
 from .running.event_loop import CallersLoop
 from .running.non_finite import CheckedEvaluation, check_finite, record_of
-from .running.threads import THREADS
+from .running.threads import THREADS, on_this_thread
 from .tensors import gradients as grad
 from .tensors.batch import TensorBatch, checked_batch
 
@@ -219,7 +219,7 @@ class Composer:
         surroundings: places.Surroundings,
     ) -> Composition:
         started = time.perf_counter()
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), on_this_thread():
             batch = checked_batch(data, logprobs)
             weights = [term.weight_at(step) for term in self._terms]
             results = self._evaluate(data, batch, gradients, cancelled, surroundings)

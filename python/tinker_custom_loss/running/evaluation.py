@@ -66,11 +66,12 @@ def evaluate(
     """
     started = time.perf_counter()
     leaf = leaf_of(logprobs)
-    with running(call.name), modes.entered(), guarding(call.name, leaf), on_this_thread(call.name):
-        returned = call(data, leaf)
-        if inspect.isawaitable(returned):
-            returned = waiting.wait(returned, modes)
-    return differentiate(call.name, returned, leaf, gradients, started)
+    with on_this_thread():
+        with running(call.name), modes.entered(), guarding(call.name, leaf):
+            returned = call(data, leaf)
+            if inspect.isawaitable(returned):
+                returned = waiting.wait(returned, modes)
+        return differentiate(call.name, returned, leaf, gradients, started)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import time
 
 from . import processes
 from .event_loop import OWN_LOOP
-from .threads import interrupt_terms
+from .threads import interrupt_all, still_running
 
 __all__: list[str] = []
 
@@ -26,9 +26,10 @@ _SECONDS = 1.0
 @atexit.register
 def _end() -> None:
     expires = time.monotonic() + _SECONDS
+    interrupt_all()
     processes.end_all()
     OWN_LOOP.close(_SECONDS / 2)
-    late = interrupt_terms(max(0.0, expires - time.monotonic()))
+    late = still_running(expires - time.monotonic())
     if (late or OWN_LOOP.stuck) and sys.version_info < (3, 14):
         _stand_still_instead_of_aborting()
 

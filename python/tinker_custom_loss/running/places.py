@@ -23,6 +23,7 @@ from typing import Any
 from ..errors import RequestError, TermError, TermTimeoutError
 from ..regularizer import Regularizer
 from ..tensors.batch import TensorBatch
+from . import exits  # noqa: F401 - has what runs here ended when the interpreter ends
 from .context import running
 from .differentiation import Evaluation, differentiate, leaf_of
 from .evaluation import (
@@ -34,7 +35,6 @@ from .evaluation import (
     evaluation_from,
     guarding,
 )
-from . import exits  # noqa: F401 - has what runs here ended when the interpreter ends
 from .event_loop import OWN_LOOP, Loop, Waiting
 from .modes import Modes
 from .processes import ProcessRun

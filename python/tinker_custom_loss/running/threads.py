@@ -1,4 +1,4 @@
-"""Threads of this package's own, and the terms that run on any thread."""
+"""Threads of this package's own, and what the interpreter has to end on any thread."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 
 from ..errors import TermError
 
-__all__ = ["THREADS", "interrupt", "interrupt_terms", "on_this_thread"]
+__all__ = ["THREADS", "interrupt", "interrupt_all", "on_this_thread", "still_running"]
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,7 @@ class Threads(concurrent.futures.Executor):
         self._idle: list[queue.SimpleQueue[Callable[[], None]]] = []
         self._left_behind: set[concurrent.futures.Future[Any]] = set()
         self._lock = threading.Lock()
+        self.ending = False
 
     def submit(
         self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any
@@ -82,7 +83,7 @@ class Threads(concurrent.futures.Executor):
 
     def leave_behind(self, future: concurrent.futures.Future[Any], term: str) -> None:
         """Nobody waits for a term any more. It counts until it has ended by itself."""
-        if future.cancel() or future.done():
+        if future.cancel() or future.done() or self.ending:
             return
         with self._lock:
             self._left_behind.add(future)
@@ -109,22 +110,20 @@ class Threads(concurrent.futures.Executor):
 
 THREADS = Threads()
 
-_terms: dict[int, str] = {}  # by the thread that runs them
+_depths: dict[int, int] = {}  # how many computations and terms a thread is inside of
 
 
 @contextmanager
-def on_this_thread(term: str) -> Iterator[None]:
-    """Mark the calling thread as running the function of a term."""
+def on_this_thread() -> Iterator[None]:
+    """Mark the calling thread as running a term, or a computation that waits for terms."""
     thread = threading.get_ident()
-    outer = _terms.get(thread)
-    _terms[thread] = term
+    _depths[thread] = _depths.get(thread, 0) + 1
     try:
         yield
     finally:
-        if outer is None:
-            del _terms[thread]
-        else:
-            _terms[thread] = outer
+        _depths[thread] -= 1
+        if not _depths[thread]:
+            del _depths[thread]
 
 
 class _Exiting(SystemExit):
@@ -136,23 +135,32 @@ def interrupt(thread: int) -> None:
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(_Exiting))
 
 
-def interrupt_terms(seconds: float) -> list[str]:
-    """Interrupt the terms of all other threads, and wait; the names of those that run on."""
+def interrupt_all() -> None:
+    """Interrupt whatever runs on other threads: the interpreter ends."""
+    THREADS.ending = True
+    for thread in _others():
+        interrupt(thread)
+
+
+def still_running(seconds: float) -> bool:
+    """Whether something runs on another thread even after so long a wait."""
     expires = time.monotonic() + seconds
-    here = threading.get_ident()
-    for thread in list(_terms):
-        if thread != here:
-            interrupt(thread)
-    while any(thread != here for thread in list(_terms)) and time.monotonic() < expires:
+    while _others():
+        if time.monotonic() >= expires:
+            return True
         time.sleep(0.005)
-    return [name for thread, name in list(_terms.items()) if thread != here]
+    return False
+
+
+def _others() -> list[int]:
+    here = threading.get_ident()
+    return [thread for thread in list(_depths) if thread != here]
 
 
 def _forget_after_fork() -> None:
     THREADS.forget()
-    here = threading.get_ident()
-    for thread in set(_terms) - {here}:
-        del _terms[thread]
+    for thread in _others():
+        del _depths[thread]
 
 
 if hasattr(os, "register_at_fork"):
