@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 from tinker import APIFuture, ForwardBackwardOutput
 
-from ..record import flatten
+from ..record import StepRecord, metrics_of
 from ..running.threads import THREADS
 
 __all__ = ["StepFuture", "concurrent_future", "settle", "with_telemetry", "withdrawable"]
@@ -81,16 +81,19 @@ def settle(outer: concurrent.futures.Future[T], outcome: Callable[[], T]) -> Non
 
 
 def with_telemetry(
-    output: ForwardBackwardOutput, telemetry: Mapping[str, Any], flat: bool
+    output: ForwardBackwardOutput, record: StepRecord, flat: bool
 ) -> ForwardBackwardOutput:
-    """The result of the backward pass with the step's telemetry among its metrics.
+    """The result of the backward pass with the step's record among its metrics.
 
     ``loss:sum`` is the loss itself, ``surrogate_loss:sum`` the server's linear one, with every
-    version of the SDK.
+    version of the SDK; the base loss's own metrics stand where the SDK puts them.
     """
     metrics = cast("dict[str, Any]", output.metrics)
     if "surrogate_loss:sum" not in metrics and "loss:sum" in metrics:
         metrics["surrogate_loss:sum"] = metrics["loss:sum"]
-    metrics.update(flatten(telemetry) if flat else telemetry)
-    metrics["loss:sum"] = telemetry["loss_total"]
+    surrogate_loss = metrics.get("surrogate_loss:sum")
+    metrics.update(metrics_of(record, flat=flat))
+    metrics["loss:sum"] = record["loss_total"]
+    if surrogate_loss is not None:
+        metrics["surrogate_loss:sum"] = surrogate_loss
     return output

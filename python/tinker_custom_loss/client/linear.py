@@ -20,9 +20,11 @@ import torch
 from tinker import Datum, ForwardBackwardOutput, TensorData
 from torch import Tensor
 
-from ..composer import Composer, Composition
+from ..composer import Composer
+from ..composition import Composition
 from ..errors import RequestError
-from ..regularizer import BASE_LOSS, LossFn, Regularizer
+from ..record import StepRecord
+from ..regularizer import BASE_LOSS, LossFn, Regularizer, check_step
 from ..tensors.batch import Shape, TensorBatch
 
 __all__ = [
@@ -46,7 +48,7 @@ def linearize(
     regularizers: Regularizers | None = None,
     *,
     step: int = 0,
-) -> tuple[list[Datum], dict[str, Any]]:
+) -> tuple[list[Datum], StepRecord]:
     """Turn the result of a forward pass into the datums of the backward pass.
 
     For those who call ``forward`` and ``forward_backward`` themselves::
@@ -90,7 +92,6 @@ def linearize_with(
     """:func:`linearize` with a composer that exists already."""
     logprobs = _logprobs(data, forward_output)
     composition = composer.compute(data, logprobs, step=step, cancelled=cancelled)
-    assert composition.gradient is not None
     return linear_data(data, composition.gradient), composition
 
 
@@ -153,12 +154,7 @@ def composer_of(base_loss_fn: Any, regularizers: Regularizers | None, step: int)
     Raises:
         RequestError: an argument is wrong.
     """
-    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-        raise RequestError(
-            f'invalid value for "step": expected a non-negative integer, got {step!r} '
-            f"({type(step).__name__})",
-            path="step",
-        )
+    check_step(step)
     if isinstance(base_loss_fn, Composer):
         if regularizers is not None:
             raise RequestError(

@@ -19,6 +19,7 @@ from tinker import APIFuture, Datum, ForwardBackwardOutput, TrainingClient
 from torch import Tensor
 
 from ..composer import Composer
+from ..record import StepRecord
 from ..regularizer import LossFn
 from ..tensors.gradients import surrogate
 from .futures import StepFuture, concurrent_future, settle, with_telemetry, withdrawable
@@ -126,7 +127,7 @@ class _SurrogateLoss:
         self._composer = composer
         self._step = step
         self._cancelled = threading.Event()
-        self._telemetry: dict[str, Any] = {}
+        self._telemetry: StepRecord | None = None
         self._failure: BaseException | None = None
 
     def __call__(
@@ -143,7 +144,6 @@ class _SurrogateLoss:
             self._failure = failure
             return surrogate(0.0, [torch.zeros_like(t) for t in logprobs], logprobs), {}
         self._telemetry = composition.telemetry
-        assert composition.gradients is not None
         return surrogate(composition.loss_total, composition.gradients, logprobs), {}
 
     def future(
@@ -157,6 +157,7 @@ class _SurrogateLoss:
             output = done.result()
             if self._failure is not None:
                 raise self._failure
+            assert self._telemetry is not None
             return with_telemetry(output, self._telemetry, flat)
 
         concurrent_future(inner).add_done_callback(

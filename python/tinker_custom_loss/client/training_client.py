@@ -22,6 +22,7 @@ from tinker import APIFuture, Datum, ForwardBackwardOutput, TrainingClient
 
 from ..composer import Composer
 from ..errors import RequestError
+from ..record import StepRecord
 from ..regularizer import LossFn
 from ..running.threads import THREADS
 from .futures import StepFuture, concurrent_future, settle, with_telemetry, withdrawable
@@ -269,7 +270,7 @@ class _Step:
     def _submit(self, flat: bool) -> APIFuture[ForwardBackwardOutput]:
         forward = self._client.forward(self._forward_data, _LOSS).result()
         failure: BaseException | None = None
-        telemetry: dict[str, Any] = {}
+        telemetry: StepRecord | None = None
         try:
             linear, composition = linearize_with(
                 self._composer, self._data, forward, self._step, self._cancelled
@@ -286,6 +287,7 @@ class _Step:
             output = backward.result()
             if failure is not None:
                 raise failure
+            assert telemetry is not None
             return with_telemetry(output, telemetry, flat)
 
         backward.add_done_callback(lambda _: settle(outer, outcome))
