@@ -86,7 +86,13 @@ defmodule Tinkex.CustomLoss.MixTasksTest do
 
   test "terms lists built-in and loaded terms with their parameters" do
     {output, status} =
-      mix(["tinkex.custom_loss.terms", "--python", python(), "--load", fixture("tinkex_terms.py")])
+      mix([
+        "tinkex.custom_loss.terms",
+        "--python",
+        python(),
+        "--load",
+        fixture("tinkex_terms.py")
+      ])
 
     assert status == 0, output
 

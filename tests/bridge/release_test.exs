@@ -63,7 +63,8 @@ defmodule Tinkex.CustomLoss.ReleaseTest do
            do: [{"TINKEX_CUSTOM_LOSS_PYTHON", python}]
 
     clean =
-      for name <- ["MIX_ENV", "TINKEX_PATH", "MIX_BUILD_PATH", "PYTHONPATH"], do: {name, nil}
+      for name <- ["MIX_ENV", "TINKEX_PATH", "MIX_BUILD_PATH", "MIX_BUILD_ROOT", "PYTHONPATH"],
+          do: {name, nil}
 
     # Nothing is to be asked of Hex, also where it is installed.
     clean = [{"TINKEX_CUSTOM_LOSS_DEPS", "none"}, {"HEX_OFFLINE", "1"} | clean]

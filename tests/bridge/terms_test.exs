@@ -113,11 +113,17 @@ defmodule Tinkex.CustomLoss.TermsTest do
     end
 
     test "is nothing else", %{pool: pool} do
-      assert_raise ArgumentError,
-                   ~r/there is no term "os:system" for the base loss; there are/,
-                   fn ->
-                     compute(pool, base_loss: "os:system")
-                   end
+      unknown = &compute(&1, base_loss: "os:system")
+      assert {:error, %RequestError{path: "base_loss.fn"} = error} = unknown.(pool)
+
+      assert Exception.message(error) =~
+               ~r/there is no term "os:system" for the base loss; there are/
+
+      # The same of a pool that cannot know yet what it has.
+      starting =
+        start_supervised!({CustomLoss, load: [fixture("pathological.py")]}, id: :starting)
+
+      assert unknown.(starting) == {:error, error}
     end
   end
 

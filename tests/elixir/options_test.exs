@@ -119,8 +119,111 @@ defmodule Tinkex.CustomLoss.OptionsTest do
     end
 
     test "takes a base loss in each of its forms" do
-      for base <- [:nll, "nll", {:nll, %{a: 1}}, {:nll, a: 1}, %{fn: :nll, params: %{a: 1}}],
-          do: assert(%{base_loss: %{fn: "nll"}} = Options.call!(base_loss: base))
+      for base <- [:nll, "nll", [fn: :nll], %{"fn" => "nll"}],
+          do: assert(%{base_loss: %{fn: "nll", params: %{}}} = Options.call!(base_loss: base))
+
+      for base <- [
+            {:nll, %{a: 1}},
+            {:nll, a: 1},
+            %{fn: :nll, params: %{a: 1}},
+            [fn: :nll, params: [a: 1]],
+            %{"fn" => "nll", "params" => %{a: 1}}
+          ],
+          do: assert(%{base_loss: %{fn: "nll", params: %{a: 1}}} = Options.call!(base_loss: base))
+
+      assert message(fn -> compute(base_loss: [params: [a: 1]]) end) =~
+               "the base loss lacks :fn; it needs :fn"
+    end
+
+    test "takes parameters that are atoms, but for those that are values" do
+      params = %{reduction: :mean, x: nil, y: true, z: :nan, keys: [:a, %{b: :c}]}
+
+      assert %{base_loss: %{params: params}} = Options.call!(base_loss: {:nll, params})
+
+      assert params == %{
+               reduction: "mean",
+               x: nil,
+               y: true,
+               z: :nan,
+               keys: ["a", %{b: "c"}]
+             }
+    end
+
+    test "takes a weight that is a function of the step, which it calls here and now" do
+      me = self()
+      weight = fn step -> send(me, {:step, step, self()}) && step / 10 end
+      regularizers = [%{name: "kl", fn: :kl, weight: weight}]
+
+      for options <- [&Options.call!/1, &Options.train!/1, &Options.loss_fn!/1, &Options.check!/1] do
+        assert %{regularizers: [%{weight: 0.3}]} = options.(step: 3, regularizers: regularizers)
+        assert_received {:step, 3, ^me}
+      end
+
+      assert message(fn -> compute(regularizers: regularizers) end) ==
+               ~s(the weight of regularizer "kl" is a function of the step: say which step it is, ) <>
+                 "with :step"
+    end
+
+    test "refuses a weight's function that gives no number" do
+      for given <- [:infinity, nil, "0.1"] do
+        regularizer = %{name: "kl", fn: :kl, weight: fn _step -> given end}
+
+        assert message(fn -> compute(step: 0, regularizers: [regularizer]) end) ==
+                 ~s(the weight of regularizer "kl" at step 0 is #{inspect(given)}; ) <>
+                   "expected the function to give a finite number"
+      end
+
+      assert message(fn ->
+               compute(step: 0, regularizers: [%{name: "kl", fn: :kl, weight: fn -> 1 end}])
+             end) =~ "expected a finite number, or a function of the step, got: #Function<"
+    end
+
+    test "refuses an option that is given twice" do
+      assert message(fn -> compute(base_loss: :nll, step: 1, step: 2) end) ==
+               "Tinkex.CustomLoss.compute/4 was given :step twice"
+
+      regularizer = %{:weight => 1, "weight" => 2, :name => "kl", :fn => :kl}
+
+      assert message(fn -> compute(regularizers: [regularizer]) end) ==
+               ~s(regularizer "kl" was given :weight twice)
+    end
+
+    for {where, call} <- [
+          {"takes a keyword list of options",
+           quote(
+             do: fn bad -> CustomLoss.compute(P, nil, [[-1.0]], [{:base_loss, :nll} | bad]) end
+           )},
+          {"expected :regularizers to be a list",
+           quote(
+             do: fn bad -> compute(regularizers: [[name: "kl", fn: :kl, weight: 1] | bad]) end
+           )},
+          {"expected a regularizer to be a map or keyword list",
+           quote(do: fn bad -> compute(regularizers: [[{:name, "kl"} | bad]]) end)},
+          {"logprobs[1] is the end of an improper list",
+           quote(do: fn bad -> CustomLoss.compute(P, nil, [[-1.0] | bad], base_loss: :nll) end)},
+          {"logprobs[0] is an improper list",
+           quote(do: fn bad -> CustomLoss.compute(P, nil, [[-1.0 | bad]], base_loss: :nll) end)},
+          {"data is an improper list",
+           quote(do: fn bad -> CustomLoss.compute(P, [%{} | bad], [[-1.0]], base_loss: :nll) end)},
+          {"data[0].model_input is an improper list",
+           quote(
+             do: fn bad ->
+               CustomLoss.compute(P, [%{model_input: [1 | bad]}], [[-1.0]], base_loss: :nll)
+             end
+           )},
+          {"expected data to be a list of datums",
+           quote(
+             do: fn bad ->
+               client = {CustomLoss.Sandbox, self()}
+               CustomLoss.forward_backward_custom(P, client, [%{} | bad], base_loss: :nll)
+             end
+           )},
+          {"Tinkex.CustomLoss takes a keyword list of options",
+           quote(do: fn bad -> CustomLoss.start_link([{:workers, 1} | bad]) end)}
+        ] do
+      test "says of an improper list: #{where}" do
+        assert message(fn -> unquote(call).(7) end) =~ unquote(where)
+      end
     end
 
     test "refuses two regularizers of one name" do
@@ -136,6 +239,13 @@ defmodule Tinkex.CustomLoss.OptionsTest do
 
       assert message(fn -> compute(regularizers: [name: "kl", fn: :kl, weight: 1]) end) =~
                "expected :regularizers to be a list of regularizers, got one"
+    end
+
+    test "shows an environment to nobody, and outlives the code that it was started with" do
+      config = Options.start!(env: [{"TOKEN", "secret"}])
+      refute inspect(config, limit: :infinity) =~ "secret"
+      # A closure ends whoever holds it when its module is loaded anew twice.
+      refute config |> Map.values() |> Enum.any?(&is_function/1)
     end
 
     test "needs a pool that runs" do

@@ -2,7 +2,7 @@ defmodule Tinkex.CustomLoss.RegularizerTest do
   use ExUnit.Case, async: true
   doctest Tinkex.CustomLoss.Regularizer
 
-  alias Tinkex.CustomLoss.{Regularizer, Terms}
+  alias Tinkex.CustomLoss.{Regularizer, RequestError, Terms}
 
   @valid %{name: "kl", fn: :kl, weight: 0.1}
 
@@ -14,12 +14,13 @@ defmodule Tinkex.CustomLoss.RegularizerTest do
     assert Regularizer.new!(@valid) == expected
     assert Regularizer.new!(Keyword.new(@valid)) == expected
     assert Regularizer.new!(%{"name" => "kl", "fn" => "kl", "weight" => 0.1}) == expected
+    assert Regularizer.new!(%{@valid | name: :kl}) == expected
     assert Regularizer.new!(expected) == expected
   end
 
   for {key, value, expected} <- [
-        {:weight, :nan, "a finite number"},
-        {:weight, "0.1", "a finite number"},
+        {:weight, :nan, "a finite number, or a function of the step"},
+        {:weight, "0.1", "a finite number, or a function of the step"},
         {:fn, nil, ~s(the atom of a built-in term, such as :l2, or "module:function")},
         {:fn, 5, ~s(the atom of a built-in term, such as :l2, or "module:function")},
         {:params, [1], "a map or keyword list"},
@@ -37,8 +38,8 @@ defmodule Tinkex.CustomLoss.RegularizerTest do
   end
 
   test "refuses a name that is none" do
-    for name <- ["", "  ", :kl, nil, <<255>>] do
-      assert message(%{@valid | name: name}) =~ "expected a string that is not empty"
+    for name <- ["", "  ", nil, true, 5, <<255>>] do
+      assert message(%{@valid | name: name}) =~ "expected a string that is not empty, or an atom"
     end
   end
 
@@ -47,7 +48,8 @@ defmodule Tinkex.CustomLoss.RegularizerTest do
              ~s(regularizer "kl" lacks :weight; it needs :name, :fn and :weight)
 
     assert message(%{weight: 1}) =~ "a regularizer lacks :name"
-    assert message(Map.put(@valid, :wieght, 1)) =~ "a regularizer has no option {:wieght, 1}"
+    assert message(Map.put(@valid, :wieght, 1)) =~ ~s(regularizer "kl" has no option :wieght; its)
+    assert message(Map.put(@valid, "wieght", 1)) =~ ~s(has no option "wieght"; its options are)
     assert message(:kl) =~ "expected a regularizer to be a map or keyword list"
   end
 
@@ -59,7 +61,9 @@ defmodule Tinkex.CustomLoss.RegularizerTest do
   test "that names a term which is not there gets the nearest first" do
     request = %{base_loss: nil, regularizers: [%{name: "close", fn: "entropi"}]}
     known = Map.new(~w(nll l2 entropy kl my_losses:topology), &{&1, %{}})
-    assert {:error, %ArgumentError{message: sentence}} = Terms.check(request, known)
+    assert {:error, %RequestError{} = error} = Terms.check(request, known)
+    assert error.path == "regularizers[0].fn"
+    sentence = Exception.message(error)
     assert sentence =~ ~s(there is no term :entropi for regularizer "close"; there are :entropy, )
     assert sentence =~ ~s("my_losses:topology")
     assert sentence =~ ":load"

@@ -31,11 +31,12 @@ defmodule Tinkex.CustomLoss do
 
   ## What is returned, what is raised
 
-  What the caller got wrong raises `ArgumentError`. What the world got wrong is
-  `{:error, exception}`, where the exception says who is at fault:
+  What the caller got wrong, and can be told without a pool, raises `ArgumentError`. Everything else
+  is `{:error, exception}`, where the exception says who is at fault:
 
     * `Tinkex.CustomLoss.TermError` - a term raised; it has Python's traceback
-    * `Tinkex.CustomLoss.RequestError` - Python refused the request
+    * `Tinkex.CustomLoss.RequestError` - what was asked of the pool is not there, such as a term that
+      it has not loaded, or Python refused the request
     * `Tinkex.CustomLoss.TimeoutError` - the deadline passed
     * `Tinkex.CustomLoss.OverloadedError` - too many requests wait already
     * `Tinkex.CustomLoss.WorkerError` - no worker could serve it
@@ -94,14 +95,16 @@ defmodule Tinkex.CustomLoss do
 
   @doc false
   def child_spec(opts) do
-    opts
-    |> super()
-    |> Supervisor.child_spec(id: {__MODULE__, Keyword.get(opts, :name)})
+    # What else is wrong with them, start_link/1 says.
+    name = if Keyword.keyword?(opts), do: opts[:name]
+    opts |> super() |> Supervisor.child_spec(id: {__MODULE__, name})
   end
 
   @impl true
   def init(config) do
     Telemetry.load()
+    # What events and log lines say: which pool it is.
+    config = %{config | name: config.name || self()}
 
     children = [
       {Reaper, self()},
@@ -176,7 +179,7 @@ defmodule Tinkex.CustomLoss do
       gradients: options.gradients
     }
 
-    Telemetry.span(server, request, fn ->
+    Telemetry.span(Call.name(server), request, fn ->
       with {:ok, result} <- Call.run(server, request, options.timeout, deadline),
            {:ok, gradients} <- restore(result.gradients, batch) do
         output = %Output{
@@ -187,7 +190,7 @@ defmodule Tinkex.CustomLoss do
 
         {:ok, output, result}
       else
-        # A name that only the pool could tell is none.
+        # From another node: as here, what MessagePack has no form for.
         {:error, %ArgumentError{} = error} -> raise error
         {:error, error} -> {:error, error}
       end

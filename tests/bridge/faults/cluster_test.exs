@@ -14,10 +14,10 @@ defmodule Tinkex.CustomLoss.Faults.ClusterTest do
     [{module, _}] = Code.compile_string(code, @guide)
     on_exit(forget)
     start_supervised!(%{id: :pg, start: {:pg, :start_link, []}})
-    %{module: module}
+    %{losses: module}
   end
 
-  test "a group of pools is called through :pg; one that ends leaves it", %{module: module} do
+  test "a group of pools is called through :pg; one that ends leaves it", %{losses: module} do
     opts = [python: fixture("behaves.py"), await_ready: true]
 
     for id <- [:one, :other],

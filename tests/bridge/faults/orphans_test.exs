@@ -30,7 +30,7 @@ defmodule Tinkex.CustomLoss.Faults.OrphansTest do
     {:ok, peer, _node} =
       :peer.start(%{
         connection: :standard_io,
-        args: Enum.flat_map(:code.get_path(), &['-pa', &1])
+        args: Enum.flat_map(:code.get_path(), &[~c"-pa", &1])
       })
 
     {:ok, python} = CustomLoss.Pool.Python.find(nil)

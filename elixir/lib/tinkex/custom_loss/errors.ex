@@ -33,7 +33,7 @@ defmodule Tinkex.CustomLoss.RequestError do
   The request cannot be carried out as written; `:reason` says what is allowed.
 
   `:path` is where in the request, such as `"regularizers[1].params"`, or nil. What can be told
-  without asking Python raises `ArgumentError` instead.
+  without a pool raises `ArgumentError` instead.
   """
   defexception [:reason, :path]
 

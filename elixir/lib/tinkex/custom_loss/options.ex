@@ -1,9 +1,9 @@
 defmodule Tinkex.CustomLoss.Options do
   @moduledoc false
-  # Every option of the pool and of a call: its type, its default, and what it protects from. The
-  # documentation of `Tinkex.CustomLoss` is made from here.
+  # Every option of the pool and of a call: its type, its default, and what it protects from, as a
+  # `Tinkex.CustomLoss.Schema`, of which the documentation of `Tinkex.CustomLoss` is made.
 
-  alias Tinkex.CustomLoss.{Regularizer, Terms}
+  alias Tinkex.CustomLoss.{Environment, Regularizer, Schema, Terms}
 
   @start [
     name: [
@@ -33,6 +33,7 @@ door: nothing that a call says can import anything."
     env: [
       type: :env,
       default: [],
+      secret: true,
       doc:
         "environment variables of the Python processes, beside those of the BEAM: a map or list \
 of `{name, value}`; `nil` removes one that would be inherited."
@@ -120,17 +121,20 @@ the metadata `:python_logger`, `:term` and `:worker`."
 
   @call [
     base_loss: [
-      doc: "the unweighted term: a name (`:nll`, `\"my_losses:dpo\"`), `{name, params}`, or \
-`%{fn: name, params: params}`. By default none."
+      type: :any,
+      doc:
+        "the unweighted term: a name (`:nll`, `\"my_losses:dpo\"`), `{name, params}`, or a map \
+or keyword list with `:fn` and `:params`. By default none."
     ],
     regularizers: [
+      type: :any,
       default: [],
       doc: "a list of `Tinkex.CustomLoss.Regularizer`s, or maps or keyword lists with their keys."
     ],
     step: [
       type: :non_neg_integer,
       default: 0,
-      doc: "the training step, for telemetry."
+      doc: "the training step, for telemetry, and for weights that are a function of it."
     ],
     gradients: [
       type: :boolean,
@@ -171,16 +175,15 @@ waits for a term that never returns as long as that takes."
   @check Keyword.take(@call, [:base_loss, :regularizers, :step])
 
   @doc "The validated options of a pool, as a map."
-  def start!(opts) do
-    opts |> validate!(@start, "Tinkex.CustomLoss") |> hide_environment()
-  end
+  def start!(opts),
+    do: opts |> Schema.validate!(@start, "Tinkex.CustomLoss") |> hide_environment()
 
   @doc "The validated options of `compute/4`, as a map."
-  def call!(opts), do: opts |> validate!(@call, "Tinkex.CustomLoss.compute/4") |> terms!()
+  def call!(opts), do: call!(opts, @call, "Tinkex.CustomLoss.compute/4")
 
   @doc "The validated timeout of `terms/2`."
   def timeout!(timeout) do
-    with expected when is_binary(expected) <- problem(:timeout, timeout) do
+    with {:expected, expected} <- Schema.cast(:timeout, timeout) do
       raise ArgumentError,
             "invalid value for the timeout of Tinkex.CustomLoss.terms/2: expected #{expected}, " <>
               "got: #{inspect(timeout)}"
@@ -197,7 +200,7 @@ waits for a term that never returns as long as that takes."
     do: train!(opts, Keyword.delete(@train, :client_opts), "Tinkex.CustomLoss.loss_fn/2")
 
   defp train!(opts, schema, where) do
-    options = opts |> validate!(schema, where) |> terms!()
+    options = call!(opts, schema, where)
 
     unless options.gradients do
       raise ArgumentError,
@@ -210,154 +213,34 @@ waits for a term that never returns as long as that takes."
 
   @doc "The validated options of a sandbox, as a map."
   def sandbox!(opts),
-    do: opts |> validate!(@sandbox, "Tinkex.CustomLoss.Sandbox") |> hide_environment()
+    do: opts |> Schema.validate!(@sandbox, "Tinkex.CustomLoss.Sandbox") |> hide_environment()
 
-  # A report of a crash shows what its process was started with, and an environment holds keys.
-  defp hide_environment(options), do: Map.update!(options, :env, &fn -> &1 end)
+  defp hide_environment(options), do: Map.update!(options, :env, &Environment.new/1)
 
   @doc "The validated options of a sandbox's gradient check, as a map."
   def check!(opts),
-    do: opts |> validate!(@check, "Tinkex.CustomLoss.Sandbox.check_gradient/3") |> terms!()
+    do: call!(opts, @check, "Tinkex.CustomLoss.Sandbox.check_gradient/3")
 
-  def start_docs, do: docs(@start)
-  def call_docs, do: docs(@call)
-  def train_docs, do: docs(@train -- @call)
-  def sandbox_docs, do: docs(@sandbox)
+  def start_docs, do: Schema.docs(@start)
+  def call_docs, do: Schema.docs(@call)
+  def train_docs, do: Schema.docs(@train -- @call)
+  def sandbox_docs, do: Schema.docs(@sandbox)
 
-  defp docs(schema) do
-    Enum.map_join(schema, "\n", fn {key, option} ->
-      default =
-        if Keyword.has_key?(option, :default),
-          do: " Defaults to `#{inspect(option[:default])}`.",
-          else: ""
+  # What is computed, from the options of a call whose step is known.
+  defp call!(opts, schema, where) do
+    options = Schema.validate!(opts, schema, where)
+    step = if Keyword.has_key?(opts, :step), do: options.step
 
-      "  * `:#{key}` - #{option[:doc]}#{default}\n"
-    end)
-  end
+    regularizers =
+      options.regularizers |> Regularizer.list!() |> Enum.map(&Regularizer.at_step(&1, step))
 
-  defp terms!(options) do
-    options = %{
-      options
-      | base_loss: Terms.base_loss!(options.base_loss),
-        regularizers: Regularizer.list!(options.regularizers)
-    }
+    base_loss = Terms.base_loss!(options.base_loss)
 
-    if options.base_loss == nil and options.regularizers == [] do
+    if base_loss == nil and regularizers == [] do
       raise ArgumentError,
             "there is nothing to compute: give :base_loss, :regularizers with at least one, or both"
     end
 
-    options
+    %{options | base_loss: base_loss, regularizers: regularizers}
   end
-
-  defp validate!(opts, schema, where) do
-    unless Keyword.keyword?(opts) do
-      raise ArgumentError, "#{where} takes a keyword list of options, got: #{inspect(opts)}"
-    end
-
-    for {key, value} <- opts do
-      option =
-        schema[key] ||
-          raise ArgumentError,
-                "#{where} has no option #{inspect(key)}; " <>
-                  "its options are #{inspect(Keyword.keys(schema))}"
-
-      with expected when is_binary(expected) <- problem(option[:type], value) do
-        raise ArgumentError,
-              "invalid value for :#{key} of #{where}: expected #{expected}, " <>
-                "got: #{inspect(shown(key, value))}"
-      end
-    end
-
-    Map.new(schema, fn {key, option} -> {key, Keyword.get(opts, key, option[:default])} end)
-  end
-
-  # An environment holds keys, and the message may end in a log.
-  defp shown(:env, variables) when is_list(variables) or is_map(variables) do
-    for variable <- variables do
-      with {name, _value} <- variable, do: name
-    end
-  end
-
-  defp shown(_key, value), do: value
-
-  # What was expected, or nil if the value is that.
-  defp problem(nil, _value), do: nil
-
-  defp problem(:pos_integer, value),
-    do: unless(is_integer(value) and value > 0, do: "a positive integer")
-
-  defp problem(:non_neg_integer, value),
-    do: unless(is_integer(value) and value >= 0, do: "an integer that is not negative")
-
-  defp problem({:integer, low, high}, value),
-    do: unless(is_integer(value) and value in low..high, do: "an integer from #{low} to #{high}")
-
-  defp problem(:integer, value), do: unless(is_integer(value), do: "an integer")
-
-  # A receive takes no longer ones.
-  @longest 0xFFFF_FFFF
-
-  defp problem(:timeout, :infinity), do: nil
-
-  defp problem(:timeout, value) when is_integer(value) and value > @longest,
-    do: "at most #{@longest} milliseconds, or :infinity"
-
-  defp problem(:timeout, value) do
-    unless is_integer(value) and value > 0,
-      do: "a positive number of milliseconds or :infinity"
-  end
-
-  defp problem(:boolean, value), do: unless(is_boolean(value), do: "true or false")
-  defp problem(:keyword, value), do: unless(Keyword.keyword?(value), do: "a keyword list")
-
-  defp problem({:in, allowed}, value),
-    do: unless(value in allowed, do: "one of #{Enum.map_join(allowed, ", ", &inspect/1)}")
-
-  defp problem(:name, {:global, _term}), do: nil
-  defp problem(:name, {:via, module, _term}) when is_atom(module), do: nil
-
-  defp problem(:name, value) do
-    unless is_atom(value) and value not in [nil, true, false],
-      do: "an atom, {:global, term} or {:via, module, term}"
-  end
-
-  defp problem(:executable, value),
-    do: unless(string?(value), do: "a path or the name of a program")
-
-  defp problem(:directory, value),
-    do: unless(string?(value) and File.dir?(value), do: "a directory that exists")
-
-  defp problem(:strings, value),
-    do: unless(is_list(value) and Enum.all?(value, &string?/1), do: "a list of strings")
-
-  defp problem(:env, value) do
-    unless (is_list(value) or (is_map(value) and not is_struct(value))) and
-             Enum.all?(value, &variable?/1),
-           do: "a map or list of {name, value}, both strings, the value nil to remove a variable"
-  end
-
-  defp problem(:backoff, value) do
-    case value do
-      {first, longest}
-      when is_integer(first) and is_integer(longest) and first > 0 and longest >= first ->
-        nil
-
-      _ ->
-        "{first, longest} in milliseconds, both positive, the second not the smaller"
-    end
-  end
-
-  # A zero byte would end the string for the operating system, and a port's environment is text.
-  defp string?(value) do
-    is_binary(value) and value != "" and String.valid?(value) and
-      not String.contains?(value, <<0>>)
-  end
-
-  defp variable?({name, value}) do
-    string?(name) and not String.contains?(name, "=") and
-      (value in [nil, ""] or string?(value))
-  end
-
-  defp variable?(_other), do: false
 end

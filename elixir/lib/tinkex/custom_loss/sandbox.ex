@@ -25,7 +25,7 @@ defmodule Tinkex.CustomLoss.Sandbox do
 
   use GenServer, restart: :temporary
 
-  alias Tinkex.CustomLoss.{Options, Regularizer, WorkerError}
+  alias Tinkex.CustomLoss.{Options, Regularizer, Schema, WorkerError}
   alias Tinkex.CustomLoss.Pool.{Call, Log, Python}
   alias Tinkex.CustomLoss.Wire.{Batch, Data, MessagePack, Numbers, Protocol}
 
@@ -141,10 +141,12 @@ defmodule Tinkex.CustomLoss.Sandbox do
       do: raise(ArgumentError, "expected a keyword list of options, got: #{inspect(opts)}")
   end
 
-  defp data!([_ | _] = data), do: Data.to_wire(data, length(data))
+  defp data!(data) do
+    unless data != [] and Schema.proper?(data),
+      do: raise(ArgumentError, "expected data to be a list of datums, got: #{inspect(data)}")
 
-  defp data!(other),
-    do: raise(ArgumentError, "expected data to be a list of datums, got: #{inspect(other)}")
+    Data.to_wire(data, length(data))
+  end
 
   defp adam_params!(%_{} = params), do: params |> Map.from_struct() |> adam_params!()
 

@@ -3,13 +3,13 @@ defmodule Tinkex.CustomLoss.Training do
   # forward, loss and gradient, backward, over any client with the functions of Tinkex's.
 
   alias Tinkex.CustomLoss
-  alias Tinkex.CustomLoss.Output
+  alias Tinkex.CustomLoss.{Output, Schema}
   alias Tinkex.CustomLoss.Wire.Data
 
   def forward_backward_custom(server, training_client, data, options) do
     client = client!(training_client)
 
-    unless is_list(data) and data != [] do
+    unless data != [] and Schema.proper?(data) do
       raise ArgumentError, "expected data to be a list of datums, got: #{inspect(data)}"
     end
 

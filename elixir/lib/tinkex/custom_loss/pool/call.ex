@@ -89,6 +89,15 @@ defmodule Tinkex.CustomLoss.Pool.Call do
     end
   end
 
+  @doc "The name of a pool, whichever way it is called; what it is called by, where nothing runs."
+  @spec name(GenServer.server()) :: term()
+  def name(pid) when is_pid(pid) and node(pid) == node() do
+    with %{config: %{name: name}} <- Pool.whereis(pid), do: name, else: (nil -> pid)
+  end
+
+  def name({name, node}) when is_atom(node) and name not in [:global, :via], do: name
+  def name(server), do: server
+
   defp server?(nil), do: false
   defp server?({:via, module, _term}), do: is_atom(module)
   defp server?({:global, _term}), do: true

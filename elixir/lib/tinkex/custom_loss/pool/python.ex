@@ -2,7 +2,7 @@ defmodule Tinkex.CustomLoss.Pool.Python do
   @moduledoc false
   # Which Python, what it is told, and why it did not start.
 
-  alias Tinkex.CustomLoss.WorkerError
+  alias Tinkex.CustomLoss.{Environment, WorkerError}
 
   @module "tinker_custom_loss.port"
 
@@ -101,7 +101,7 @@ defmodule Tinkex.CustomLoss.Pool.Python do
   end
 
   defp env(config) do
-    given = Enum.to_list(config.env.())
+    given = Environment.variables(config.env)
 
     inherited =
       case List.keyfind(given, "PYTHONPATH", 0) do

@@ -46,6 +46,8 @@ defmodule Tinkex.CustomLoss.Wire.Data do
   end
 
   def to_wire(data, count) when is_list(data) do
+    proper!(data, ["data"])
+
     raise ArgumentError,
           "data has #{length(data)} datums, but there are logprobs of #{count}; " <>
             "give one tensor of logprobs a datum"
@@ -192,8 +194,10 @@ defmodule Tinkex.CustomLoss.Wire.Data do
     end
   end
 
-  defp chunk_list(chunks, path) when is_list(chunks),
-    do: Enum.with_index(chunks, &chunk(&1, [&2 | path]))
+  defp chunk_list(chunks, path) when is_list(chunks) do
+    proper!(chunks, path)
+    Enum.with_index(chunks, &chunk(&1, [&2 | path]))
+  end
 
   defp chunk_list(other, path), do: refuse!(path, "is #{shown(other)}; expected a list of chunks")
 
@@ -255,6 +259,11 @@ defmodule Tinkex.CustomLoss.Wire.Data do
       %{^key => value} -> value
       %{} -> Map.get(map, Atom.to_string(key))
     end
+  end
+
+  defp proper!(list, path) do
+    if List.improper?(list),
+      do: refuse!(path, "is an improper list; expected one that ends in []")
   end
 
   defp shown(term), do: inspect(term, limit: 5, printable_limit: 40, charlists: :as_lists)

@@ -94,6 +94,9 @@ defmodule Tinkex.CustomLoss.Wire.Tensor do
 
   defp gather([], _index, _default, _path, _first), do: {nil, [], [], []}
 
+  defp gather(end_of_list, index, _default, path, _first),
+    do: refuse!(path.(index), "is the end of an improper list, #{shown(end_of_list)}")
+
   defp check_dtype(dtype, _here, {dtype, _there}), do: :ok
 
   defp check_dtype(dtype, here, {other, there}) do
@@ -240,7 +243,7 @@ defmodule Tinkex.CustomLoss.Wire.Tensor do
         read_bytes(data, given, dtype, {:data, map, keys, :bytes}, path)
 
       is_list(data) ->
-        count = length(data)
+        count = length!(data, path)
         shape = shape!(given || [count], path)
         check_count(Batch.count(shape), count, shape, "values", path)
         {dtype, shape, data, {:data, map, keys, :list}}
@@ -299,6 +302,7 @@ defmodule Tinkex.CustomLoss.Wire.Tensor do
     do: refuse!(path, "is an Nx tensor of type #{shown(type)}, which has no dtype here")
 
   defp shape_of([row | rows] = list, path) when is_list(row) do
+    length = length!(list, path)
     shape = shape_of(row, path)
 
     Enum.each(rows, fn other ->
@@ -309,10 +313,16 @@ defmodule Tinkex.CustomLoss.Wire.Tensor do
         refuse!(path, "is ragged: a row of #{shown(shape)} and one of #{shown(other_shape)}")
     end)
 
-    [length(list) | shape]
+    [length | shape]
   end
 
-  defp shape_of(list, _path), do: [length(list)]
+  defp shape_of(list, path), do: [length!(list, path)]
+
+  defp length!(list, path) do
+    length(list)
+  rescue
+    ArgumentError -> refuse!(path, "is an improper list; expected one that ends in []")
+  end
 
   defp flatten(list, [_]), do: list
   defp flatten(list, [_ | shape]), do: flatten(:lists.append(list), shape)
