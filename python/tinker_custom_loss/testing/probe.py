@@ -32,7 +32,7 @@ class Probe:
         self._earlier: set[Any] = set()
         self.fn = _around(fn, self)
 
-    def call(self, fn: LossFn, data: Any, logprobs: Sequence[Tensor], **params: Any) -> Any:
+    def call(self, fn: LossFn, data: Any, logprobs: list[Tensor], **params: Any) -> Any:
         """Call a function; what it returns may have to be awaited."""
         given = [x.detach().clone() for x in logprobs]
         modes = _modes()
