@@ -26,7 +26,8 @@ from .record import metrics_of
 from .regularizer import BASE_LOSS, LossFn, Regularizer, check_step, regularizers_from
 from .running import places, processes
 from .running.differentiation import Evaluation
-from .running.evaluation import Call, evaluate
+from .running.evaluation import Call
+from .running.event_loop import CallersLoop
 from .running.threads import THREADS
 from .tensors.batch import TensorBatch, checked_batch
 from .tensors.gradients import surrogate
@@ -123,10 +124,8 @@ class Composer:
                 differentiable.
             CancelledError: ``cancelled`` was set.
         """
-        with torch.inference_mode(False):
-            composing = self._begin(data, logprobs, step)
-            results = self._evaluate(data, composing.batch, True, cancelled)
-            return composing.composition(results, term_gradients)
+        here = places.Surroundings.here()
+        return self._compute(data, logprobs, step, term_gradients, cancelled, here)
 
     def compute_loss(
         self,
@@ -140,9 +139,10 @@ class Composer:
 
         The record has the same keys; its gradient figures are None.
         """
+        here = places.Surroundings.here()
         with torch.inference_mode(False):
             composing = self._begin(data, logprobs, step)
-            results = self._evaluate(data, composing.batch, False, cancelled)
+            results = self._evaluate(data, composing.batch, False, cancelled, here)
             return composing.composed_loss(results)
 
     async def compute_async(
@@ -153,22 +153,37 @@ class Composer:
         step: int | None = None,
         term_gradients: bool = False,
     ) -> Composition:
-        """:meth:`compute`, awaited: the caller's event loop stays free meanwhile."""
+        """:meth:`compute`, awaited, while the caller's event loop stays free.
+
+        Async terms run on that loop, as tasks that end if this is cancelled; inline ones on a
+        thread of this package.
+        """
         cancelled = threading.Event()
-        future = THREADS.submit(
-            self.compute,
-            data,
-            logprobs,
-            step=step,
-            term_gradients=term_gradients,
-            cancelled=cancelled,
-        )
-        try:
-            composition: Composition = await asyncio.wrap_future(future)
-        except asyncio.CancelledError:
-            cancelled.set()
-            raise
-        return composition
+        async with CallersLoop() as loop:
+            here = places.Surroundings.here(loop)
+            future = THREADS.submit(
+                self._compute, data, logprobs, step, term_gradients, cancelled, here
+            )
+            try:
+                composition: Composition = await asyncio.wrap_future(future)
+            except asyncio.CancelledError:
+                cancelled.set()
+                raise
+            return composition
+
+    def _compute(
+        self,
+        data: Sequence[Any],
+        logprobs: Sequence[Tensor] | TensorBatch,
+        step: int | None,
+        term_gradients: bool,
+        cancelled: threading.Event | None,
+        surroundings: places.Surroundings,
+    ) -> Composition:
+        with torch.inference_mode(False):
+            composing = self._begin(data, logprobs, step)
+            results = self._evaluate(data, composing.batch, True, cancelled, surroundings)
+            return composing.composition(results, term_gradients)
 
     def _begin(
         self,
@@ -209,6 +224,7 @@ class Composer:
         batch: TensorBatch,
         gradients: bool,
         cancelled: threading.Event | None,
+        surroundings: places.Surroundings,
     ) -> list[Evaluation | TermError]:
         """Every term's evaluation, in order; an error only where the term may be skipped."""
         results: dict[int, Evaluation | TermError] = {}
@@ -218,14 +234,16 @@ class Composer:
                 if not places.runs_inline(term):
                     with _skipping(term, index, results):
                         pending[index] = places.start(
-                            term, self._calls[index], data, batch, gradients
+                            term, self._calls[index], data, batch, gradients, surroundings
                         )
             inline = [i for i, term in enumerate(self._terms) if places.runs_inline(term)]
             with self._inline_lock if inline else contextlib.nullcontext():
                 for index in inline:
                     _check_cancelled(cancelled)
                     with _skipping(self._terms[index], index, results):
-                        results[index] = evaluate(self._calls[index], data, batch, gradients)
+                        results[index] = places.run_inline(
+                            self._calls[index], data, batch, gradients, surroundings
+                        )
             self._collect(pending, results, cancelled)
         finally:
             for started in pending.values():

@@ -87,8 +87,19 @@ class TermError(CustomLossError):
             name = f"{kind.__module__}.{name}"
         text = "".join(_traceback.format_exception(kind, error, _own_frames(error)))
         return cls(
-            f'the term "{term}" raised {name}: {error}', term=term, error_type=name, traceback=text
+            f'the term "{term}" raised {name}: {said(error)}',
+            term=term,
+            error_type=name,
+            traceback=text,
         )
+
+
+def said(error: BaseException) -> str:
+    """``str(error)``, or why there is none: an exception's ``__str__`` is anybody's code."""
+    try:
+        return str(error)
+    except Exception as failure:
+        return f"(its __str__ raised {type(failure).__name__})"
 
 
 def _own_frames(error: BaseException) -> TracebackType | None:

@@ -75,6 +75,13 @@ more of them only take memory."
         "bytes of the largest message in either direction. A larger request is refused before it \
 is sent."
     ],
+    max_rss: [
+      type: :bytes,
+      default: :infinity,
+      doc:
+        "bytes of resident memory of a worker, or `:infinity`. One that a ping finds above it is \
+started anew when it has finished what it has: terms leak, and so do caches of native code."
+    ],
     start_timeout: [
       type: {:integer, 1, 0x7FFF_FFFF},
       default: 60_000,
@@ -181,11 +188,11 @@ waits for a term that never returns as long as that takes."
   @doc "The validated options of `compute/4`, as a map."
   def call!(opts), do: call!(opts, @call, "Tinkex.CustomLoss.compute/4")
 
-  @doc "The validated timeout of `terms/2`."
-  def timeout!(timeout) do
+  @doc "The validated timeout of a function of `Tinkex.CustomLoss` that takes no other option."
+  def timeout!(timeout, where) do
     with {:expected, expected} <- Schema.cast(:timeout, timeout) do
       raise ArgumentError,
-            "invalid value for the timeout of Tinkex.CustomLoss.terms/2: expected #{expected}, " <>
+            "invalid value for the timeout of Tinkex.CustomLoss.#{where}: expected #{expected}, " <>
               "got: #{inspect(timeout)}"
     end
 

@@ -141,6 +141,13 @@ defmodule Tinkex.CustomLoss.Schema do
     check(value, valid?, "a positive number of milliseconds or nil")
   end
 
+  def cast(:bytes, :infinity), do: {:ok, :infinity}
+
+  def cast(:bytes, value) do
+    valid? = is_integer(value) and value > 0
+    check(value, valid?, "a positive number of bytes or :infinity")
+  end
+
   # A receive takes no longer ones.
   @longest 0xFFFF_FFFF
 
