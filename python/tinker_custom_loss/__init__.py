@@ -15,6 +15,7 @@ from .errors import (
     NonFiniteError,
     ProtocolError,
     RequestError,
+    StoppedError,
     TermError,
     TermTimeoutError,
 )
@@ -23,8 +24,9 @@ from .regularizer import LossFn, Regularizer
 from .tensors.batch import TensorBatch
 
 if TYPE_CHECKING:
-    from .client.sdk import (
+    from .client import (
         RegularizedTrainingClient,
+        StepOutput,
         forward_backward_custom,
         forward_backward_custom_async,
         linearize,
@@ -48,7 +50,9 @@ __all__ = [
     "Regularizer",
     "RegularizerRecord",
     "RequestError",
+    "StepOutput",
     "StepRecord",
+    "StoppedError",
     "TensorBatch",
     "TermError",
     "TermTimeoutError",
@@ -63,6 +67,7 @@ __all__ = [
 _SDK = frozenset(
     {
         "RegularizedTrainingClient",
+        "StepOutput",
         "forward_backward_custom",
         "forward_backward_custom_async",
         "linearize",
@@ -73,7 +78,7 @@ _SDK = frozenset(
 
 def __getattr__(name: str) -> Any:
     if name in _SDK:
-        from .client import sdk
+        from . import client
 
-        return getattr(sdk, name)
+        return getattr(client, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -185,6 +185,16 @@ class Composer:
             results = self._evaluate(data, composing.batch, True, cancelled, surroundings)
             return composing.composition(results, term_gradients)
 
+    def check_step(self, step: int | None) -> None:
+        """Refuse a step that these terms cannot be computed at, before anything is.
+
+        Raises:
+            RequestError: it is no step, or a weight is a schedule and there is none.
+        """
+        check_step(step)
+        for term in self._terms:
+            term.check_step(step)
+
     def _begin(
         self,
         data: Sequence[Any],
@@ -192,7 +202,7 @@ class Composer:
         step: int | None,
     ) -> Step:
         started = time.perf_counter()
-        check_step(step)
+        self.check_step(step)
         weights = [term.weight_at(step) for term in self._terms]
         batch = checked_batch(data, logprobs)
         return Step(self._terms, weights, logprobs, batch, step, started)

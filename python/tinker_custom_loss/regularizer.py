@@ -114,6 +114,19 @@ class Regularizer:
         """Whether ``fn`` is a coroutine function."""
         return is_coroutine_function(self.fn)
 
+    def check_step(self, step: int | None) -> None:
+        """Refuse to guess the step of a schedule.
+
+        Raises:
+            RequestError: the weight is a schedule, and the step is None.
+        """
+        if step is None and callable(self.weight):
+            raise RequestError(
+                f"the weight of {self._title} is a schedule, and nobody said which step this is; "
+                "give step=, or train through with_regularizers(training_client), which counts",
+                path="step",
+            )
+
     def weight_at(self, step: int | None) -> float:
         """The weight at a training step; None: at a step that nobody knows.
 
@@ -123,12 +136,8 @@ class Regularizer:
         """
         if not callable(self.weight):
             return float(self.weight)
-        if step is None:
-            raise RequestError(
-                f"the weight of {self._title} is a schedule, and nobody said which step this is; "
-                "give step=, or train through with_regularizers(training_client), which counts",
-                path="step",
-            )
+        self.check_step(step)
+        assert step is not None
         try:
             weight = self.weight(step)
         except Exception as error:

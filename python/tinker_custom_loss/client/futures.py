@@ -8,12 +8,11 @@ import threading
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
-from tinker import APIFuture, ForwardBackwardOutput
+from tinker import APIFuture
 
-from ..record import StepRecord, metrics_of
 from ..running.threads import THREADS
 
-__all__ = ["StepFuture", "concurrent_future", "settle", "with_telemetry", "withdrawable"]
+__all__ = ["StepFuture", "concurrent_future", "settle", "withdrawable"]
 
 T = TypeVar("T")
 
@@ -78,22 +77,3 @@ def settle(outer: concurrent.futures.Future[T], outcome: Callable[[], T]) -> Non
         outer.set_result(outcome())
     except BaseException as error:  # KeyboardInterrupt too: it belongs to whoever waits
         outer.set_exception(error)
-
-
-def with_telemetry(
-    output: ForwardBackwardOutput, record: StepRecord, flat: bool
-) -> ForwardBackwardOutput:
-    """The result of the backward pass with the step's record among its metrics.
-
-    ``loss:sum`` is the loss itself, ``surrogate_loss:sum`` the server's linear one, with every
-    version of the SDK; the base loss's own metrics stand where the SDK puts them.
-    """
-    metrics = cast("dict[str, Any]", output.metrics)
-    if "surrogate_loss:sum" not in metrics and "loss:sum" in metrics:
-        metrics["surrogate_loss:sum"] = metrics["loss:sum"]
-    surrogate_loss = metrics.get("surrogate_loss:sum")
-    metrics.update(metrics_of(record, flat=flat))
-    metrics["loss:sum"] = record["loss_total"]
-    if surrogate_loss is not None:
-        metrics["surrogate_loss:sum"] = surrogate_loss
-    return output
