@@ -60,7 +60,7 @@ defmodule Tinkex.CustomLoss.TermsTest do
       # l2 is the mean or the sum of squares, as its params say; both are linear in Σ x².
       l2 = output.telemetry["regularizers"]["l2"]
       assert_in_delta output.loss_total, 14.0 - 3.5 + l2["contribution"], 1.0e-5
-      assert output.telemetry["step"] == 7
+      assert output.telemetry["schedule_step"] == 7
       assert output.telemetry["base_loss"]["value"] == 14.0
 
       assert %{"value" => 14.0, "weight" => -0.25, "contribution" => -3.5, "skipped" => false} =
