@@ -6,7 +6,8 @@ what each term did. See :class:`Composer` and :class:`Regularizer`.
 
 from typing import TYPE_CHECKING, Any
 
-from .composer import Composer, Composition
+from .composer import Composer
+from .composition import ComposedLoss, Composition
 from .errors import (
     CancelledError,
     ChangedLogprobsError,
@@ -18,8 +19,8 @@ from .errors import (
     TermError,
     TermTimeoutError,
 )
-from .record import flatten
-from .regularizer import Regularizer
+from .record import BaseLossRecord, RegularizerRecord, StepRecord, flatten
+from .regularizer import LossFn, Regularizer
 from .tensors.batch import TensorBatch
 
 if TYPE_CHECKING:
@@ -35,17 +36,22 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BaseLossRecord",
     "CancelledError",
     "ChangedLogprobsError",
+    "ComposedLoss",
     "Composer",
     "Composition",
     "CustomLossError",
+    "LossFn",
     "NonFiniteError",
     "ProtocolError",
     "RegularizedTrainingClient",
     "Regularizer",
+    "RegularizerRecord",
     "RequestError",
     "StepOutput",
+    "StepRecord",
     "StoppedError",
     "TensorBatch",
     "TermError",

@@ -7,7 +7,7 @@ defmodule Tinkex.CustomLoss.OutputTest do
   @telemetry %{
     "loss_total" => 2.5,
     "base_loss" => nil,
-    "step" => 3,
+    "schedule_step" => 3,
     "regularizers" => %{
       "kl" => %{
         "contribution" => 0.5,
@@ -23,7 +23,7 @@ defmodule Tinkex.CustomLoss.OutputTest do
   test "flat telemetry is floats under names without a colon" do
     assert Output.flat(%Output{loss_total: 2.5, gradients: nil, telemetry: @telemetry}) == %{
              "loss_total" => 2.5,
-             "step" => 3.0,
+             "schedule_step" => 3.0,
              "regularizers/kl/contribution" => 0.5,
              "regularizers/kl/skipped" => 0.0,
              "regularizers/kl/differentiable" => 1.0,
