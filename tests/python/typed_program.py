@@ -44,7 +44,7 @@ def main() -> None:
     regularizers = [
         Regularizer(smoothness, 0.1, params={"power": 1.5}),
         Regularizer(judged, lambda step: 0.1 / (1 + step), "judged", timeout=30),
-        {"fn": l2, "weight": 0.01, "name": "l2"},
+        Regularizer(l2, 0.01),
     ]
     with SandboxServer() as server:
         service = tinker.ServiceClient(base_url=server.url, api_key="tml-sandbox")
