@@ -105,7 +105,7 @@ defmodule Tinkex.CustomLoss.TinkexTest do
 
           metrics = output.metrics
           assert metrics["loss:sum"] == metrics["loss_total"]
-          assert metrics["step"] == step
+          assert metrics["schedule_step"] == step
           assert %{"l2" => l2, "smoothness" => _, "rarity" => _} = metrics["regularizers"]
           assert_in_delta l2["contribution"], 0.02 * l2["value"], 1.0e-9
           metrics["loss:sum"]
