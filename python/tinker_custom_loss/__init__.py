@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         linearize,
         with_regularizers,
     )
+    from .terms.term import term
 
 __version__ = "0.1.0"
 
@@ -50,6 +51,7 @@ __all__ = [
     "forward_backward_custom",
     "forward_backward_custom_async",
     "linearize",
+    "term",
     "with_regularizers",
 ]
 
@@ -70,4 +72,8 @@ def __getattr__(name: str) -> Any:
         from .client import sdk
 
         return getattr(sdk, name)
+    if name == "term":  # the catalogue comes along, which not everyone needs
+        from .terms.term import term
+
+        return term
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
