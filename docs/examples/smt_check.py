@@ -2,7 +2,7 @@
 
 The solver runs in a process of its own, beside everything else, and is ended if it takes too long.
 
-    pip install 'tinker-custom-loss[examples]'
+    pip install '.[examples]'  # in a clone of this repository
     python docs/examples/smt_check.py
 """
 

@@ -1,6 +1,6 @@
 """Train with a topology and a sparsity regularizer, against the sandbox on this machine.
 
-pip install 'tinker-custom-loss[examples]'
+pip install '.[examples]'  # in a clone of this repository
 python docs/examples/topology_and_sparsity.py
 """
 

@@ -6,7 +6,8 @@ what each term did. See :class:`Composer` and :class:`Regularizer`.
 
 from typing import TYPE_CHECKING, Any
 
-from .composer import Composer, Composition
+from .composer import Composer
+from .composition import ComposedLoss, Composition
 from .errors import (
     CancelledError,
     ChangedLogprobsError,
@@ -14,16 +15,18 @@ from .errors import (
     NonFiniteError,
     ProtocolError,
     RequestError,
+    StoppedError,
     TermError,
     TermTimeoutError,
 )
-from .record import flatten
-from .regularizer import Regularizer
+from .record import BaseLossRecord, RegularizerRecord, StepRecord, flatten
+from .regularizer import LossFn, Regularizer
 from .tensors.batch import TensorBatch
 
 if TYPE_CHECKING:
-    from .client.sdk import (
+    from .client import (
         RegularizedTrainingClient,
+        StepOutput,
         forward_backward_custom,
         forward_backward_custom_async,
         linearize,
@@ -34,16 +37,23 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BaseLossRecord",
     "CancelledError",
     "ChangedLogprobsError",
+    "ComposedLoss",
     "Composer",
     "Composition",
     "CustomLossError",
+    "LossFn",
     "NonFiniteError",
     "ProtocolError",
     "RegularizedTrainingClient",
     "Regularizer",
+    "RegularizerRecord",
     "RequestError",
+    "StepOutput",
+    "StepRecord",
+    "StoppedError",
     "TensorBatch",
     "TermError",
     "TermTimeoutError",
@@ -59,6 +69,7 @@ __all__ = [
 _SDK = frozenset(
     {
         "RegularizedTrainingClient",
+        "StepOutput",
         "forward_backward_custom",
         "forward_backward_custom_async",
         "linearize",
@@ -69,9 +80,9 @@ _SDK = frozenset(
 
 def __getattr__(name: str) -> Any:
     if name in _SDK:
-        from .client import sdk
+        from . import client
 
-        return getattr(sdk, name)
+        return getattr(client, name)
     if name == "term":  # the catalogue comes along, which not everyone needs
         from .terms.term import term
 

@@ -7,6 +7,7 @@
     │   ├── ChangedLogprobsError  it changed the logprobs in place
     │   └── TermTimeoutError  it outlived its own timeout
     ├── CancelledError    the caller withdrew the request
+    ├── StoppedError      a step failed before, and the training client was told to stop then
     └── ProtocolError     bytes that are not a frame, or a frame that is not a message
 
 ``kind`` is the word that travels over the port (see docs/protocol.md, "Errors").
@@ -26,6 +27,7 @@ __all__ = [
     "NonFiniteError",
     "ProtocolError",
     "RequestError",
+    "StoppedError",
     "TermError",
     "TermTimeoutError",
 ]
@@ -87,8 +89,19 @@ class TermError(CustomLossError):
             name = f"{kind.__module__}.{name}"
         text = "".join(_traceback.format_exception(kind, error, _own_frames(error)))
         return cls(
-            f'the term "{term}" raised {name}: {error}', term=term, error_type=name, traceback=text
+            f'the term "{term}" raised {name}: {said(error)}',
+            term=term,
+            error_type=name,
+            traceback=text,
         )
+
+
+def said(error: BaseException) -> str:
+    """``str(error)``, or why there is none: an exception's ``__str__`` is anybody's code."""
+    try:
+        return str(error)
+    except Exception as failure:
+        return f"(its __str__ raised {type(failure).__name__})"
 
 
 def _own_frames(error: BaseException) -> TracebackType | None:
@@ -137,6 +150,14 @@ class CancelledError(CustomLossError):
     """The caller withdrew the request before it was answered."""
 
     kind: ClassVar[str] = "cancelled"
+
+
+class StoppedError(CustomLossError):
+    """A training client with ``on_failure="stop"`` refused a call: a step before it failed.
+
+    The failure is its ``__cause__``. ``acknowledge_failure()`` of the client lets later calls
+    through.
+    """
 
 
 class ProtocolError(CustomLossError):

@@ -2,6 +2,7 @@ defmodule Tinkex.CustomLoss.TelemetryTest do
   # Puts a stand-in for :telemetry in place where the library is not.
   use ExUnit.Case, async: false
 
+  import ExUnit.CaptureLog
   import Tinkex.CustomLoss.Bridge
 
   alias Tinkex.CustomLoss
@@ -12,8 +13,8 @@ defmodule Tinkex.CustomLoss.TelemetryTest do
         :telemetry,
         quote do
           def execute(event, measurements, metadata) do
-            for {pid, _} <- :persistent_term.get(:telemetry_test, %{}),
-                do: send(pid, {event, measurements, metadata})
+            for {_pid, handler} <- :persistent_term.get(:telemetry_test, %{}),
+                do: handler.(event, measurements, metadata, nil)
 
             :ok
           end
@@ -33,73 +34,159 @@ defmodule Tinkex.CustomLoss.TelemetryTest do
 
   # With the real library, what it is asked to is what arrives.
   defp listen(events) do
-    if function_exported?(:telemetry, :attach_many, 4) do
-      me = self()
+    me = self()
+    listen(events, fn event, measures, metadata, _ -> send(me, {event, measures, metadata}) end)
+  end
 
-      handler = fn event, measurements, metadata, _ ->
-        send(me, {event, measurements, metadata})
+  defp listen(events, handler) do
+    if function_exported?(:telemetry, :attach_many, 4),
+      do: apply(:telemetry, :attach_many, [make_ref(), events, handler, nil]),
+      else: :persistent_term.put(:telemetry_test, %{self() => handler})
+  end
+
+  @compute [:tinkex_custom_loss, :compute]
+  @step [:tinkex, :custom_loss]
+  @regularizer [:tinkex, :regularizer, :compute]
+
+  defp compute!(opts, logprobs \\ [[-3.0, -4.0]]) do
+    pool = start_pool!(name: __MODULE__, load: [fixture("pathological.py")], await_ready: true)
+    listen(CustomLoss.Telemetry.events())
+    CustomLoss.compute(pool, nil, logprobs, opts)
+  end
+
+  test "a computation is a span" do
+    regularizers = [%{name: "squares", fn: "pathological:squares_async", weight: 0.5}]
+    assert {:ok, _} = compute!(regularizers: regularizers, step: 7)
+
+    assert_received {@compute ++ [:start], %{system_time: _, monotonic_time: start}, metadata}
+
+    assert %{
+             pool: __MODULE__,
+             step: 7,
+             gradients: true,
+             regularizers: ["squares"],
+             telemetry_span_context: context
+           } = metadata
+
+    assert_received {@compute ++ [:stop], measurements, stopped}
+    assert stopped == Map.put(metadata, :error, nil)
+    assert %{loss_total: 12.5, regularizer_total: 12.5} = measurements
+    assert measurements.monotonic_time - start == measurements.duration
+
+    # Tinkex's events of this computation are told by the same context.
+    for event <- [@step ++ [:start], @step ++ [:stop], @regularizer ++ [:stop]] do
+      assert_received {^event, _, %{telemetry_span_context: ^context, pool: __MODULE__}}
+    end
+  end
+
+  test "an error that is returned stops the span; what is raised is an exception" do
+    assert {:error, error} = compute!(base_loss: "pathological:raises")
+    assert_received {@compute ++ [:stop], stopped, %{error: ^error, pool: __MODULE__}}
+    assert Map.keys(stopped) == [:duration, :monotonic_time]
+    # As Tinkex's own logger has it: a step that failed.
+    assert_received {@step ++ [:exception], %{duration: _}, %{reason: ^error}}
+
+    error =
+      assert_raise ArgumentError, ~r/`base_loss.params.x`/, fn ->
+        CustomLoss.compute(__MODULE__, nil, [[-3.0]], base_loss: {:l2, x: {1, 2}})
       end
 
-      apply(:telemetry, :attach_many, [make_ref(), events, handler, nil])
-    else
-      :persistent_term.put(:telemetry_test, %{self() => true})
+    assert_received {@compute ++ [:exception], %{duration: _, monotonic_time: _}, raised}
+    assert %{kind: :error, reason: ^error, stacktrace: [_ | _], pool: __MODULE__} = raised
+    assert_received {@step ++ [:exception], %{duration: _}, %{reason: ^error}}
+    refute_received {@compute ++ [:exception], _, _}
+    refute_received {@compute ++ [:stop], _, _}
+  end
+
+  test "every event says which pool by the name that it was given" do
+    pool = start_pool!(name: {:global, __MODULE__}, await_ready: true)
+    unnamed = start_supervised!({CustomLoss, await_ready: true}, id: :unnamed)
+    listen(CustomLoss.Telemetry.events())
+    square = &CustomLoss.compute(&1, nil, [[-1.0]], base_loss: :l2)
+
+    for {server, name} <- [
+          {pool, {:global, __MODULE__}},
+          {{:global, __MODULE__}, {:global, __MODULE__}},
+          {unnamed, unnamed}
+        ] do
+      assert {:ok, _} = square.(server)
+      assert_received {@compute ++ [:stop], _, %{pool: ^name}}
+      assert_received {@step ++ [:stop], _, %{pool: ^name}}
     end
   end
 
   test "the events of a step are Tinkex's" do
-    pool = start_pool!(name: __MODULE__, load: [fixture("pathological.py")], await_ready: true)
-
-    listen([
-      [:tinkex, :custom_loss, :start],
-      [:tinkex, :custom_loss, :stop],
-      [:tinkex, :custom_loss, :exception],
-      [:tinkex, :regularizer, :compute, :stop],
-      [:tinkex, :regularizer, :compute, :exception]
-    ])
-
     regularizers = [
       %{name: "squares", fn: "pathological:squares_async", weight: 0.5},
       %{name: "raises", fn: "pathological:raises", weight: 1.0, on_error: :skip}
     ]
 
-    assert {:ok, _} = CustomLoss.compute(pool, nil, [[-3.0, -4.0]], regularizers: regularizers)
+    assert {:ok, _} = compute!(regularizers: regularizers)
 
-    assert_received {[:tinkex, :custom_loss, :start], %{system_time: _},
+    assert_received {@step ++ [:start], %{system_time: _},
                      %{regularizer_count: 2, track_grad_norms: true}}
 
-    assert_received {[:tinkex, :regularizer, :compute, :stop],
+    assert_received {@regularizer ++ [:stop],
                      %{duration: duration, value: 25.0, contribution: 12.5, grad_norm: 10.0},
                      %{regularizer_name: "squares", weight: 0.5, async: true}}
 
     assert is_integer(duration) and duration > 0
 
-    assert_received {[:tinkex, :regularizer, :compute, :exception], %{duration: _},
+    assert_received {@regularizer ++ [:exception], %{duration: _},
                      %{regularizer_name: "raises", reason: reason}}
 
     assert reason =~ "no such topology"
 
-    assert_received {[:tinkex, :custom_loss, :stop],
-                     %{duration: _, loss_total: 12.5, regularizer_total: 12.5},
+    assert_received {@step ++ [:stop], %{duration: _, loss_total: 12.5, regularizer_total: 12.5},
                      %{regularizer_count: 2}}
 
-    assert {:error, error} =
-             CustomLoss.compute(pool, nil, [[-3.0]], base_loss: "pathological:raises")
-
-    assert_received {[:tinkex, :custom_loss, :exception], %{duration: _}, %{reason: ^error}}
-
-    # What is raised has an end as well as a start.
-    error =
-      assert_raise ArgumentError, ~r/`base_loss.params.x`/, fn ->
-        CustomLoss.compute(pool, nil, [[-3.0]], base_loss: {:l2, x: {1, 2}})
-      end
-
-    assert_received {[:tinkex, :custom_loss, :exception], %{duration: _}, %{reason: ^error}}
+    # When a regularizer started nobody here knows.
+    refute_received {@regularizer ++ [:start], _, _}
   end
 
   test "a level that Logger does not have is refused when the logger is attached" do
     assert_raise ArgumentError, ~r/invalid value for :level of attach_logger\/1/, fn ->
       CustomLoss.Telemetry.attach_logger(level: :loud)
     end
+  end
+
+  # What the logger of attach_logger/1 makes of all that was received.
+  defp logged do
+    receive do
+      {[_ | _] = event, measurements, metadata} ->
+        CustomLoss.EventLogger.handle_event(event, measurements, metadata, %{level: :info})
+        logged()
+    after
+      0 -> :ok
+    end
+  end
+
+  test "the log says in which pool what happened" do
+    regularizers = [
+      %{name: "squares", fn: "pathological:squares", weight: 0.5},
+      %{name: "raises", fn: "pathological:raises", weight: 1.0, on_error: :skip}
+    ]
+
+    assert {:ok, _} = compute!(regularizers: regularizers)
+    assert {:error, _} = CustomLoss.compute(__MODULE__, nil, [[-1.0]], base_loss: :l3)
+
+    lines =
+      capture_log([format: "[$level] $message\n"], &logged/0) |> String.split("\n", trim: true)
+
+    pool = "Tinkex.CustomLoss #{inspect(__MODULE__)}: "
+
+    assert [
+             "[info] " <> squares,
+             "[warn" <> raises,
+             "[info] " <> step,
+             "[warn" <> failure
+           ] = lines
+
+    assert squares =~ pool <> ~s(regularizer "squares": value 25.000, weight 0.50000)
+    assert raises =~ pool <> ~s(regularizer "raises" was left out: )
+    assert step =~ pool <> "loss 12.500, of which 2 regularizers contribute 12.500, in "
+    assert failure =~ pool <> "no loss after "
+    assert failure =~ "there is no term :l3"
   end
 
   test "the events of a pool say what is the matter with it" do
@@ -114,8 +201,10 @@ defmodule Tinkex.CustomLoss.TelemetryTest do
 
     assert {:error, _} = ask(pool, 1)
 
-    assert_received {[:tinkex_custom_loss, :worker, :down], %{delay: 10},
-                     %{reason: {:exited, 139}, os_pid: ^os_pid}}
+    assert_received {[:tinkex_custom_loss, :worker, :down], %{delay: delay},
+                     %{pool: __MODULE__, reason: {:exited, 139}, os_pid: ^os_pid}}
+
+    assert delay == System.convert_time_unit(10, :millisecond, :native)
 
     assert_received {[:tinkex_custom_loss, :retry], %{count: 1}, %{reason: {:exited, 139}}}
     assert_received {[:tinkex_custom_loss, :queue], %{length: 1}, %{pool: __MODULE__}}
@@ -123,6 +212,35 @@ defmodule Tinkex.CustomLoss.TelemetryTest do
     stop_supervised!({CustomLoss, __MODULE__})
     pool = start_peers!("ignores_cancel.py", name: __MODULE__)
     assert {:error, _} = ask(pool, 1, timeout: 50)
-    assert_received {[:tinkex_custom_loss, :deadline], %{timeout: 50}, %{stage: :computing}}
+
+    assert_received {[:tinkex_custom_loss, :deadline], %{timeout: timeout},
+                     %{pool: __MODULE__, stage: :computing}}
+
+    assert timeout == System.convert_time_unit(50, :millisecond, :native)
+  end
+
+  @tag :capture_log
+  test "a handler that never returns delays its caller, and no other" do
+    me = self()
+
+    pool_events =
+      for event <- [[:worker, :down], [:queue], [:retry]], do: [:tinkex_custom_loss | event]
+
+    listen(pool_events, fn event, _measurements, _metadata, _ ->
+      if event in pool_events do
+        send(me, {:in_handler, event, self()})
+        Process.sleep(:infinity)
+      end
+    end)
+
+    pool = start_peers!("dies_of_step_1.py", max_in_flight: 1)
+    caller = spawn(fn -> ask(pool, 1) end)
+    assert_receive {:in_handler, [:tinkex_custom_loss, :worker, :down], _process}, 5_000
+    assert_receive {:in_handler, [:tinkex_custom_loss, :retry], ^caller}, 5_000
+    # It is ended by itself, alone, so nobody else waits.
+    await_all(pool)
+    assert {:ok, %{workers: [%{restarts: 2}]}} = CustomLoss.info(pool)
+    assert_serving(pool)
+    Process.exit(caller, :kill)
   end
 end

@@ -184,3 +184,64 @@ def _private(data, logprobs):
 
 def takes_one_argument(data):
     return data
+
+
+def daemonizes_and_crashes(data, logprobs):
+    """Leaves a process in a session of its own behind, as daemons are made."""
+    ready, steady = os.pipe()
+    if os.fork() == 0:
+        os.setsid()
+        os.write(steady, b"!")
+        time.sleep(3600)
+        os._exit(0)
+    os.read(ready, 1)
+    os._exit(3)
+
+
+def returns_twice(data, logprobs):
+    """``fork``, and back into whoever called, in both processes."""
+    pid = os.fork()
+    status = 0 if pid == 0 else os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return harmless(data, logprobs)[0], {"status": status}
+
+
+def raises_twice(data, logprobs):
+    pid = os.fork()
+    if pid == 0:
+        raise LookupError("in the child")
+    os.waitpid(pid, 0)
+    raise LookupError("in the parent")
+
+
+async def returns_twice_async(data, logprobs):
+    return returns_twice(data, logprobs)
+
+
+def writes_to_descriptor_4(data, logprobs):
+    """As a library does that once opened a file and believes that it still has it."""
+    os.write(4, b"\x00\x00\x00\x04junk")
+    return harmless(data, logprobs)
+
+
+class CannotBeShown(Exception):
+    def __str__(self):
+        raise RuntimeError("no words")
+
+
+def raises_what_cannot_be_shown(data, logprobs):
+    raise CannotBeShown
+
+
+async def raises_what_cannot_be_shown_async(data, logprobs):
+    raise CannotBeShown
+
+
+def breaks_the_package(data, logprobs):
+    """From now on every request of this process fails by a bug of the package."""
+    from tinker_custom_loss.port import service
+
+    def broken(*_):
+        raise RuntimeError("broken by a test")
+
+    service.Service.compute = broken
+    return harmless(data, logprobs)

@@ -76,7 +76,11 @@ class TestComposition:
         assert record["regularizer_total"] == pytest.approx(0.5 * 280 + 18)
         assert record["total_grad_norm"] == pytest.approx(float(gradient.norm()))
         assert record["total_grad_rms"] == pytest.approx(float(gradient.square().mean().sqrt()))
-        assert (record["step"], record["logprob_count"], record["datum_count"]) == (7, 7, 2)
+        assert (record["schedule_step"], record["logprob_count"], record["datum_count"]) == (
+            7,
+            7,
+            2,
+        )
 
         base = record["base_loss"]
         assert base["value"] == pytest.approx(-28)
@@ -196,13 +200,12 @@ class TestComposition:
         composer = Composer(constant, [spec(constant, 1.0, "also constant")])
         with pytest.raises(TermError, match='no term is differentiable: "base_loss", "also const'):
             composer.compute(DATA, logprobs)
-        assert composer.compute(DATA, logprobs, gradients=False).loss_total == 6
+        assert composer.compute_loss(DATA, logprobs).loss_total == 6
 
     def test_evaluation_without_gradients_has_the_same_keys(self, logprobs):
         composer = Composer(total, [spec(square, 1.0, "square")])
         trained = composer.compute(DATA, logprobs).telemetry
-        evaluated = composer.compute(DATA, logprobs, gradients=False)
-        assert evaluated.gradients is None
+        evaluated = composer.compute_loss(DATA, logprobs)
         assert evaluated.loss_total == trained["loss_total"]
         assert evaluated.telemetry.keys() == trained.keys()
         squares = evaluated.telemetry["regularizers"]["square"]

@@ -51,7 +51,7 @@ def in_background(function, *args):
 
 def test_the_bytes_on_the_wire_are_a_length_and_the_pieces(pipe):
     pipe.writer.write([b"ab", b"", memoryview(b"cde")])
-    assert os.read(pipe.reader._fd, 100) == b"\x00\x00\x00\x05abcde"
+    assert os.read(pipe.reader.fd, 100) == b"\x00\x00\x00\x05abcde"
 
 
 def test_frames_come_out_as_they_went_in(pipe):

@@ -16,12 +16,13 @@ from typing import Any, NoReturn
 import torch
 
 from .. import __version__
+from ..errors import said
 from ..terms.registry import LoadError, Registry
 from .cancellation import InlineTurn
 from .frames import MAX_FRAME, FrameReader, FrameWriter
 from .logs import LEVELS, LogStream
 from .messagepack import pack
-from .process import FROM_HOST, TO_HOST, attached, end, settle
+from .process import attached, end, settle
 from .server import Server
 from .service import Service, error_message
 
@@ -78,9 +79,9 @@ def main(arguments: list[str]) -> NoReturn:
             file=sys.stderr,
         )
         sys.exit(2)
-    settle()
+    from_host, to_host = settle()
     faulthandler.enable()
-    writer = FrameWriter(TO_HOST)
+    writer = FrameWriter(to_host)
     try:
         options = parser.parse_args(arguments)
         logs = LogStream(writer)
@@ -93,11 +94,11 @@ def main(arguments: list[str]) -> NoReturn:
         writer.write([pack(_ready(registry, options))])
     except BaseException as error:
         if not isinstance(error, LoadError):
-            error = LoadError(f"the worker cannot start: {type(error).__name__}: {error}")
+            error = LoadError(f"the worker cannot start: {type(error).__name__}: {said(error)}")
         writer.write([pack(error_message(error))])
         end(1)
     server = Server(
-        FrameReader(FROM_HOST, options.max_frame),
+        FrameReader(from_host, options.max_frame),
         writer,
         logs,
         Service(registry, InlineTurn()),

@@ -9,14 +9,24 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import threading
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
 from ..errors import CancelledError
+from ..regularizer import is_coroutine_function
+from .process import end_if_forked
 
-__all__ = ["InlineTurn", "Interrupted", "Request", "current_request", "interruptible"]
+__all__ = [
+    "InlineTurn",
+    "Interrupted",
+    "Request",
+    "current_request",
+    "ending_if_forked",
+    "interruptible",
+]
 
 _POLL_SECONDS = 0.02
 
@@ -81,6 +91,31 @@ def interruptible(fn: Callable[..., Any]) -> Callable[..., Any]:
             request.leave()
 
     return inline
+
+
+def ending_if_forked(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """``fn``, after which a process that it forked ends, in a thread that does not answer itself.
+
+    Such a process would stay there for ever, and share the event loop of the worker's async terms.
+    """
+
+    @functools.wraps(fn)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        worker = os.getpid()
+        try:
+            return fn(*args, **kwargs)
+        finally:
+            end_if_forked(worker)
+
+    @functools.wraps(fn)
+    async def awaited(*args: Any, **kwargs: Any) -> Any:
+        worker = os.getpid()
+        try:
+            return await fn(*args, **kwargs)
+        finally:
+            end_if_forked(worker)
+
+    return awaited if is_coroutine_function(fn) else called
 
 
 class InlineTurn:

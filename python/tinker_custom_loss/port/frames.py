@@ -31,7 +31,7 @@ class FrameReader:
     """Reads frames from a blocking file descriptor. One thread at a time."""
 
     def __init__(self, fd: int, max_frame: int = MAX_FRAME) -> None:
-        self._fd = fd
+        self.fd = fd
         self.max_frame = max_frame
 
     def read(self) -> memoryview | None:
@@ -57,7 +57,7 @@ class FrameReader:
 
     def _fill(self, view: memoryview) -> bool:
         while view:
-            count = os.readv(self._fd, [view])
+            count = os.readv(self.fd, [view])
             if count == 0:
                 return False
             view = view[count:]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import signal
 import stat
@@ -14,10 +15,10 @@ from typing import NoReturn
 from ..running.processes import die_with_parent
 from .frames import widen_pipe
 
-__all__ = ["FROM_HOST", "TO_HOST", "attached", "end", "resident_bytes", "settle"]
+__all__ = ["attached", "end", "end_if_forked", "resident_bytes", "settle"]
 
-FROM_HOST = 3
-TO_HOST = 4
+_FROM_HOST, _TO_HOST = 3, 4  # as an Erlang port gives them
+_OUT_OF_THE_WAY = 100
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
 _KEPT_FREE_BYTES = 256 << 20
@@ -27,20 +28,19 @@ _LARGEST_MMAP_THRESHOLD = 32 << 20
 def attached() -> bool:
     """Whether a host holds the other ends of descriptors 3 and 4."""
     try:
-        kinds = [os.fstat(fd).st_mode for fd in (FROM_HOST, TO_HOST)]
+        kinds = [os.fstat(fd).st_mode for fd in (_FROM_HOST, _TO_HOST)]
     except OSError:
         return False
     return all(stat.S_ISFIFO(kind) or stat.S_ISSOCK(kind) for kind in kinds)
 
 
-def settle() -> None:
+def settle() -> tuple[int, int]:
     """Make this process a worker: from here on it ends with its host, whatever it is doing.
 
-    Call it on the main thread, before any code of a user runs.
+    Returns the descriptors from which to read and to which to write. Call it on the main thread,
+    before any code of a user runs.
     """
-    for fd in (FROM_HOST, TO_HOST):
-        os.set_inheritable(fd, False)
-        widen_pipe(fd)
+    from_host, to_host = _take_stream()
     _give_terms_their_descriptors()
     # A group of its own, so that the processes a term starts can be ended together with it.
     with contextlib.suppress(PermissionError):  # the host made it a leader already
@@ -49,8 +49,9 @@ def settle() -> None:
     signal.signal(signal.SIGTERM, lambda *_: end(0))
     # While C code holds the interpreter's lock no thread of ours can run, but the kernel can act.
     die_with_parent(os.getppid())
-    _start_guardian()
+    _start_guardian(from_host)
     _keep_freed_memory()
+    return from_host, to_host
 
 
 def end(status: int) -> NoReturn:
@@ -61,14 +62,49 @@ def end(status: int) -> NoReturn:
     os._exit(status)
 
 
-def _start_guardian() -> None:
+def end_if_forked(worker: int) -> None:
+    """End the calling process if it is not ``worker`` but a copy of it, which must not answer."""
+    if os.getpid() != worker:
+        message = (
+            "a term forked a process, which came back from the term as if it were the worker: it "
+            "is ended; end a process that you fork with os._exit\n"
+        )
+        os.write(2, message.encode())
+        os._exit(70)  # EX_SOFTWARE
+
+
+def _take_stream() -> tuple[int, int]:
+    """Move the stream to where no term hits it by mistake, and keep it from whatever forks.
+
+    A process that a term forks and that outlives the worker would otherwise hold the pipes open,
+    and hide from the host that the worker is gone.
+    """
+    stream = [
+        fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _OUT_OF_THE_WAY) for fd in (_FROM_HOST, _TO_HOST)
+    ]
+    _point_at_nothing(_FROM_HOST, _TO_HOST)
+    os.register_at_fork(after_in_child=lambda: _point_at_nothing(*stream))
+    for fd in stream:
+        widen_pipe(fd)
+    return stream[0], stream[1]
+
+
+def _point_at_nothing(*descriptors: int) -> None:
+    """Rather than close them: a closed one would soon be another file's."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in descriptors:
+        os.dup2(null, fd, inheritable=False)
+    os.close(null)
+
+
+def _start_guardian(from_host: int) -> None:
     """Have a process of this group end the group, when this one cannot or had no time to."""
     if os.getpgrp() != os.getpid():
         return
     script = Path(__file__).with_name("guardian.py")
     command = [sys.executable, "-I", "-S", str(script), str(os.getpid())]
     null = (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)
-    host = (os.POSIX_SPAWN_DUP2, FROM_HOST, 0)
+    host = (os.POSIX_SPAWN_DUP2, from_host, 0)
     os.posix_spawn(command[0], command, os.environ, file_actions=[host, null])
 
 

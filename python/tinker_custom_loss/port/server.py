@@ -9,6 +9,8 @@ somebody always reads, and a ``ping`` or ``cancel`` is answered whatever the oth
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
 import select
 import threading
 import time
@@ -20,10 +22,12 @@ from .frames import FrameReader, FrameTooLargeError, FrameWriter
 from .logs import LogStream
 from .messagepack import pack_pieces
 from .messages import get
-from .process import FROM_HOST, end, resident_bytes
+from .process import end, end_if_forked, resident_bytes
 from .service import Service, error_message, id_of, parse
 
 __all__ = ["Server"]
+
+MOST_INTERNAL_IN_A_ROW = 3
 
 
 class Server:
@@ -46,7 +50,9 @@ class Server:
         self._logs = logs
         self._service = service
         self._max_in_flight = max_in_flight
-        self._turn = _ReadingTurn(FROM_HOST)
+        self._turn = _ReadingTurn(reader.fd)
+        self._worker = os.getpid()
+        self._internal_in_a_row = 0
         self._in_flight: dict[int, Request] = {}
         self._lock = threading.Lock()
         self._started = time.monotonic()
@@ -141,6 +147,7 @@ class Server:
         except BaseException as error:  # whatever a term did, it ends its request and no more
             reply = error_message(error, request.id)
         finally:
+            end_if_forked(self._worker)
             current_request.set(None)
         # The host may use the id again, and can no longer cancel, once it has the answer.
         with self._lock:
@@ -149,6 +156,22 @@ class Server:
             cancelled = CancelledError("the computation was cancelled by its caller")
             reply = error_message(cancelled, request.id)
         self._send(reply)
+        self._end_if_broken(reply)
+
+    def _end_if_broken(self, reply: dict[str, Any]) -> None:
+        """One bug is an answer; a process that has no other answer is of no use to anybody."""
+        internal = reply["op"] == "error" and reply["error"]["kind"] == "internal"
+        with self._lock:
+            self._internal_in_a_row = self._internal_in_a_row + 1 if internal else 0
+            broken = self._internal_in_a_row >= MOST_INTERNAL_IN_A_ROW
+        if broken:
+            logging.getLogger(__name__).error(
+                "%d requests in a row have failed by a bug of this package: the worker ends, to be "
+                "replaced by a fresh one",
+                MOST_INTERNAL_IN_A_ROW,
+            )
+            self._logs.drain()
+            end(3)
 
     def _send(self, message: dict[str, Any]) -> None:
         self._logs.drain()  # what a request logged is with the host before its answer

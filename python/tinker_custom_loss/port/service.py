@@ -11,15 +11,17 @@ from typing import Any
 import msgpack
 
 from ..composer import Composer
+from ..composition import ComposedLoss, Composition
 from ..errors import (
     CustomLossError,
     ProtocolError,
     RequestError,
+    said,
 )
 from ..regularizer import BASE_LOSS, LossFn, is_coroutine_function
 from ..terms import Term
 from ..terms.registry import Registry
-from .cancellation import interruptible
+from .cancellation import ending_if_forked, interruptible
 from .logs import shorten
 from .messagepack import Buffer
 from .messages import TermSpec, decode_compute, decode_terms, encode_batch, name_of, unpack
@@ -74,19 +76,17 @@ class Service:
             CustomLossError: whatever is at fault, see :mod:`tinker_custom_loss.errors`.
         """
         request = decode_compute(message)
-        composition = self._composer(message).compute(
-            request.data,
-            request.logprobs,
-            step=request.step,
-            gradients=request.gradients,
-            cancelled=cancelled,
+        composer = self._composer(message)
+        compute = composer.compute if request.gradients else composer.compute_loss
+        computed: ComposedLoss = compute(
+            request.data, request.logprobs, step=request.step, cancelled=cancelled
         )
-        gradient = composition.gradient
+        gradient = computed.gradient if isinstance(computed, Composition) else None
         return {
             "op": "result",
-            "loss_total": composition.loss_total,
+            "loss_total": computed.loss_total,
             "gradients": None if gradient is None else encode_batch(gradient),
-            "telemetry": composition.telemetry,
+            "telemetry": computed.telemetry,
         }
 
     def terms(self) -> dict[str, Any]:
@@ -110,8 +110,11 @@ class Service:
 
     def _fn(self, spec: TermSpec) -> LossFn:
         fn = self.registry.resolve(spec.fn)
-        inline = not spec.options.get("run_in_executor") and not is_coroutine_function(fn)
-        return interruptible(fn) if inline and not isinstance(fn, Term) else fn
+        where = spec.options.get("run_in_executor")
+        if where == "process" or isinstance(fn, Term):
+            return fn
+        elsewhere = where or is_coroutine_function(fn)
+        return ending_if_forked(fn) if elsewhere else interruptible(fn)
 
 
 def composer_arguments(
@@ -150,7 +153,7 @@ def _could_change(params: Mapping[str, Any]) -> bool:
 
 def error_message(error: BaseException, request_id: int | None = None) -> dict[str, Any]:
     """The ``error`` message that tells of an exception. What is not of this package is its bug."""
-    kind, message = "internal", f"{type(error).__name__}: {error}"
+    kind, message = "internal", f"{type(error).__name__}: {said(error)}"
     error_type: str | None = type(error).__qualname__
     trace: str | None = "".join(traceback.format_exception(error))
     if isinstance(error, CustomLossError):

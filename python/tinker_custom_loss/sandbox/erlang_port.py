@@ -20,7 +20,7 @@ from ..port.frames import MAX_FRAME, FrameReader, FrameTooLargeError, FrameWrite
 from ..port.logs import LogStream
 from ..port.messagepack import Buffer, pack_pieces
 from ..port.messages import decode_batch, decode_compute, decode_terms, encode_batch, get
-from ..port.process import FROM_HOST, TO_HOST, attached, end, settle
+from ..port.process import attached, end, settle
 from ..port.service import composer_arguments, error_message, id_of, parse
 from ..tensors.batch import Shape, TensorBatch
 from ..terms.registry import LoadError, Registry
@@ -38,8 +38,8 @@ def serve(load: Sequence[str]) -> NoReturn:
 
     ``load`` are the modules and files whose functions ``check_gradient`` may name.
     """
-    settle()
-    reader, writer = FrameReader(FROM_HOST), FrameWriter(TO_HOST)
+    from_host, to_host = settle()
+    reader, writer = FrameReader(from_host), FrameWriter(to_host)
     logs = LogStream(writer)
     logs.install("info")
     try:

@@ -3,6 +3,8 @@ defmodule Tinkex.CustomLoss.EventLogger do
   # Telemetry events in words. One that cannot be put in words may not raise: telemetry detaches a
   # handler that does.
 
+  alias Tinkex.CustomLoss.Output
+
   require Logger
 
   def handle_event(event, measurements, metadata, %{level: level}) do
@@ -13,52 +15,61 @@ defmodule Tinkex.CustomLoss.EventLogger do
     end
   end
 
-  defp sentence([:tinkex, :custom_loss, :stop], measurements, metadata) do
-    "custom loss #{number(measurements.loss_total)}, of which #{metadata.regularizer_count} " <>
-      "regularizers contribute #{number(measurements.regularizer_total)}, " <>
-      "in #{ms(measurements.duration)}"
+  defp sentence([:tinkex_custom_loss, :compute, :stop], measurements, %{error: nil} = metadata) do
+    "#{pool(metadata)}: loss #{number(Map.get(measurements, :loss_total, "not finite"))}, of which " <>
+      "#{length(metadata.regularizers)} regularizers contribute " <>
+      "#{number(Map.get(measurements, :regularizer_total, "not finite"))}, in #{ms(measurements.duration)}"
   end
 
-  defp sentence([:tinkex, :custom_loss, :exception], measurements, metadata) do
-    {:trouble,
-     "custom loss failed after #{ms(measurements.duration)}: #{reason(metadata.reason)}"}
+  defp sentence([:tinkex_custom_loss, :compute, :stop], measurements, metadata),
+    do: {:trouble, failed(measurements, metadata, reason(metadata.error))}
+
+  defp sentence([:tinkex_custom_loss, :compute, :exception], measurements, metadata) do
+    raised = Exception.format_banner(metadata.kind, metadata.reason)
+    {:trouble, failed(measurements, metadata, raised)}
   end
 
   defp sentence([:tinkex, :regularizer, :compute, :stop], measurements, metadata) do
-    "regularizer #{inspect(metadata.regularizer_name)}: value #{number(measurements.value)}, " <>
+    "#{pool(metadata)}: regularizer #{inspect(metadata.regularizer_name)}: value #{number(measurements.value)}, " <>
       "weight #{number(metadata.weight)}, contribution #{number(measurements.contribution)}, " <>
       "gradient norm #{number(measurements.grad_norm)}, in #{ms(measurements.duration)}"
   end
 
   defp sentence([:tinkex, :regularizer, :compute, :exception], _measurements, metadata) do
     {:trouble,
-     "regularizer #{inspect(metadata.regularizer_name)} was left out: #{reason(metadata.reason)}"}
+     "#{pool(metadata)}: regularizer #{inspect(metadata.regularizer_name)} was left out: " <>
+       reason(metadata.reason)}
   end
 
   defp sentence([:tinkex_custom_loss, :worker, :up], measurements, metadata) do
-    "custom loss worker #{metadata.worker} is ready after #{ms(measurements.duration)}, " <>
+    "#{pool(metadata)}: worker #{metadata.worker} is ready after #{ms(measurements.duration)}, " <>
       "OS process #{metadata.os_pid}"
   end
 
   defp sentence([:tinkex_custom_loss, :worker, :down], measurements, metadata) do
     {:trouble,
-     "custom loss worker #{metadata.worker} ended: #{reason(metadata.reason)}; " <>
-       "the next one starts in #{measurements.delay} ms"}
+     "#{pool(metadata)}: worker #{metadata.worker} ended: #{reason(metadata.reason)}; " <>
+       "the next one starts in #{ms(measurements.delay)}"}
   end
 
   defp sentence([:tinkex_custom_loss, :retry], _measurements, metadata),
-    do: {:trouble, "a custom loss is computed once more: #{reason(metadata.reason)}"}
+    do: {:trouble, "#{pool(metadata)}: computing once more: #{reason(metadata.reason)}"}
 
-  defp sentence([:tinkex_custom_loss, :deadline], measurements, metadata),
-    do:
-      {:trouble,
-       "a custom loss was not there after #{measurements.timeout} ms, #{metadata.stage}"}
+  defp sentence([:tinkex_custom_loss, :deadline], measurements, metadata) do
+    {:trouble, "#{pool(metadata)}: no loss after #{ms(measurements.timeout)}, #{metadata.stage}"}
+  end
 
-  # Starts say nothing that their ends do not.
+  # Starts say nothing that their ends do not, nor Tinkex's steps what ours do not.
   defp sentence(_event, _measurements, _metadata), do: nil
 
-  defp number(value) when is_float(value), do: :io_lib.format("~.5g", [value]) |> to_string()
-  defp number(value), do: inspect(value)
+  defp failed(measurements, metadata, reason),
+    do: "#{pool(metadata)}: no loss after #{ms(measurements.duration)}: #{reason}"
+
+  defp pool(metadata), do: "Tinkex.CustomLoss #{inspect(metadata.pool)}"
+
+  # Without a gradient there is no norm.
+  defp number(nil), do: "none"
+  defp number(value), do: Output.figure(value)
 
   defp ms(duration),
     do: "#{System.convert_time_unit(duration, :native, :microsecond) / 1000} ms"

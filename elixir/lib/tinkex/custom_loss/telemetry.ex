@@ -2,45 +2,69 @@ defmodule Tinkex.CustomLoss.Telemetry do
   @moduledoc """
   Events for `:telemetry`, which are executed when that library is there and cost nothing when not.
 
-  Those of Tinkex, with its names, measurements and metadata, so that
-  `Tinkex.Regularizer.Telemetry.attach_logger/1` and existing dashboards work as they are:
+  ## A computation
+
+  A span as `:telemetry.span/3` makes it, from the call to what it returns:
 
   | event | measurements | metadata |
   |---|---|---|
-  | `[:tinkex, :custom_loss, :start]` | `system_time` | `regularizer_count`, `track_grad_norms` |
-  | `[:tinkex, :custom_loss, :stop]` | `duration`, `loss_total`, `regularizer_total` | `regularizer_count` |
-  | `[:tinkex, :custom_loss, :exception]` | `duration` | `regularizer_count`, `reason` (an exception struct) |
-  | `[:tinkex, :regularizer, :compute, :start]` | `system_time` | `regularizer_name`, `weight`, `async` |
-  | `[:tinkex, :regularizer, :compute, :stop]` | `duration`, `value`, `contribution`, `grad_norm` | `regularizer_name`, `weight`, `async` |
-  | `[:tinkex, :regularizer, :compute, :exception]` | `duration` | `regularizer_name`, `weight`, `async`, `reason` |
+  | `[:tinkex_custom_loss, :compute, :start]` | `system_time`, `monotonic_time` | `pool`, `step`, `gradients`, `regularizers` (their names) |
+  | `[:tinkex_custom_loss, :compute, :stop]` | `duration`, `monotonic_time`, `loss_total`, `regularizer_total` | the same, and `error` |
+  | `[:tinkex_custom_loss, :compute, :exception]` | `duration`, `monotonic_time` | the same, and `kind`, `reason`, `stacktrace` |
 
-  Those of the regularizers follow once the step is computed, since they are measured in Python: the
-  `system_time` of their start is that of the step. The last event is `:exception` for one that was
-  skipped, or whose value is not finite, `reason` being a sentence. Durations are in native time
-  units. All have `pool`, the name of the pool, too.
+  `error` is the exception of an answer `{:error, exception}`, or nil. With an error there are no
+  losses; nor is there one that is not finite. `:exception` is for what is raised.
 
-  And those of the pool:
+  ## A pool
 
   | event | measurements | metadata |
   |---|---|---|
   | `[:tinkex_custom_loss, :worker, :up]` | `duration` of the start | `pool`, `worker`, `os_pid`, `versions` |
-  | `[:tinkex_custom_loss, :worker, :down]` | `delay`, ms until the next start | `pool`, `worker`, `os_pid`, `reason` |
+  | `[:tinkex_custom_loss, :worker, :down]` | `delay` until the next start | `pool`, `worker`, `os_pid`, `reason` |
   | `[:tinkex_custom_loss, :queue]` | `length`, this one included | `pool` |
   | `[:tinkex_custom_loss, :retry]` | `count`, 1 | `pool`, `reason` the worker ended for |
-  | `[:tinkex_custom_loss, :deadline]` | `timeout`, ms | `pool`, `stage` (`:queued`, `:computing`) |
+  | `[:tinkex_custom_loss, :deadline]` | `timeout` | `pool`, `stage` (`:queued`, `:computing`) |
 
   `reason` is as in `Tinkex.CustomLoss.WorkerError`, whose message puts it in words.
+
+  ## Those of Tinkex
+
+  A computation also has the events of Tinkex, with its names, measurements and metadata, so that
+  `Tinkex.Regularizer.Telemetry.attach_logger/1` and existing dashboards work as they are. There,
+  `:exception` is how a step or a regularizer fails, whether anything was raised or not.
+
+  | event | measurements | metadata |
+  |---|---|---|
+  | `[:tinkex, :custom_loss, :start]` | `system_time`, `monotonic_time` | `regularizer_count`, `track_grad_norms` |
+  | `[:tinkex, :custom_loss, :stop]` | `duration`, `monotonic_time`, `loss_total`, `regularizer_total` | `regularizer_count` |
+  | `[:tinkex, :custom_loss, :exception]` | `duration`, `monotonic_time` | `regularizer_count`, `reason` (an exception, or a sentence for a loss that is not finite) |
+  | `[:tinkex, :regularizer, :compute, :stop]` | `duration`, `value`, `contribution`, `grad_norm` | `regularizer_name`, `weight`, `async` |
+  | `[:tinkex, :regularizer, :compute, :exception]` | `duration` | `regularizer_name`, `weight`, `async`, `reason` (a sentence) |
+
+  Those of the regularizers come when the step is computed, with the `duration` that Python measured;
+  when each one started nobody here knew, so there is no event for it. The last one is for a
+  regularizer that was left out, or whose value is not finite.
+
+  ## All of them
+
+  `pool` is the name that the pool was started with, whichever way it was called, or the pid of one
+  that has none; the metadata of a computation's events, Tinkex's too, also have
+  `telemetry_span_context`, by which they belong together. All times - `duration`, `delay`, `timeout`,
+  `system_time`, `monotonic_time` - are in native units: see `System.convert_time_unit/3`. A
+  `grad_norm` is with respect to logprobs.
 
   To see them in the log, call `attach_logger/1`.
   """
 
-  alias Tinkex.CustomLoss.{EventLogger, Output}
+  alias Tinkex.CustomLoss.{EventLogger, Output, Schema}
 
   @events [
+    [:tinkex_custom_loss, :compute, :start],
+    [:tinkex_custom_loss, :compute, :stop],
+    [:tinkex_custom_loss, :compute, :exception],
     [:tinkex, :custom_loss, :start],
     [:tinkex, :custom_loss, :stop],
     [:tinkex, :custom_loss, :exception],
-    [:tinkex, :regularizer, :compute, :start],
     [:tinkex, :regularizer, :compute, :stop],
     [:tinkex, :regularizer, :compute, :exception],
     [:tinkex_custom_loss, :worker, :up],
@@ -52,6 +76,15 @@ defmodule Tinkex.CustomLoss.Telemetry do
 
   @levels [:debug, :info, :notice, :warning, :error, :critical, :alert, :emergency]
 
+  @logger [
+    handler_id: [type: :any, doc: "to `detach/1` with. By default one is made."],
+    level: [
+      type: {:in, @levels},
+      default: :info,
+      doc: "of steps and regularizers. What went wrong is logged as `:warning`."
+    ]
+  ]
+
   @doc "All events, for `:telemetry.attach_many/4`."
   @spec events() :: [[atom()]]
   def events, do: @events
@@ -59,33 +92,19 @@ defmodule Tinkex.CustomLoss.Telemetry do
   @doc """
   Logs what happens: a line a step, a line a regularizer, and the pool's troubles.
 
-    * `:handler_id` - to `detach/1` with; one is made if it is not given
-    * `:level` - of steps and regularizers, default `:info`. What went wrong is logged as `:warning`.
-
+  #{Schema.docs(@logger)}
   Returns the handler's id. Raises `ArgumentError` if the library `:telemetry` is not there.
   """
   @spec attach_logger(keyword()) :: term()
   def attach_logger(opts \\ []) do
-    level = Keyword.get(opts, :level, :info)
-    id = Keyword.get(opts, :handler_id, {EventLogger, make_ref()})
-
-    with [key | _] <- Keyword.keys(opts) -- [:level, :handler_id] do
-      raise ArgumentError,
-            "attach_logger/1 has no option #{inspect(key)}; " <>
-              "its options are [:handler_id, :level]"
-    end
-
-    unless level in @levels do
-      raise ArgumentError,
-            "invalid value for :level of attach_logger/1: expected one of " <>
-              "#{Enum.map_join(@levels, ", ", &inspect/1)}, got: #{inspect(level)}"
-    end
+    options = Schema.validate!(opts, @logger, "attach_logger/1")
+    id = options.handler_id || {EventLogger, make_ref()}
 
     unless match?({:module, _}, load()) do
       raise ArgumentError, "there is no :telemetry to attach to: add it to your dependencies"
     end
 
-    arguments = [id, @events, &EventLogger.handle_event/4, %{level: level}]
+    arguments = [id, @events, &EventLogger.handle_event/4, Map.take(options, [:level])]
 
     case apply(:telemetry, :attach_many, arguments) do
       :ok -> id
@@ -101,66 +120,73 @@ defmodule Tinkex.CustomLoss.Telemetry do
   # Runs a computation, {:ok, output, result of Call.run/3} or {:error, exception}, between events.
   def span(pool, request, fun) do
     start = System.monotonic_time()
-    system_time = System.system_time()
-    count = length(request.regularizers)
+    context = %{pool: pool, telemetry_span_context: make_ref()}
+    ours = Map.merge(context, Map.take(request, [:step, :gradients]))
+    ours = Map.put(ours, :regularizers, Enum.map(request.regularizers, & &1.name))
+    theirs = Map.put(context, :regularizer_count, length(request.regularizers))
 
-    execute(
-      [:tinkex, :custom_loss, :start],
-      %{system_time: system_time},
-      %{pool: pool, regularizer_count: count, track_grad_norms: request.gradients}
-    )
+    begun = %{system_time: System.system_time(), monotonic_time: start}
+    execute([:tinkex_custom_loss, :compute, :start], begun, ours)
+    tracked = Map.put(theirs, :track_grad_norms, request.gradients)
+    execute([:tinkex, :custom_loss, :start], begun, tracked)
 
-    metadata = %{pool: pool, regularizer_count: count}
+    try do
+      fun.()
+    catch
+      kind, reason ->
+        trace = __STACKTRACE__
+        ended = ended(start)
+        raised = %{kind: kind, reason: reason, stacktrace: trace}
+        execute([:tinkex_custom_loss, :compute, :exception], ended, Map.merge(ours, raised))
+        failed(ended, theirs, Exception.normalize(kind, reason, trace))
+        :erlang.raise(kind, reason, trace)
+    else
+      {:ok, output, %{async: async}} = result ->
+        # In the order of the call; one that is not enabled has no record.
+        for %{name: name} <- request.regularizers,
+            record = output.telemetry["regularizers"][name],
+            do: regularizer(name, record, Map.put(context, :async, name in async))
 
-    result =
-      try do
-        fun.()
-      rescue
-        error ->
-          failed(error, start, metadata)
-          reraise error, __STACKTRACE__
-      end
+        computed(output, ended(start), ours, theirs)
+        result
 
-    case result do
-      {:ok, %Output{telemetry: telemetry} = output, %{async: async}} ->
-        for {name, record} <- telemetry["regularizers"],
-            do: regularizer(name, record, system_time, %{pool: pool, async: name in async})
-
-        measurements = %{
-          duration: System.monotonic_time() - start,
-          loss_total: output.loss_total,
-          regularizer_total: telemetry["regularizer_total"]
-        }
-
-        execute([:tinkex, :custom_loss, :stop], measurements, metadata)
-
-      {:error, reason} ->
-        failed(reason, start, metadata)
+      {:error, error} = result ->
+        ended = ended(start)
+        execute([:tinkex_custom_loss, :compute, :stop], ended, Map.put(ours, :error, error))
+        failed(ended, theirs, error)
+        result
     end
-
-    result
   end
 
-  defp failed(reason, start, metadata) do
-    execute(
-      [:tinkex, :custom_loss, :exception],
-      %{duration: System.monotonic_time() - start},
-      Map.put(metadata, :reason, reason)
-    )
+  defp ended(start) do
+    now = System.monotonic_time()
+    %{duration: now - start, monotonic_time: now}
   end
 
-  defp regularizer(name, record, system_time, metadata) do
-    metadata = Map.merge(metadata, %{regularizer_name: name, weight: record["weight"]})
-    event = &[:tinkex, :regularizer, :compute, &1]
+  # Handlers do arithmetic with measurements: what is no number is none.
+  defp computed(%Output{loss_total: loss, telemetry: telemetry}, ended, ours, theirs) do
+    losses = %{loss_total: loss, regularizer_total: telemetry["regularizer_total"]}
+    losses = for {name, value} <- losses, is_number(value), into: %{}, do: {name, value}
+    ended = Map.merge(ended, losses)
+    execute([:tinkex_custom_loss, :compute, :stop], ended, Map.put(ours, :error, nil))
+
+    if map_size(losses) == 2,
+      do: execute([:tinkex, :custom_loss, :stop], ended, theirs),
+      else: failed(ended, theirs, "its loss is #{loss}")
+  end
+
+  defp failed(ended, theirs, reason),
+    do: execute([:tinkex, :custom_loss, :exception], ended, Map.put(theirs, :reason, reason))
+
+  defp regularizer(name, record, context) do
+    metadata = Map.merge(context, %{regularizer_name: name, weight: record["weight"]})
     duration = native(record["seconds"])
-    execute(event.(:start), %{system_time: system_time}, metadata)
 
     case record do
-      # Handlers do arithmetic with these.
       %{"value" => value, "contribution" => contribution}
       when is_number(value) and is_number(contribution) ->
         execute(
-          event.(:stop),
+          [:tinkex, :regularizer, :compute, :stop],
           %{
             duration: duration,
             value: value,
@@ -172,7 +198,12 @@ defmodule Tinkex.CustomLoss.Telemetry do
 
       %{"error" => error, "value" => value} ->
         reason = error || "its value is #{value}"
-        execute(event.(:exception), %{duration: duration}, Map.put(metadata, :reason, reason))
+
+        execute(
+          [:tinkex, :regularizer, :compute, :exception],
+          %{duration: duration},
+          Map.put(metadata, :reason, reason)
+        )
     end
   end
 
@@ -190,7 +221,7 @@ defmodule Tinkex.CustomLoss.Telemetry do
   @doc false
   def worker_down(config, worker, reason, os_pid, delay) do
     metadata = %{pool: config.name, worker: worker, os_pid: os_pid, reason: reason}
-    execute([:tinkex_custom_loss, :worker, :down], %{delay: delay}, metadata)
+    execute([:tinkex_custom_loss, :worker, :down], %{delay: from_ms(delay)}, metadata)
   end
 
   @doc false
@@ -203,11 +234,11 @@ defmodule Tinkex.CustomLoss.Telemetry do
 
   @doc false
   def deadline(config, stage, timeout) do
-    execute([:tinkex_custom_loss, :deadline], %{timeout: timeout}, %{
-      pool: config.name,
-      stage: stage
-    })
+    metadata = %{pool: config.name, stage: stage}
+    execute([:tinkex_custom_loss, :deadline], %{timeout: from_ms(timeout)}, metadata)
   end
+
+  defp from_ms(ms), do: System.convert_time_unit(ms, :millisecond, :native)
 
   @doc false
   # function_exported?/3 does not load modules, and would say no for ever in a development system.
