@@ -82,7 +82,8 @@ def test_a_term_that_keeps_pulling_against_the_step():
     def against(data, logprobs):
         return torch.cat(logprobs).sum(), {}
 
-    assert kinds(run({"fn": against, "weight": 0.4})) == {("conflict", "term")}
+    records = run({"fn": against, "weight": 0.4}, scale=lambda step: 1.0)
+    assert kinds(records) == {("conflict", "term")}
 
 
 def test_a_schedule_that_stands_still():

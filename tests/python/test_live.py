@@ -74,8 +74,8 @@ def test_a_recorder_feeds_it_for_the_extent_of_the_block(tmp_path):
 
 def test_keys_may_have_a_prefix():
     out = io.StringIO()
-    with live(prefix="custom/", file=out) as table:
-        table.log(flatten(next(records(1)), prefix="custom/"), 0)
+    with live(prefix="custom", file=out) as table:
+        table.log(flatten(next(records(1)), prefix="custom"), 0)
     assert "loss 3.5 = base_loss 3" in out.getvalue()
 
 

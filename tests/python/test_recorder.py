@@ -58,6 +58,13 @@ def test_a_step_that_is_logged_again_after_a_restart_replaces_the_earlier_one(tm
     assert read_run(tmp_path).steps == {7: {"loss_total": 4.0}}
 
 
+def test_a_run_can_be_begun_anew(tmp_path):
+    for step in (3, 0):
+        with Recorder(tmp_path, overwrite=True) as recorder:
+            recorder.log({"loss_total": 1.0}, step)
+    assert list(read_run(tmp_path).steps) == [0]
+
+
 def test_a_process_killed_while_it_records_leaves_a_readable_run(tmp_path):
     program = (
         "import sys, itertools\n"

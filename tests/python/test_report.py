@@ -158,3 +158,12 @@ def test_what_is_no_run_of_ours_is_said_in_a_sentence(tmp_path, capsys, make, me
     make(tmp_path)
     assert main(["report", str(tmp_path), "-o", str(tmp_path / "r.html")]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_keys_may_have_a_prefix(tmp_path):
+    with Recorder(tmp_path / "run") as recorder:
+        for step in range(3):
+            recorder.log({f"loss/{key}": value for key, value in metrics(step).items()}, step)
+    out = tmp_path / "r.html"
+    assert main(["report", str(tmp_path / "run"), "-o", str(out), "--prefix", "loss"]) == 0
+    assert "kl" in numbers_of(out.read_text())["r0-norms"]["series"]

@@ -19,7 +19,7 @@ def add_report(command: argparse.ArgumentParser) -> None:
         "--svg", metavar="DIR", help="also write each chart of each run as DIR/RUN-CHART.svg"
     )
     command.add_argument(
-        "--prefix", default="", help="what the keys of the record begin with in metrics.jsonl"
+        "--prefix", default="", help="that of the keys in metrics.jsonl, as given to flatten"
     )
 
 

@@ -51,7 +51,7 @@ def diagnose(records: Iterable[Mapping[str, Any]], *, prefix: str = "") -> list[
     Args:
         records: the nested records, or their flat forms, as :func:`read_run` gives them; the last
             512 are judged.
-        prefix: what :func:`~tinker_custom_loss.flatten` put before the keys.
+        prefix: the ``prefix`` that :func:`~tinker_custom_loss.flatten` was given.
     """
     history = History(prefix)
     for step, record in enumerate(records):

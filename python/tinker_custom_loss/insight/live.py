@@ -50,7 +50,7 @@ def live(
     Args:
         recorder: whose steps are shown.
         total: the number of steps there will be, for progress and the time that is left.
-        prefix: what :func:`~tinker_custom_loss.flatten` put before the keys.
+        prefix: the ``prefix`` that :func:`~tinker_custom_loss.flatten` was given.
         file: where it is drawn; the standard output if None.
     """
     return Live(recorder, total=total, prefix=prefix, file=file)
@@ -150,7 +150,7 @@ class Live:
 def plain_line(history: History) -> str:
     """One step in at most 80 columns: the loss, and what each term added to it."""
     line = f"{history.step:>5}  loss {short(history.losses[-1])} ="
-    cells = [f"{name} {short(term.contribution)}" for name, term in history.terms.items()]
+    cells = [f"{name} {term.contribution:.3g}" for name, term in history.terms.items()]
     for done, cell in enumerate(cells):
         rest = len(cells) - done
         tail = f" + {rest} more"

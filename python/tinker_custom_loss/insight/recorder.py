@@ -43,6 +43,7 @@ class Recorder:
         directory: made if it is not there.
         config: JSON values that describe the run, written to ``config.json``.
         sinks: who else is to see every step, in this order.
+        overwrite: begin anew where the directory holds a run already.
 
     Raises:
         RequestError: ``config`` is not made of JSON values.
@@ -55,6 +56,7 @@ class Recorder:
         *,
         config: Mapping[str, Any] | None = None,
         sinks: Iterable[Sink] = (),
+        overwrite: bool = False,
     ) -> None:
         self.directory = Path(directory)
         self._sinks = list(sinks)
@@ -63,6 +65,8 @@ class Recorder:
         self.directory.mkdir(parents=True, exist_ok=True)
         if text is not None:
             _replace(self.directory / CONFIG, text)
+        if overwrite:
+            (self.directory / METRICS).unlink(missing_ok=True)
         self._file = open(self.directory / METRICS, "ab", buffering=0)  # noqa: SIM115
         _end_torn_line(self.directory / METRICS, self._file.fileno())
 

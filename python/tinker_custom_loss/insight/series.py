@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["BASE", "JUDGED", "History", "TermSeries", "bar", "short", "sparkline"]
+__all__ = ["BASE", "JUDGED", "History", "TermSeries", "bar", "key_prefix", "short", "sparkline"]
 
 BASE = "base_loss"
 JUDGED = 512
@@ -44,7 +44,7 @@ class History:
     """
 
     def __init__(self, prefix: str = "") -> None:
-        self._prefix = prefix
+        self._prefix = key_prefix(prefix)
         self.step: int | None = None
         self.count = 0
         self.losses: deque[float] = deque(maxlen=JUDGED)
@@ -82,6 +82,11 @@ class History:
                 name, _, quantity = key.removeprefix(regularizers).partition("/")
                 terms.setdefault(name, {})[quantity] = value
         return terms
+
+
+def key_prefix(prefix: str) -> str:
+    """What keys begin with where :func:`~tinker_custom_loss.flatten` was given ``prefix``."""
+    return f"{prefix.rstrip('/')}/" if prefix else ""
 
 
 def sparkline(values: Sequence[float], width: int) -> str:

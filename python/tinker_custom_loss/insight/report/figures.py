@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..recorder import Run
-from ..series import BASE
+from ..series import BASE, key_prefix
 from .buckets import Bucketed, bucket, edges
 from .svg import heat_map, lines, stacked, with_legend
 
@@ -33,6 +33,7 @@ class Figure:
 
 def figures(run: Run, prefix: str = "") -> list[Figure]:
     """Every chart of one run; one that would be empty is left out."""
+    prefix = key_prefix(prefix)
     source = _Source(run, prefix, BUCKETS)
     coarse = _Source(run, prefix, _HEAT_BUCKETS)
     names = term_names(run, prefix)
@@ -105,6 +106,7 @@ def comparison(runs: Sequence[Run], prefix: str = "") -> Figure | None:
     """The losses of several runs over one axis of steps."""
     if len(runs) < 2:
         return None
+    prefix = key_prefix(prefix)
     every = sorted({step for run in runs for step in run.steps})
     ranges = edges(every, BUCKETS)
     steps = [(every[a], every[b - 1]) for a, b in ranges]

@@ -13,7 +13,7 @@ from importlib import resources
 from ...errors import RequestError
 from ..diagnosis import diagnose
 from ..recorder import Run
-from ..series import BASE, JUDGED
+from ..series import BASE, JUDGED, key_prefix
 from .figures import Figure, comparison, figures, term_names
 from .svg import COLORS, LEFT, RIGHT, STYLE, WIDTH
 
@@ -25,11 +25,12 @@ def report_page(runs: Sequence[Run], *, prefix: str = "") -> str:
 
     Args:
         runs: from :func:`~tinker_custom_loss.insight.read_run`.
-        prefix: what :func:`~tinker_custom_loss.flatten` put before the keys.
+        prefix: the ``prefix`` that :func:`~tinker_custom_loss.flatten` was given.
 
     Raises:
         RequestError: a run holds no step with a ``loss_total``.
     """
+    prefix = key_prefix(prefix)
     for run in runs:
         if not any(f"{prefix}loss_total" in metrics for metrics in run.steps.values()):
             raise RequestError(
