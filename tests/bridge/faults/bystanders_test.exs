@@ -86,12 +86,6 @@ defmodule Tinkex.CustomLoss.Faults.BystandersTest do
       assert os_pids(pool) == before
       assert {:ok, %{workers: [%{restarts: 0}, %{restarts: 0}]}} = CustomLoss.info(pool)
     end
-
-    defp processes(supervisor) do
-      for {_, pid, type, _} <- Supervisor.which_children(supervisor),
-          process <- if(type == :supervisor, do: processes(pid), else: [pid]),
-          do: process
-    end
   end
 
   describe "a process of the pool that is killed" do
