@@ -62,7 +62,7 @@ defmodule Tinkex.CustomLoss do
 
   use Supervisor
 
-  alias Tinkex.CustomLoss.{Output, Pool, Regularizer, Telemetry, Training, WorkerError}
+  alias Tinkex.CustomLoss.{Output, Pool, Regularizer, Setup, Telemetry, Training, WorkerError}
   alias Tinkex.CustomLoss.Pool.{Call, Worker}
   alias Tinkex.CustomLoss.Training.LossFn
   alias Tinkex.CustomLoss.Wire.{Data, Tensor}
@@ -76,6 +76,27 @@ defmodule Tinkex.CustomLoss do
           | Tinkex.CustomLoss.TimeoutError.t()
           | Tinkex.CustomLoss.OverloadedError.t()
           | WorkerError.t()
+
+  @doc """
+  Makes the Python environment that pools run in, and returns the path of its Python.
+
+      python = Tinkex.CustomLoss.setup!(torch: :cpu)
+      {:ok, _} = Tinkex.CustomLoss.start_link(name: MyLoss, python: python)
+
+  The environment holds this package's Python side with PyTorch and the `tinker` SDK, and is made by
+  `uv` where that is on PATH, by `venv` and `pip` where not. It takes minutes the first time, and no
+  time once it is complete; one that is there is kept, and what it lacks is added. It works in a
+  project, where `mix tinkex.custom_loss.setup` does the same, in a release, in a script and in
+  Livebook.
+
+  Raises `Tinkex.CustomLoss.SetupError` when it cannot be made, and then leaves nothing behind.
+
+  ## Options
+
+  #{Options.setup_docs()}
+  """
+  @spec setup!(keyword()) :: Path.t()
+  def setup!(opts \\ []), do: opts |> Options.setup!() |> Setup.run()
 
   @doc """
   Starts a pool, linked to the caller. See the module's documentation for the options.
