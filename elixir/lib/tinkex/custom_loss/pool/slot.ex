@@ -38,9 +38,14 @@ defmodule Tinkex.CustomLoss.Pool.Slot do
     Map.merge(%{new() | reason: reason}, kept)
   end
 
-  @doc "Whether it may be given a request, of less than `limit`."
+  @doc """
+  Whether it may be given a request, of less than `limit`.
+
+  What a worker that was killed is given would be lost, and be suspected of it.
+  """
   def open?(slot, limit) do
-    slot.state == :ready and slot.load < limit and slot.alone != :closed and slot.renewal == nil
+    slot.state == :ready and slot.load < limit and slot.alone != :closed and slot.renewal == nil and
+      Process.alive?(slot.worker)
   end
 
   @doc """
