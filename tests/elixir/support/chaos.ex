@@ -26,7 +26,7 @@ defmodule Tinkex.CustomLoss.Test.Chaos do
     sleeps: 4,
     swallows_interrupts: 4,
     killed_from_outside: 4,
-    reloads: 2
+    reloads: 8
   ]
   @others [
     raises: 300,
@@ -164,7 +164,7 @@ defmodule Tinkex.CustomLoss.Test.Chaos do
 
   # One call, and what it came to: :right, {:wrong, answer}, or an exception.
 
-  defp call(pool, :none), do: compute(pool, {:l2, %{reduction: "sum"}}, @long)
+  defp call(pool, :none), do: compute(pool, {:l2, %{reduction: "token_sum"}}, @long)
   defp call(pool, :large), do: compute(pool, "pathological:squares", @long, 100_000)
 
   defp call(pool, fault) when fault in [:sleeps, :swallows_interrupts, :loops, :never_resolves],
