@@ -6,7 +6,8 @@ what each term did. See :class:`Composer` and :class:`Regularizer`.
 
 from typing import TYPE_CHECKING, Any
 
-from .composer import Composer, Composition
+from .composer import Composer
+from .composition import ComposedLoss, Composition
 from .errors import (
     CancelledError,
     ChangedLogprobsError,
@@ -18,8 +19,8 @@ from .errors import (
     TermError,
     TermTimeoutError,
 )
-from .record import flatten
-from .regularizer import Regularizer
+from .record import BaseLossRecord, RegularizerRecord, StepRecord, flatten
+from .regularizer import LossFn, Regularizer
 from .tensors.batch import TensorBatch
 
 if TYPE_CHECKING:
@@ -31,29 +32,41 @@ if TYPE_CHECKING:
         linearize,
         with_regularizers,
     )
+    from .insight import Recorder, diagnose, live, watch
+    from .terms.term import term
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BaseLossRecord",
     "CancelledError",
     "ChangedLogprobsError",
+    "ComposedLoss",
     "Composer",
     "Composition",
     "CustomLossError",
+    "LossFn",
     "NonFiniteError",
     "ProtocolError",
+    "Recorder",
     "RegularizedTrainingClient",
     "Regularizer",
+    "RegularizerRecord",
     "RequestError",
     "StepOutput",
+    "StepRecord",
     "StoppedError",
     "TensorBatch",
     "TermError",
     "TermTimeoutError",
+    "diagnose",
     "flatten",
     "forward_backward_custom",
     "forward_backward_custom_async",
     "linearize",
+    "live",
+    "term",
+    "watch",
     "with_regularizers",
 ]
 
@@ -68,6 +81,8 @@ _SDK = frozenset(
         "with_regularizers",
     }
 )
+# And rich a tenth of one.
+_INSIGHT = frozenset({"Recorder", "diagnose", "live", "watch"})
 
 
 def __getattr__(name: str) -> Any:
@@ -75,4 +90,12 @@ def __getattr__(name: str) -> Any:
         from . import client
 
         return getattr(client, name)
+    if name in _INSIGHT:
+        from . import insight
+
+        return getattr(insight, name)
+    if name == "term":  # the catalogue comes along, which not everyone needs
+        from .terms.term import term
+
+        return term
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

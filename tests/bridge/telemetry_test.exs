@@ -1,5 +1,4 @@
 defmodule Tinkex.CustomLoss.TelemetryTest do
-  # Puts a stand-in for :telemetry in place where the library is not.
   use ExUnit.Case, async: false
 
   import ExUnit.CaptureLog
@@ -7,45 +6,12 @@ defmodule Tinkex.CustomLoss.TelemetryTest do
 
   alias Tinkex.CustomLoss
 
-  setup_all do
-    unless Code.ensure_loaded?(:telemetry) do
-      Module.create(
-        :telemetry,
-        quote do
-          def execute(event, measurements, metadata) do
-            for {pid, _} <- :persistent_term.get(:telemetry_test, %{}),
-                do: send(pid, {event, measurements, metadata})
-
-            :ok
-          end
-        end,
-        Macro.Env.location(__ENV__)
-      )
-
-      on_exit(fn ->
-        :code.purge(:telemetry)
-        :code.delete(:telemetry)
-        :persistent_term.erase(:telemetry_test)
-      end)
-    end
-
-    :ok
-  end
-
-  # With the real library, what it is asked to is what arrives.
   defp listen(events) do
-    if function_exported?(:telemetry, :attach_many, 4) do
-      me = self()
-
-      handler = fn event, measurements, metadata, _ ->
-        send(me, {event, measurements, metadata})
-      end
-
-      apply(:telemetry, :attach_many, [make_ref(), events, handler, nil])
-    else
-      :persistent_term.put(:telemetry_test, %{self() => true})
-    end
+    me = self()
+    listen(events, fn event, measures, metadata, _ -> send(me, {event, measures, metadata}) end)
   end
+
+  defp listen(events, handler), do: on_exit(handle_telemetry(events, handler))
 
   @compute [:tinkex_custom_loss, :compute]
   @step [:tinkex, :custom_loss]
@@ -185,9 +151,9 @@ defmodule Tinkex.CustomLoss.TelemetryTest do
              "[warn" <> failure
            ] = lines
 
-    assert squares =~ pool <> ~s(regularizer "squares": value 25.000, weight 0.50000)
+    assert squares =~ pool <> ~s(regularizer "squares": value 25.0, weight 0.5)
     assert raises =~ pool <> ~s(regularizer "raises" was left out: )
-    assert step =~ pool <> "loss 12.500, of which 2 regularizers contribute 12.500, in "
+    assert step =~ pool <> "loss 12.5, of which 2 regularizers contribute 12.5, in "
     assert failure =~ pool <> "no loss after "
     assert failure =~ "there is no term :l3"
   end
@@ -220,5 +186,28 @@ defmodule Tinkex.CustomLoss.TelemetryTest do
                      %{pool: __MODULE__, stage: :computing}}
 
     assert timeout == System.convert_time_unit(50, :millisecond, :native)
+  end
+
+  @tag :capture_log
+  test "a handler that never returns delays its caller, and no other" do
+    me = self()
+
+    pool_events =
+      for event <- [[:worker, :down], [:queue], [:retry]], do: [:tinkex_custom_loss | event]
+
+    listen(pool_events, fn event, _measurements, _metadata, _ ->
+      send(me, {:in_handler, event, self()})
+      Process.sleep(:infinity)
+    end)
+
+    pool = start_peers!("dies_of_step_1.py", max_in_flight: 1)
+    caller = spawn(fn -> ask(pool, 1) end)
+    assert_receive {:in_handler, [:tinkex_custom_loss, :worker, :down], _process}, 5_000
+    assert_receive {:in_handler, [:tinkex_custom_loss, :retry], ^caller}, 5_000
+    # It is ended by itself, alone, so nobody else waits.
+    await_all(pool)
+    assert {:ok, %{workers: [%{restarts: 2}]}} = CustomLoss.info(pool)
+    assert_serving(pool)
+    Process.exit(caller, :kill)
   end
 end

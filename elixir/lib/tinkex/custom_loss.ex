@@ -48,8 +48,8 @@ defmodule Tinkex.CustomLoss do
     * **the caller dies**: the same, without a call to return.
     * **a term raises**: that call gets the error. Nothing else changes.
     * **a worker's process ends**, by a crash, the operating system, or because it was killed: another
-      one is started after a pause. Requests that it had are tried once more elsewhere, since a
-      computation is pure; one that was on two workers that ended is given up.
+      one is started after a pause. Requests that it had are tried once more, since a computation is
+      pure, while others go on; one that ends a second worker is given up.
     * **the BEAM ends**, in any way: so do the Python processes and their children.
 
   Calls may come from any process. From another node, say `{MyLoss, node}`; deadlines and errors are
@@ -62,7 +62,17 @@ defmodule Tinkex.CustomLoss do
 
   use Supervisor
 
-  alias Tinkex.CustomLoss.{Output, Pool, Regularizer, Telemetry, Training, WorkerError}
+  alias Tinkex.CustomLoss.{
+    Output,
+    Pool,
+    Regularizer,
+    Setup,
+    Telemetry,
+    TimeoutError,
+    Training,
+    WorkerError
+  }
+
   alias Tinkex.CustomLoss.Pool.{Call, Worker}
   alias Tinkex.CustomLoss.Training.LossFn
   alias Tinkex.CustomLoss.Wire.{Data, Tensor}
@@ -76,6 +86,27 @@ defmodule Tinkex.CustomLoss do
           | Tinkex.CustomLoss.TimeoutError.t()
           | Tinkex.CustomLoss.OverloadedError.t()
           | WorkerError.t()
+
+  @doc """
+  Makes the Python environment that pools run in, and returns the path of its Python.
+
+      python = Tinkex.CustomLoss.setup!(torch: :cpu)
+      {:ok, _} = Tinkex.CustomLoss.start_link(name: MyLoss, python: python)
+
+  The environment holds this package's Python side with PyTorch and the `tinker` SDK, and is made by
+  `uv` where that is on PATH, by `venv` and `pip` where not. It takes minutes the first time, and no
+  time once it is complete; one that is there is kept, and what it lacks is added. It works in a
+  project, where `mix tinkex.custom_loss.setup` does the same, in a release, in a script and in
+  Livebook.
+
+  Raises `Tinkex.CustomLoss.SetupError` when it cannot be made, and then leaves nothing behind.
+
+  ## Options
+
+  #{Options.setup_docs()}
+  """
+  @spec setup!(keyword()) :: Path.t()
+  def setup!(opts \\ []), do: opts |> Options.setup!() |> Setup.run()
 
   @doc """
   Starts a pool, linked to the caller. See the module's documentation for the options.
@@ -140,8 +171,13 @@ defmodule Tinkex.CustomLoss do
   @doc false
   def await_ready(supervisor, config) do
     # The worker's own clock starts later, and knows better what was the matter.
-    with :ok <- Pool.await_ready(Pool.whereis(supervisor).pool, config.start_timeout + 5_000),
-         do: :ignore
+    timeout = config.start_timeout + 5_000
+
+    case Pool.ask(Pool.whereis(supervisor).pool, :await_ready, timeout) do
+      :ok -> :ignore
+      :timeout -> {:error, %TimeoutError{timeout: timeout, stage: :queued}}
+      {:error, error} -> {:error, error}
+    end
   end
 
   @doc """

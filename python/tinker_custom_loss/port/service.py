@@ -11,6 +11,7 @@ from typing import Any
 import msgpack
 
 from ..composer import Composer
+from ..composition import ComposedLoss, Composition
 from ..errors import (
     CustomLossError,
     ProtocolError,
@@ -75,19 +76,17 @@ class Service:
             CustomLossError: whatever is at fault, see :mod:`tinker_custom_loss.errors`.
         """
         request = decode_compute(message)
-        composition = self._composer(message).compute(
-            request.data,
-            request.logprobs,
-            step=request.step,
-            gradients=request.gradients,
-            cancelled=cancelled,
+        composer = self._composer(message)
+        compute = composer.compute if request.gradients else composer.compute_loss
+        computed: ComposedLoss = compute(
+            request.data, request.logprobs, step=request.step, cancelled=cancelled
         )
-        gradient = composition.gradient
+        gradient = computed.gradient if isinstance(computed, Composition) else None
         return {
             "op": "result",
-            "loss_total": composition.loss_total,
+            "loss_total": computed.loss_total,
             "gradients": None if gradient is None else encode_batch(gradient),
-            "telemetry": composition.telemetry,
+            "telemetry": computed.telemetry,
         }
 
     def terms(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ defmodule Tinkex.CustomLoss.Output do
     * `gradients` - ∂loss_total/∂logprobs: one tensor a datum, `[T]` or `[T, K]`, in the form in which
       its logprobs were given; nil if the call said `gradients: false`. Not negated: a training
       client is sent `weights = -gradient`.
-    * `telemetry` - the record of the step, a map with string keys (docs/telemetry.md):
+    * `telemetry` - the record of the step, a map with string keys (docs/record.md):
       `telemetry["regularizers"]["kl"]["contribution"]`. Its gradient norms are with respect to
       logprobs.
 
@@ -23,11 +23,11 @@ defmodule Tinkex.CustomLoss.Output do
         }
 
   @doc """
-  The telemetry in flat form, for loggers that take names and numbers.
+  The record in flat form, for loggers that take names and numbers.
 
   Keys such as `"regularizers/kl/value"`, all values floats: true and false are 1.0 and 0.0; nil,
   text and non-finite numbers are left out. A `:` in the name of a metric becomes `.`, since Tinker
-  splits metric names there.
+  splits metric names there. With the option `:prefix`, every key begins with it and a `/`.
 
       iex> output = %Tinkex.CustomLoss.Output{
       ...>   loss_total: 1.5,
@@ -36,10 +36,18 @@ defmodule Tinkex.CustomLoss.Output do
       ...> }
       iex> Tinkex.CustomLoss.Output.flat(output)
       %{"base_loss/value" => 1.0, "loss_total" => 1.5}
+      iex> Tinkex.CustomLoss.Output.flat(output, prefix: "train")
+      %{"train/base_loss/value" => 1.0, "train/loss_total" => 1.5}
   """
-  @spec flat(t() | map()) :: %{String.t() => float()}
-  def flat(%__MODULE__{telemetry: telemetry}), do: flat(telemetry)
-  def flat(telemetry) when is_map(telemetry), do: Map.new(flatten(telemetry, []))
+  @spec flat(t() | map(), prefix: String.t()) :: %{String.t() => float()}
+  def flat(record, options \\ [])
+  def flat(%__MODULE__{telemetry: record}, options), do: flat(record, options)
+
+  def flat(record, options) when is_map(record) do
+    prefix = options |> Keyword.validate!(prefix: "") |> Keyword.fetch!(:prefix)
+    path = if prefix == "", do: [], else: [String.trim_trailing(prefix, "/")]
+    Map.new(flatten(record, path))
+  end
 
   defp flatten(map, path) when is_map(map),
     do: Enum.flat_map(map, fn {key, value} -> flatten(value, [key | path]) end)
@@ -51,31 +59,69 @@ defmodule Tinkex.CustomLoss.Output do
 
   defp key(path), do: path |> Enum.reverse() |> Enum.join("/") |> String.replace(":", ".")
 
+  @doc false
+  # A number for people to read, to five digits.
+  def figure(zero) when zero == 0, do: "0.0"
+
+  def figure(number) when is_number(number) do
+    magnitude = number |> abs() |> :math.log10() |> floor()
+
+    if magnitude in -4..5,
+      do: :erlang.float_to_binary(number * 1.0, [:compact, decimals: max(1, 4 - magnitude)]),
+      else: :erlang.float_to_binary(number * 1.0, scientific: 4)
+  end
+
+  def figure(other), do: to_string(other)
+
   defimpl Inspect do
     import Inspect.Algebra
 
     alias Tinkex.CustomLoss.Wire.Numbers
 
-    def inspect(output, opts) do
-      fields = [
-        loss_total: output.loss_total,
-        gradient_shapes: output.gradients && shapes(output.gradients),
-        regularizers: contributions(output.telemetry)
-      ]
+    @heads ["", "value", "weight", "contribution", "grad_norm", "cosine"]
+    @keys ["value", "weight", "contribution", "grad_norm", "cosine_to_total"]
 
-      body =
-        container_doc("<", fields, ">", opts, fn {name, value}, opts ->
-          concat("#{name}: ", if(is_binary(value), do: value, else: to_doc(value, opts)))
-        end)
+    def inspect(%{telemetry: telemetry} = output, opts) do
+      regularizers = Enum.sort(telemetry["regularizers"] || %{})
+      base = if telemetry["base_loss"], do: [{"base_loss", telemetry["base_loss"]}], else: []
+      {shown, more} = Enum.split(regularizers, limit(opts.limit))
+      rows = for {name, record} <- base ++ shown, do: [label(name) | figures(record)]
+      rest = if more == [], do: [], else: ["… #{length(regularizers)} regularizers in all"]
 
-      concat("#Tinkex.CustomLoss.Output", body)
+      # What every row leaves empty is no column.
+      table = if rows == [], do: [], else: [@heads | rows] |> Enum.zip_with(& &1)
+      lines = table |> Enum.filter(&(tl(&1) |> Enum.any?(fn cell -> cell != "" end))) |> aligned()
+      head = "loss_total: #{figure(output.loss_total)}, gradients: #{gradients(output.gradients)}"
+      body = Enum.map([head | lines] ++ rest, &concat(line(), &1))
+      concat(["#Tinkex.CustomLoss.Output<", nest(concat(body), 2), line(), ">"])
     end
 
-    defp contributions(telemetry) do
-      for {name, record} <- telemetry["regularizers"] || %{},
-          into: %{},
-          do: {name, record["contribution"]}
+    defp limit(:infinity), do: 1_000_000
+    defp limit(limit), do: limit
+
+    defp label(name), do: if(name =~ ~r/\A[\w.:-]+\z/u, do: name, else: Kernel.inspect(name))
+
+    defp figures(record) do
+      figures = for key <- @keys, do: figure(record[key])
+      if record["skipped"], do: List.replace_at(figures, 0, "skipped"), else: figures
     end
+
+    defp figure(nil), do: ""
+    defp figure(number), do: Tinkex.CustomLoss.Output.figure(number)
+
+    # Lines of columns: the first to the left, numbers to the right.
+    defp aligned(columns) do
+      columns
+      |> Enum.with_index(fn column, index ->
+        width = column |> Enum.map(&String.length/1) |> Enum.max()
+        pad = if index == 0, do: &String.pad_trailing/2, else: &String.pad_leading/2
+        Enum.map(column, &pad.(&1, width))
+      end)
+      |> Enum.zip_with(&(&1 |> Enum.join("  ") |> String.trim_trailing()))
+    end
+
+    defp gradients(nil), do: "nil"
+    defp gradients(gradients), do: shapes(gradients)
 
     # Shapes, never data.
     defp shapes(gradients) do

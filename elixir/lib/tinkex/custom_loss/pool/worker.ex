@@ -230,7 +230,8 @@ defmodule Tinkex.CustomLoss.Pool.Worker do
   defp received({:result, id, %{rss: _} = pong}, :ready, data) do
     if id == data.ping or id == Outbox.probe() do
       Pool.worker(data.pool, data.index, {:alive, pong})
-      {:keep_state, %{data | ping: nil, missed_pings: 0}}
+      ping = if id != data.ping, do: data.ping
+      {:keep_state, %{data | ping: ping, missed_pings: 0}}
     else
       ended({:protocol, "the worker answered the ping #{id}, which nobody sent"}, data)
     end
