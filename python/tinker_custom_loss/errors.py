@@ -137,7 +137,7 @@ class NonFiniteError(TermError):
 
 
 class ChangedLogprobsError(TermError):
-    """A term changed the logprobs in place. Never skipped: what the others computed is wrong."""
+    """A term changed the logprobs in place. Never skipped: that is a bug, not a step's bad luck."""
 
 
 class TermTimeoutError(TermError):
