@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         linearize,
         with_regularizers,
     )
+    from .terms.term import term
 
 __version__ = "0.1.0"
 
@@ -60,6 +61,7 @@ __all__ = [
     "forward_backward_custom",
     "forward_backward_custom_async",
     "linearize",
+    "term",
     "with_regularizers",
 ]
 
@@ -81,4 +83,8 @@ def __getattr__(name: str) -> Any:
         from . import client
 
         return getattr(client, name)
+    if name == "term":  # the catalogue comes along, which not everyone needs
+        from .terms.term import term
+
+        return term
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

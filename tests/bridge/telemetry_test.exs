@@ -182,9 +182,9 @@ defmodule Tinkex.CustomLoss.TelemetryTest do
              "[warn" <> failure
            ] = lines
 
-    assert squares =~ pool <> ~s(regularizer "squares": value 25.000, weight 0.50000)
+    assert squares =~ pool <> ~s(regularizer "squares": value 25.0, weight 0.5)
     assert raises =~ pool <> ~s(regularizer "raises" was left out: )
-    assert step =~ pool <> "loss 12.500, of which 2 regularizers contribute 12.500, in "
+    assert step =~ pool <> "loss 12.5, of which 2 regularizers contribute 12.5, in "
     assert failure =~ pool <> "no loss after "
     assert failure =~ "there is no term :l3"
   end

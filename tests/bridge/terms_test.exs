@@ -127,6 +127,23 @@ defmodule Tinkex.CustomLoss.TermsTest do
     end
   end
 
+  describe "a module that ends Python when it is imported" do
+    @tag :tmp_dir
+    test "does so again where the error says that it would", %{tmp_dir: tmp} do
+      # A shell has to be told what is one word.
+      module = Path.join(tmp, "it's mine/ends_python.py")
+      File.mkdir_p!(Path.dirname(module))
+      File.cp!(fixture("ends_python.py"), module)
+      pool = start_supervised!({CustomLoss, load: [module], backoff: {60_000, 60_000}}, id: :ends)
+
+      assert {:error, %WorkerError{} = error} = compute(pool, base_loss: :l2)
+      assert [_, command] = Regex.run(~r/To see it again, run: (.*)$/, Exception.message(error))
+      {output, status} = System.cmd("/bin/sh", ["-c", command], stderr_to_stdout: true)
+      assert status == 3
+      assert output =~ "there is no room at the inn"
+    end
+  end
+
   describe "bad input in Python's hands" do
     test "is a request error with its path", %{pool: pool} do
       assert {:error, %RequestError{} = error} =

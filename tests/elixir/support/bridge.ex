@@ -124,7 +124,7 @@ defmodule Tinkex.CustomLoss.Bridge do
 
   @doc "Three calls of the real Python succeed."
   def assert_squaring(pool),
-    do: for(_ <- 1..3, do: assert(square(pool, {:l2, %{reduction: "sum"}}) == {:ok, 5.0}))
+    do: for(_ <- 1..3, do: assert(square(pool, {:l2, %{reduction: "token_sum"}}) == {:ok, 5.0}))
 
   @doc "Waits until every worker of the pool is ready, and for nothing."
   def await_all(pool) do

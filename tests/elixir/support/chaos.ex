@@ -150,7 +150,7 @@ defmodule Tinkex.CustomLoss.Test.Chaos do
 
   # One call, and what it came to: :right, {:wrong, answer}, or an exception.
 
-  defp call(pool, :none), do: compute(pool, {:l2, %{reduction: "sum"}}, @long)
+  defp call(pool, :none), do: compute(pool, {:l2, %{reduction: "token_sum"}}, @long)
   defp call(pool, :large), do: compute(pool, "pathological:squares", @long, 100_000)
 
   defp call(pool, fault) when fault in [:sleeps, :swallows_interrupts, :loops, :never_resolves],
