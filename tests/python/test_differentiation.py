@@ -16,6 +16,7 @@ from tinker_custom_loss import (
     Composer,
     NonFiniteError,
     RequestError,
+    StaleGraphError,
     TensorBatch,
     TermError,
 )
@@ -221,9 +222,9 @@ class TestSharedGraphs:
         (computes, uses), kept = self.sharing()
         Composer(total, [computes]).compute(DATA, logprobs)
         assert kept
-        with pytest.raises(TermError, match='"uses" depends on the logprobs of another step'):
+        with pytest.raises(StaleGraphError, match='"uses" depends on the logprobs of another step'):
             Composer(total, [uses]).compute(DATA, [t.clone() for t in logprobs])
-        with pytest.raises(TermError, match='"uses" depends on the logprobs of another step'):
+        with pytest.raises(StaleGraphError, match='"uses" depends on the logprobs of another step'):
             Composer(total, [uses]).compute(DATA, logprobs)
 
     def test_what_is_kept_detached_is_a_constant(self, logprobs):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ChangedLogprobsError, TermError
+from ..errors import ChangedLogprobsError, StaleGraphError, TermError
 from ..tensors.batch import TensorBatch
 from ..tensors.gradients import ParameterGradient
 from .returned import checked
@@ -111,7 +111,7 @@ def _gradients(
         elif stands_for is source:
             logprobs.append(found)
         else:
-            raise TermError(
+            raise StaleGraphError(
                 f'the loss of the term "{name}" depends on the logprobs of another step, through '
                 "something that was kept, such as a cached feature, and that part of its gradient "
                 "would be lost; compute it anew in each step, or detach it",
