@@ -80,9 +80,9 @@ defmodule TinkexCustomLoss.MixProject do
       links: %{},
       files: [
         "elixir/lib",
-        "python/tinker_custom_loss/**/*.{py,typed}",
+        "python/tinker_custom_loss/**/*.{py,typed,css,js}",
         "pyproject.toml",
-        "docs/**/*.md",
+        "docs/**/*.{md,livemd}",
         "mix.exs",
         ".formatter.exs",
         "README.md",
@@ -96,7 +96,7 @@ defmodule TinkexCustomLoss.MixProject do
     [
       main: "Tinkex.CustomLoss",
       source_ref: "v#{@version}",
-      extras: ["README.md", "CHANGELOG.md"] ++ Path.wildcard("docs/*.md")
+      extras: ["README.md", "CHANGELOG.md"] ++ Path.wildcard("docs/*.{md,livemd}")
     ]
   end
 end

@@ -36,7 +36,8 @@ class LossFn(Protocol):
     """``fn(data, logprobs, **params) -> (loss, metrics)``, or a coroutine function of that shape.
 
     ``data`` is the list of ``tinker.Datum``, ``logprobs`` a list of float tensors, one a datum,
-    each [T] or [T,K]; ``loss`` a scalar tensor, ``metrics`` a dict of numbers or None.
+    each [T] or [T,K]; ``loss`` a scalar tensor, or a number where there is no gradient; ``metrics``
+    a dict of numbers or None.
     """
 
     def __call__(
@@ -44,7 +45,7 @@ class LossFn(Protocol):
     ) -> Returned | Awaitable[Returned]: ...
 
 
-Returned = tuple[Tensor, Mapping[str, Any]]
+Returned = tuple[Tensor | float, Mapping[str, Any]]
 Weight = float | Callable[[int], float]
 Place = bool | Literal["process"] | concurrent.futures.Executor
 

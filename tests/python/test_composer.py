@@ -8,6 +8,7 @@ import math
 import pickle
 import threading
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,8 +21,9 @@ from term_library import (
     infinite_loss,
     nan_gradient_in_datum_1,
     raises,
+    returns,
     returns_bare_loss,
-    returns_float,
+    returns_text,
     returns_text_metric,
     returns_vector,
     square,
@@ -187,6 +189,15 @@ class TestComposition:
         as_list, as_batch = composer.compute(DATA, logprobs), composer.compute(DATA, batch)
         assert torch.equal(as_list.gradient.flat, as_batch.gradient.flat)
 
+    @pytest.mark.parametrize("number", [-6.0, -6, np.float32(-6), np.array(-6.0)[()]])
+    @pytest.mark.parametrize("place", [False, True, "process"])
+    def test_a_plain_number_contributes_its_value_and_no_gradient(self, number, place, logprobs):
+        term = spec(returns, 2.0, "number", params={"loss": number}, run_in_executor=place)
+        composition = Composer(total, [term]).compute(DATA, logprobs)
+        record = composition.telemetry["regularizers"]["number"]
+        assert (record["contribution"], record["differentiable"]) == (-12, False)
+        assert composition.gradient.flat.tolist() == [1.0] * 7
+
     def test_a_constant_contributes_its_value_and_no_gradient(self, logprobs):
         composition = Composer(total, [spec(constant, 2.0, "constant")]).compute(DATA, logprobs)
         record = composition.telemetry["regularizers"]["constant"]
@@ -300,7 +311,7 @@ class TestTermsThatFail:
             (raises, r"the term \"bad\" raised KeyError: 'no such reward'"),
             (exits, r'the term "bad" raised SystemExit: enough'),
             (returns_vector, r'the term "bad" returned a loss of shape \[3\]; expected a scalar'),
-            (returns_float, r'the term "bad" returned -6.0 \(float\) as its loss'),
+            (returns_text, r'the term "bad" returned .low. \(str\) as its loss; .* or a number'),
             (
                 returns_bare_loss,
                 r'the term "bad" returned a tensor of shape \[\]; a term returns a',

@@ -256,7 +256,7 @@ class TestWhatBadInputGets:
             ("interrupts_while_awaited", "KeyboardInterrupt", ""),
             ("cancels", "asyncio.exceptions.CancelledError", ""),
             ("raises_base_exception", "pathological.Catastrophe", "quite unusual"),
-            ("no_tensor", None, "expected a scalar torch.Tensor"),
+            ("no_number", None, "expected a scalar torch.Tensor"),
             ("no_scalar", None, "shape [2]"),
             ("bad_metrics", None, 'the metric "text"'),
         ],

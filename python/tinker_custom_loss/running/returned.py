@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..errors import TermError
@@ -20,6 +21,8 @@ __all__ = ["checked"]
 def checked(name: str, returned: object) -> tuple[Tensor, dict[str, float | None]]:
     """The loss and the metrics of what the term ``name`` returned.
 
+    A plain number is a loss without a graph, so it adds its value and no gradient.
+
     Raises:
         TermError: it is no such pair, with what it is and what is expected.
     """
@@ -30,10 +33,12 @@ def checked(name: str, returned: object) -> tuple[Tensor, dict[str, float | None
             term=name,
         )
     loss, metrics = returned
+    if isinstance(loss, numbers.Real) and not isinstance(loss, bool):
+        loss = torch.tensor(float(loss), dtype=torch.float64, device="cpu")
     if not isinstance(loss, Tensor):
         raise TermError(
             f'the term "{name}" returned {_describe(loss)} as its loss; expected a scalar '
-            "torch.Tensor computed from the logprobs",
+            "torch.Tensor computed from the logprobs, or a number",
             term=name,
         )
     if loss.numel() != 1:

@@ -60,9 +60,17 @@ defmodule Tinkex.CustomLoss.Output do
   defp key(path), do: path |> Enum.reverse() |> Enum.join("/") |> String.replace(":", ".")
 
   @doc false
-  # For people to read.
+  # A number for people to read, to five digits.
   def figure(zero) when zero == 0, do: "0.0"
-  def figure(float) when is_float(float), do: "~.5g" |> :io_lib.format([float]) |> to_string()
+
+  def figure(number) when is_number(number) do
+    magnitude = number |> abs() |> :math.log10() |> floor()
+
+    if magnitude in -4..5,
+      do: :erlang.float_to_binary(number * 1.0, [:compact, decimals: max(1, 4 - magnitude)]),
+      else: :erlang.float_to_binary(number * 1.0, scientific: 4)
+  end
+
   def figure(other), do: to_string(other)
 
   defimpl Inspect do
