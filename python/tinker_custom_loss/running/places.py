@@ -24,7 +24,7 @@ from ..errors import RequestError, TermError, TermTimeoutError
 from ..regularizer import Regularizer
 from ..tensors.batch import TensorBatch
 from .context import running
-from .differentiation import Evaluation, differentiate, leaf_of
+from .differentiation import Evaluation, differentiate
 from .evaluation import (
     Call,
     RemoteCall,
@@ -196,7 +196,7 @@ def _start_async(
     expires: float,
 ) -> Started:
     started = time.perf_counter()
-    leaf = leaf_of(logprobs)
+    leaf = call.leaf(logprobs)
 
     async def awaited() -> Any:
         with running(call.name), guarding(call.name, leaf, awaiting=True):
