@@ -25,7 +25,7 @@ from ..regularizer import Regularizer
 from ..tensors.batch import TensorBatch
 from . import exits  # noqa: F401 - has what runs here ended when the interpreter ends
 from .context import running
-from .differentiation import Evaluation, differentiate, leaf_of
+from .differentiation import Evaluation, differentiate
 from .evaluation import (
     Call,
     RemoteCall,
@@ -197,7 +197,7 @@ def _start_async(
     expires: float,
 ) -> Started:
     started = time.perf_counter()
-    leaf = leaf_of(logprobs)
+    leaf = call.leaf(logprobs)
 
     async def awaited() -> Any:
         with running(call.name), guarding(call.name, leaf, awaiting=True):
