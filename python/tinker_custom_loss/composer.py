@@ -28,6 +28,7 @@ from .running import places, processes
 from .running.differentiation import Evaluation
 from .running.evaluation import Call
 from .running.event_loop import CallersLoop
+from .running.shipping import ShippedCall
 from .running.threads import THREADS, on_this_thread
 from .tensors.batch import TensorBatch, checked_batch
 from .tensors.gradients import surrogate
@@ -85,10 +86,11 @@ class Composer:
                 "that is enabled",
                 path="regularizers",
             )
+        self._shipped: dict[str, ShippedCall | None] = {}
         for index, term in enumerate(self.regularizers):
             try:
                 _check_no_composer(term.fn)
-                places.check_picklable(term)
+                self._shipped[term.name] = places.shipped(term)
             except RequestError as error:
                 where = f"regularizers[{index}]"
                 raise RequestError(f"{where}: {error}", path=f"{where}.{error.path}") from error
@@ -258,7 +260,13 @@ class Composer:
                 if not places.runs_inline(term):
                     with _skipping(term, index, results):
                         pending[index] = places.start(
-                            term, self._calls[index], data, batch, gradients, surroundings
+                            term,
+                            self._calls[index],
+                            self._shipped.get(term.name),
+                            data,
+                            batch,
+                            gradients,
+                            surroundings,
                         )
             inline = [i for i, term in enumerate(self._terms) if places.runs_inline(term)]
             with self._inline_lock if inline else contextlib.nullcontext():
