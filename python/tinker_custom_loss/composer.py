@@ -15,7 +15,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from .composition import ComposedLoss, Composition, Step
 from .errors import CancelledError, ChangedLogprobsError, RequestError, TermError
 from .record import metrics_of
 from .regularizer import BASE_LOSS, LossFn, Regularizer, check_step, regularizers_from
-from .running import places, processes
+from .running import lifetimes, places, processes
 from .running.differentiation import Evaluation
 from .running.evaluation import Call
 from .running.event_loop import CallersLoop
@@ -239,6 +239,36 @@ class Composer:
             composition.parameter_gradients,
         )
         return loss, metrics_of(composition.telemetry)
+
+    def close(self) -> None:
+        """Close the terms that are objects with ``aclose`` or ``close``, where they run.
+
+        Processes that run no term are ended. A composer that is used again sets its terms up
+        again.
+
+        Raises:
+            RequestError: a term has to be closed on the event loop that runs here: await
+                :meth:`aclose`.
+        """
+        lifetimes.close([term.fn for term in self._terms])
+        if any(term.run_in_executor == "process" for term in self._terms):
+            processes.end_idle()
+
+    async def aclose(self) -> None:
+        """:meth:`close`, awaited."""
+        await asyncio.wrap_future(THREADS.submit(self.close))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
 
     def __repr__(self) -> str:
         names = ", ".join(term.name for term in self._terms)

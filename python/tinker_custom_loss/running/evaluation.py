@@ -27,6 +27,7 @@ from ..tensors.batch import Shape, TensorBatch
 from .context import running
 from .differentiation import Evaluation, check_unchanged, differentiate, leaf_of
 from .event_loop import OWN_LOOP, Waiting
+from .lifetimes import set_up
 from .modes import Modes
 from .shipping import ShippedCall
 from .threads import on_this_thread
@@ -78,6 +79,7 @@ def evaluate(
     leaf = call.leaf(logprobs)
     with on_this_thread():
         with running(call.name), modes.entered(), guarding(call.name, leaf):
+            set_up(call.fn, lambda returned: waiting.wait(returned, modes))
             returned = call(data, leaf)
             if inspect.isawaitable(returned):
                 returned = waiting.wait(returned, modes)

@@ -34,6 +34,7 @@ from .evaluation import (
     guarding,
 )
 from .event_loop import OWN_LOOP, Loop, Waiting
+from .lifetimes import set_up_async
 from .modes import Modes
 from .processes import ProcessRun
 from .shipping import ShippedCall
@@ -208,6 +209,7 @@ def _start_async(
 
     async def awaited() -> Any:
         with running(call.name), guarding(call.name, leaf, awaiting=True):
+            await set_up_async(call.fn)
             return await call(data, leaf)
 
     def finish(returned: object) -> Evaluation:

@@ -26,6 +26,7 @@ import torch
 
 from ..errors import TermError, TermTimeoutError
 from .evaluation import RemoteCall, RemoteReply, evaluate_remote
+from .lifetimes import close_all
 from .shipping import ShippedCall, UnknownFunctionError
 from .threads import THREADS
 
@@ -83,8 +84,22 @@ def _spawn() -> _Worker:
     return worker
 
 
+def end_idle(seconds: float = 1.0) -> None:
+    """End the processes that run no term, once they have closed what terms have open there."""
+    with _lock:
+        workers = list(_idle)
+        _idle.clear()
+    for worker in workers:
+        worker.hang_up()
+    expires = time.monotonic() + seconds
+    for worker in workers:
+        worker.process.join(max(0.0, expires - time.monotonic()))
+        worker.end()
+
+
 def end_all() -> None:
     """End every process: the interpreter ends."""
+    end_idle(0.5)
     with _lock:
         workers = list(_alive)
     for worker in workers:
@@ -204,6 +219,10 @@ class _Worker:
             raise TermError(message, term=name, error_type=kind, traceback=trace)
         return reply
 
+    def hang_up(self) -> None:
+        """Let it end by itself."""
+        self._pipe.close()
+
     def end(self) -> None:
         """Kill it and close what belongs to it. No other thread may be using it."""
         with _lock:
@@ -259,6 +278,7 @@ def _serve(pipe: Connection, parent: int) -> None:
         try:
             work = pipe.recv_bytes()
         except (EOFError, OSError):
+            close_all(1.0)
             return
         pipe.send_bytes(pickle.dumps(_answer(work), protocol=pickle.HIGHEST_PROTOCOL))
 
