@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from . import __version__
 from .cli.doctor import examine
+from .cli.report import add_report, report
 from .cli.terms import describe, overview
 
 
@@ -30,7 +31,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         if name == "terms":
             command.add_argument("names", nargs="*", metavar="NAME", help="a term to tell all of")
+    summary = "make one HTML page, with charts, of recorded runs"
+    add_report(commands.add_parser("report", help=summary, description=summary))
     options = parser.parse_args(arguments)
+    if options.command == "report":
+        return report(options)
     if options.command == "doctor":
         return _doctor(options.load)
     return _terms(options.load, options.names)

@@ -166,6 +166,52 @@ defmodule Tinkex.CustomLoss.Bridge do
     for %{os_pid: os_pid} when os_pid != nil <- info.workers, do: os_pid
   end
 
+  @doc "The Erlang processes of a pool, but for its supervisors."
+  def processes(supervisor) do
+    for {_, pid, type, _} <- Supervisor.which_children(supervisor),
+        process <- if(type == :supervisor, do: processes(pid), else: [pid]),
+        is_pid(process),
+        do: process
+  end
+
+  @doc """
+  Calls `handler` for the events of `:telemetry`, by a stand-in where the library is not there: that
+  knows one handler, and of no events in particular. Returns what ends it.
+  """
+  def handle_telemetry(events, handler) do
+    id = {__MODULE__, make_ref()}
+
+    if function_exported?(:telemetry, :attach_many, 4) do
+      apply(:telemetry, :attach_many, [id, events, handler, nil])
+      fn -> apply(:telemetry, :detach, [id]) end
+    else
+      unless Code.ensure_loaded?(:telemetry), do: create_telemetry()
+      :persistent_term.put(__MODULE__, {events, handler})
+
+      fn ->
+        :persistent_term.erase(__MODULE__)
+        :code.purge(:telemetry)
+        :code.delete(:telemetry)
+      end
+    end
+  end
+
+  defp create_telemetry do
+    Module.create(
+      :telemetry,
+      quote do
+        def execute(event, measurements, metadata) do
+          with {events, handler} <- :persistent_term.get(unquote(__MODULE__), nil) do
+            if event in events, do: handler.(event, measurements, metadata, nil)
+          end
+
+          :ok
+        end
+      end,
+      Macro.Env.location(__ENV__)
+    )
+  end
+
   @doc "Whether the process runs: one that ended but was not yet waited for does not."
   def alive?(os_pid) do
     case System.cmd("ps", ["-o", "stat=", "-p", "#{os_pid}"], stderr_to_stdout: true) do
