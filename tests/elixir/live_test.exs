@@ -36,7 +36,7 @@ defmodule Tinkex.CustomLoss.LiveTest do
     assert [heads, base, kl] = Enum.take(lines, -3)
     assert String.split(heads) == ~w(term value weight w·value share w·|∇| cos trend)
     assert base =~ ~r/^base_loss 0\.1667 +0\.1667 █████▍ +1 \+0\.75 [▁▂▃▄▅▆▇█]{10}$/u
-    assert kl =~ ~r/^kl +0\.1667 +0\.5 0\.0833 ██▋ +0\.25 -0\.50 [▁▂▃▄▅▆▇█]{10}$/u
+    assert kl =~ ~r/^kl +0\.1667 +0\.5 0\.08333 ██▋ +0\.25 -0\.50 [▁▂▃▄▅▆▇█]{10}$/u
   end
 
   test "no line is longer than 80 columns, and what is left out is counted" do
