@@ -30,12 +30,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             metavar="MODULE_OR_FILE",
             help="a module, or a .py file, whose functions are terms too (repeatable)",
         )
+        if name == "terms":
+            command.add_argument(
+                "--markdown", action="store_true", help="as a page, with all that each one says"
+            )
     summary = "make one HTML page, with charts, of recorded runs"
     add_report(commands.add_parser("report", help=summary, description=summary))
     options = parser.parse_args(arguments)
     if options.command == "report":
         return report(options)
-    return _doctor(options.load) if options.command == "doctor" else _terms(options.load)
+    if options.command == "doctor":
+        return _doctor(options.load)
+    return _terms(options.load, options.markdown)
 
 
 def _doctor(load: Sequence[str]) -> int:
@@ -46,7 +52,8 @@ def _doctor(load: Sequence[str]) -> int:
     return status
 
 
-def _terms(load: Sequence[str]) -> int:
+def _terms(load: Sequence[str], markdown: bool) -> int:
+    from .cli.markdown import page
     from .terms.registry import LoadError, Registry
 
     try:
@@ -54,6 +61,9 @@ def _terms(load: Sequence[str]) -> int:
     except LoadError as error:
         print(error, file=sys.stderr)
         return 1
+    if markdown:
+        print(page(terms))
+        return 0
     for term in terms:
         print("\n".join(_lines(term)), end="\n\n")
     return 0
