@@ -1,7 +1,7 @@
 """Train with a topology and a sparsity regularizer, against the sandbox on this machine.
 
-    pip install '.[examples]'  # in a clone of this repository
-    python docs/examples/topology_and_sparsity.py
+pip install '.[examples]'  # in a clone of this repository
+python docs/examples/topology_and_sparsity.py
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ from typing import Any
 
 from ..errors import ProtocolError
 from ..terms.registry import LoadError, Registry
-from .messages import get, pack
-from .service import Service, error_message, id_of, parse
+from .messagepack import Message, pack, unpack
+from .service import Service, error_message, id_of, op_of
 
 __all__ = ["compute", "load"]
 
@@ -38,12 +38,12 @@ def compute(request: bytes) -> bytes:
     While it runs, standard output goes to standard error and standard input is empty, whoever asks
     for them: ErlPort speaks on these descriptors.
     """
-    message: dict[str, Any] = {}
+    message: Message | None = None
 
     def answer() -> dict[str, Any]:
         nonlocal message
-        message = parse(request)
-        op = get(message, "op", (str,))
+        message = unpack(request)
+        op = op_of(message)
         if op == "compute":
             return _service.compute(message)
         if op == "terms":
