@@ -48,6 +48,13 @@ fuzz: setup ## decode a million mutated and random frames on either side (FUZZ_S
 soak: setup ## make a hundred thousand small calls and watch the memory
 	@MIX_ENV=test mix do compile, run tests/bridge/soak.exs
 
+# New examples each time; PROPERTIES_SEED=N repeats a run.
+.PHONY: properties
+properties: setup ## draw 3000 new compositions for each property (EXAMPLES=n for another number)
+	@seed=$${PROPERTIES_SEED:-$$(od -An -N3 -tu4 /dev/urandom | tr -d ' ')}; \
+		echo "PROPERTIES_SEED=$$seed"; \
+		$(BIN)/pytest -m hypothesis --hypothesis-profile=new --hypothesis-seed=$$seed
+
 .PHONY: lint lint-elixir lint-python lint-tree
 lint: setup ## check formatting, types, warnings
 	@$(MAKE) --keep-going lint-elixir lint-python lint-tree

@@ -1,7 +1,8 @@
 defmodule Mix.Tasks.Compile.TinkexPython do
   @moduledoc false
   # The Python sources live beside the Elixir ones, but a release carries only ebin and priv of an
-  # application: they become its priv/python, as a link here and as files in a release.
+  # application: they become its priv/python, as a link here and as files in a release. What else is
+  # linked is what Python needs to build a package of them (Tinkex.CustomLoss.Setup).
   use Mix.Task.Compiler
 
   @impl true
@@ -9,10 +10,13 @@ defmodule Mix.Tasks.Compile.TinkexPython do
     priv = Path.join(Mix.Project.app_path(), "priv")
     File.mkdir_p!(priv)
 
-    case Mix.Utils.symlink_or_copy(Path.expand("python"), Path.join(priv, "python")) do
-      {:error, reason} -> Mix.raise("cannot put the Python sources into #{priv}: #{reason}")
-      _linked -> {:noop, []}
+    for name <- ["python", "pyproject.toml", "README.md", "LICENSE"] do
+      with {:error, reason} <-
+             Mix.Utils.symlink_or_copy(Path.expand(name), Path.join(priv, name)),
+           do: Mix.raise("cannot put #{name} into #{priv}: #{reason}")
     end
+
+    {:noop, []}
   end
 end
 

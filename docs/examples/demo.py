@@ -19,8 +19,7 @@ import tinker
 import torch
 from demo_terms import rarity, smoothness
 
-from tinker_custom_loss import Regularizer
-from tinker_custom_loss.client.sdk import forward_backward_custom
+from tinker_custom_loss import Regularizer, forward_backward_custom
 from tinker_custom_loss.sandbox import SandboxServer
 from tinker_custom_loss.sandbox.examples import Examples
 from tinker_custom_loss.sandbox.gradient_check import check_gradient

@@ -14,6 +14,7 @@ from .errors import (
     NonFiniteError,
     ProtocolError,
     RequestError,
+    StoppedError,
     TermError,
     TermTimeoutError,
 )
@@ -22,8 +23,9 @@ from .regularizer import Regularizer
 from .tensors.batch import TensorBatch
 
 if TYPE_CHECKING:
-    from .client.sdk import (
+    from .client import (
         RegularizedTrainingClient,
+        StepOutput,
         forward_backward_custom,
         forward_backward_custom_async,
         linearize,
@@ -43,6 +45,8 @@ __all__ = [
     "RegularizedTrainingClient",
     "Regularizer",
     "RequestError",
+    "StepOutput",
+    "StoppedError",
     "TensorBatch",
     "TermError",
     "TermTimeoutError",
@@ -57,6 +61,7 @@ __all__ = [
 _SDK = frozenset(
     {
         "RegularizedTrainingClient",
+        "StepOutput",
         "forward_backward_custom",
         "forward_backward_custom_async",
         "linearize",
@@ -67,7 +72,7 @@ _SDK = frozenset(
 
 def __getattr__(name: str) -> Any:
     if name in _SDK:
-        from .client import sdk
+        from . import client
 
-        return getattr(sdk, name)
+        return getattr(client, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -27,7 +27,8 @@ from .record import flatten, step_record
 from .regularizer import BASE_LOSS, LossFn, Regularizer, regularizers_from
 from .running import places, processes
 from .running.differentiation import Evaluation
-from .running.evaluation import Call, evaluate
+from .running.evaluation import Call
+from .running.event_loop import CallersLoop
 from .running.non_finite import CheckedEvaluation, check_finite, record_of
 from .running.threads import THREADS
 from .tensors import gradients as grad
@@ -177,14 +178,8 @@ class Composer:
                 are wanted and no term is differentiable.
             CancelledError: ``cancelled`` was set.
         """
-        started = time.perf_counter()
-        with torch.inference_mode(False):
-            batch = checked_batch(data, logprobs)
-            weights = [term.weight_at(step) for term in self._terms]
-            results = self._evaluate(data, batch, gradients, cancelled)
-            return self._compose(
-                batch, logprobs, weights, results, gradients, term_gradients, step, started
-            )
+        here = places.Surroundings.here()
+        return self._compute(data, logprobs, step, gradients, term_gradients, cancelled, here)
 
     async def compute_async(
         self,
@@ -195,23 +190,42 @@ class Composer:
         gradients: bool = True,
         term_gradients: bool = False,
     ) -> Composition:
-        """:meth:`compute`, awaited: the caller's event loop stays free meanwhile."""
+        """:meth:`compute`, awaited, while the caller's event loop stays free.
+
+        Async terms run on that loop, as tasks that end if this is cancelled; inline ones on a
+        thread of this package.
+        """
         cancelled = threading.Event()
-        future = THREADS.submit(
-            self.compute,
-            data,
-            logprobs,
-            step=step,
-            gradients=gradients,
-            term_gradients=term_gradients,
-            cancelled=cancelled,
-        )
-        try:
-            composition: Composition = await asyncio.wrap_future(future)
-        except asyncio.CancelledError:
-            cancelled.set()
-            raise
-        return composition
+        async with CallersLoop() as loop:
+            here = places.Surroundings.here(loop)
+            future = THREADS.submit(
+                self._compute, data, logprobs, step, gradients, term_gradients, cancelled, here
+            )
+            try:
+                composition: Composition = await asyncio.wrap_future(future)
+            except asyncio.CancelledError:
+                cancelled.set()
+                raise
+            return composition
+
+    def _compute(
+        self,
+        data: Sequence[Any],
+        logprobs: Sequence[Tensor] | TensorBatch,
+        step: int,
+        gradients: bool,
+        term_gradients: bool,
+        cancelled: threading.Event | None,
+        surroundings: places.Surroundings,
+    ) -> Composition:
+        started = time.perf_counter()
+        with torch.inference_mode(False):
+            batch = checked_batch(data, logprobs)
+            weights = [term.weight_at(step) for term in self._terms]
+            results = self._evaluate(data, batch, gradients, cancelled, surroundings)
+            return self._compose(
+                batch, logprobs, weights, results, gradients, term_gradients, step, started
+            )
 
     def __call__(self, data: Sequence[Any], logprobs: Sequence[Tensor]) -> tuple[Any, Any]:
         """``(loss, metrics)``, as the tinker SDK wants it from a custom loss function.
@@ -237,6 +251,7 @@ class Composer:
         batch: TensorBatch,
         gradients: bool,
         cancelled: threading.Event | None,
+        surroundings: places.Surroundings,
     ) -> list[Evaluation | TermError]:
         """Every term's evaluation, in order; an error only where the term may be skipped."""
         results: dict[int, Evaluation | TermError] = {}
@@ -246,14 +261,16 @@ class Composer:
                 if not places.runs_inline(term):
                     with _skipping(term, index, results):
                         pending[index] = places.start(
-                            term, self._calls[index], data, batch, gradients
+                            term, self._calls[index], data, batch, gradients, surroundings
                         )
             inline = [i for i, term in enumerate(self._terms) if places.runs_inline(term)]
             with self._inline_lock if inline else contextlib.nullcontext():
                 for index in inline:
                     _check_cancelled(cancelled)
                     with _skipping(self._terms[index], index, results):
-                        results[index] = evaluate(self._calls[index], data, batch, gradients)
+                        results[index] = places.run_inline(
+                            self._calls[index], data, batch, gradients, surroundings
+                        )
             self._collect(pending, results, cancelled)
         finally:
             for started in pending.values():

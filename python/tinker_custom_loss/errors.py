@@ -7,6 +7,7 @@
     │   ├── ChangedLogprobsError  it changed the logprobs in place
     │   └── TermTimeoutError  it outlived its own timeout
     ├── CancelledError    the caller withdrew the request
+    ├── StoppedError      a step failed before, and the training client was told to stop then
     └── ProtocolError     bytes that are not a frame, or a frame that is not a message
 
 ``kind`` is the word that travels over the port (see docs/protocol.md, "Errors").
@@ -26,6 +27,7 @@ __all__ = [
     "NonFiniteError",
     "ProtocolError",
     "RequestError",
+    "StoppedError",
     "TermError",
     "TermTimeoutError",
 ]
@@ -148,6 +150,14 @@ class CancelledError(CustomLossError):
     """The caller withdrew the request before it was answered."""
 
     kind: ClassVar[str] = "cancelled"
+
+
+class StoppedError(CustomLossError):
+    """A training client with ``on_failure="stop"`` refused a call: a step before it failed.
+
+    The failure is its ``__cause__``. ``acknowledge_failure()`` of the client lets later calls
+    through.
+    """
 
 
 class ProtocolError(CustomLossError):

@@ -20,8 +20,7 @@ import torch
 from tinker import Datum, ModelInput, TensorData, TrainingClient
 from tinker.types import ForwardBackwardOutput
 
-from tinker_custom_loss import Regularizer
-from tinker_custom_loss.client.sdk import linearize
+from tinker_custom_loss import Regularizer, linearize
 
 DATUMS, TOKENS = 64, 4096
 ROUNDS, TARGET = 40, 0.10

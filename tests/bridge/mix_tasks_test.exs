@@ -78,6 +78,43 @@ defmodule Tinkex.CustomLoss.MixTasksTest do
       assert output =~ ~r/^FAIL  .*starts_no_worker.sh exited with status 3 before it was ready/m
     end
 
+    # As :telemetry does, which most projects have: it warns until it is started.
+    @telemetry """
+    defmodule :telemetry do
+      use Application
+
+      def start(_type, _args),
+        do: Supervisor.start_link([], strategy: :one_for_one, name: __MODULE__)
+
+      def execute(_event, _measurements, _metadata),
+        do: IO.puts(if Process.whereis(__MODULE__), do: "executed", else: "telemetry is not started")
+    end
+    """
+
+    @tag :tmp_dir
+    test "makes telemetry warn of nothing", %{tmp_dir: tmp} do
+      ebin = Path.join(tmp, "telemetry-1.0.0/ebin")
+      File.mkdir_p!(ebin)
+      source = Path.join(tmp, "telemetry.ex")
+      File.write!(source, @telemetry)
+      {_, 0} = System.cmd("elixirc", ["-o", ebin, source])
+
+      app =
+        {:application, :telemetry,
+         vsn: ~c"1.0.0",
+         modules: [:telemetry],
+         registered: [],
+         applications: [:kernel, :stdlib],
+         mod: {:telemetry, []}}
+
+      File.write!(Path.join(ebin, "telemetry.app"), :io_lib.format("~p.~n", [app]))
+      args = ["tinkex.custom_loss.doctor", "--python", python()]
+      {output, status} = mix(args, [{"ERL_LIBS", tmp}])
+      assert status == 0, output
+      assert output =~ "executed"
+      refute output =~ "telemetry is not started"
+    end
+
     test "knows its options" do
       assert {output, 1} = mix(["tinkex.custom_loss.doctor", "--lod", "x"])
       assert output =~ "--lod: there is no such option"
@@ -100,49 +137,5 @@ defmodule Tinkex.CustomLoss.MixTasksTest do
              "l2(weights: str | None = None, reduction: str = 'sum')\n    builtin: Squared"
 
     assert output =~ "tinkex_terms:masked()\n    loaded: (no docstring)"
-  end
-
-  @tag :tmp_dir
-  test "setup makes an environment in which doctor finds all well", %{tmp_dir: tmp} do
-    # What the package depends on is that of the Python which runs the tests, so that nothing is
-    # downloaded; the package itself is built and installed.
-    {paths, 0} =
-      System.cmd(python(), ["-c", "import site; print(':'.join(site.getsitepackages()))"])
-
-    env = [{"PYTHONPATH", String.trim(paths)}]
-    dir = Path.join(tmp, "environment")
-    installer = ["--", "--no-index", "--no-build-isolation", "--no-deps"]
-
-    {output, status} =
-      mix(["tinkex.custom_loss.setup", "--dir", dir, "--python", python()] ++ installer, env)
-
-    assert status == 0, output
-    assert output =~ "setup: making an environment in #{dir} with #{python()}"
-    made = Path.join(dir, "bin/python")
-    assert output =~ "setup: done; to check it: mix tinkex.custom_loss.doctor --python #{made}"
-
-    assert [_] =
-             Path.wildcard(Path.join(dir, "lib/python*/site-packages/tinker_custom_loss/port"))
-
-    {output, status} = mix(["tinkex.custom_loss.doctor", "--python", made], env)
-    assert status == 0, output
-
-    # Again: nothing is made anew.
-    {output, 0} = mix(["tinkex.custom_loss.setup", "--dir", dir] ++ installer, env)
-
-    assert output =~ "setup: using the environment in #{dir}"
-  end
-
-  @tag :tmp_dir
-  test "setup refuses a Python that is too old, or not there", %{tmp_dir: tmp} do
-    setup = ["tinkex.custom_loss.setup", "--dir", Path.join(tmp, "environment"), "--python"]
-    assert {output, 1} = mix(setup ++ [fixture("python_3_9")])
-    assert output =~ "is older than Python 3.11"
-    assert {output, 1} = mix(setup ++ ["no-such-python"])
-    assert output =~ "there is no no-such-python"
-    # Also where the environment is there already, whatever it was made with.
-    File.mkdir_p!(Path.join(tmp, "environment/bin"))
-    File.touch!(Path.join(tmp, "environment/bin/python"))
-    assert {_output, 1} = mix(setup ++ ["no-such-python"])
   end
 end

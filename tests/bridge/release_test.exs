@@ -11,7 +11,17 @@ defmodule Tinkex.CustomLoss.ReleaseTest do
     use Mix.Project
 
     def project do
-      [app: :trainer, version: "1.0.0", deps: [{:tinkex_custom_loss, path: "../package"}]]
+      [
+        app: :trainer,
+        version: "1.0.0",
+        deps: [{:tinkex_custom_loss, path: "../package"}],
+        releases: [
+          trainer: [
+            steps: [:assemble, &Tinkex.CustomLoss.Release.python/1, :tar],
+            custom_loss: [args: ["--no-index", "--no-build-isolation", "--no-deps"]]
+          ]
+        ]
+      ]
     end
 
     def application, do: [mod: {Trainer, []}, extra_applications: [:logger]]
@@ -37,6 +47,8 @@ defmodule Tinkex.CustomLoss.ReleaseTest do
 
       IO.puts("gradients \#{inspect(output.gradients)}")
       IO.puts("sources \#{Application.app_dir(:tinkex_custom_loss, "priv/python")}")
+      {:ok, python} = Tinkex.CustomLoss.Pool.Python.find(nil)
+      IO.puts("python \#{python}")
       System.stop()
     end
   end
@@ -57,44 +69,66 @@ defmodule Tinkex.CustomLoss.ReleaseTest do
     end
   end
 
-  defp cmd!(program, args, dir, env \\ []) do
-    python =
-      with {:ok, python} <- Tinkex.CustomLoss.Pool.Python.find(nil),
-           do: [{"TINKEX_CUSTOM_LOSS_PYTHON", python}]
+  # With the packages of the Python that runs the tests, so that nothing is downloaded.
+  defp packages(python) do
+    program = "import site; print(':'.join(site.getsitepackages()))"
+    {paths, 0} = System.cmd(python, ["-c", program])
+    [{"PYTHONPATH", String.trim(paths)}]
+  end
 
+  defp cmd!(program, args, dir, env) do
     clean =
-      for name <- ["MIX_ENV", "TINKEX_PATH", "MIX_BUILD_PATH", "MIX_BUILD_ROOT", "PYTHONPATH"],
+      for name <- ["MIX_ENV", "TINKEX_PATH", "MIX_BUILD_PATH", "MIX_BUILD_ROOT", "VIRTUAL_ENV"],
           do: {name, nil}
 
     # Nothing is to be asked of Hex, also where it is installed.
     clean = [{"TINKEX_CUSTOM_LOSS_DEPS", "none"}, {"HEX_OFFLINE", "1"} | clean]
-    env = clean ++ python ++ env
+    env = clean ++ env
     {output, status} = System.cmd(program, args, cd: dir, env: env, stderr_to_stdout: true)
     assert status == 0, output
     output
   end
 
-  test "a release carries the Python sources and computes a gradient", %{tmp_dir: tmp} do
+  test "a release carries the Python sources, an environment if it is asked to, and computes a gradient",
+       %{tmp_dir: tmp} do
     package!(Path.join(tmp, "package"))
     project = Path.join(tmp, "trainer")
     File.mkdir_p!(Path.join(project, "lib"))
     File.write!(Path.join(project, "mix.exs"), @mix_exs)
     File.write!(Path.join(project, "lib/trainer.ex"), @trainer)
 
+    {:ok, python} = Tinkex.CustomLoss.Pool.Python.find(nil)
+    # A Python is looked for in PATH first.
+    path = {"PATH", Path.dirname(python) <> ":" <> System.get_env("PATH")}
+    none = {"TINKEX_CUSTOM_LOSS_PYTHON", nil}
+
     # What a user of the package has to build must build without warnings.
-    output = cmd!("mix", ["release", "--quiet"], project, [{"MIX_ENV", "prod"}])
+    env = [{"MIX_ENV", "prod"}, path, none | packages(python)]
+    output = cmd!("mix", ["release", "--quiet"], project, env)
     refute output =~ "warning", output
 
     # Elsewhere, with everything that it was built from gone.
     release = Path.join(tmp, "deployed")
-    File.rename!(Path.join(project, "_build/prod/rel/trainer"), release)
+    File.mkdir!(release)
+    tar = Path.join(project, "_build/prod/trainer-1.0.0.tar.gz")
+    {_, 0} = System.cmd("tar", ["-xzf", tar, "-C", release])
     File.rm_rf!(project)
     File.rm_rf!(Path.join(tmp, "package"))
+    start = &cmd!(Path.join(release, "bin/trainer"), ["start"], release, &1)
 
-    output = cmd!(Path.join(release, "bin/trainer"), ["start"], release)
+    output = start.([none | packages(python)])
     assert output =~ "gradients [[-1.0, -3.0]]"
+    assert output =~ "python #{release}/python/bin/python\n"
     assert [_, sources] = Regex.run(~r/^sources (.*)$/m, output)
     assert String.starts_with?(sources, release)
     assert File.regular?(Path.join(sources, "tinker_custom_loss/port/__main__.py"))
+    # So that an environment can be made where the release runs.
+    assert File.regular?(Path.join(sources, "../pyproject.toml"))
+
+    # With another one.
+    File.rm_rf!(Path.join(release, "python"))
+    output = start.([{"TINKEX_CUSTOM_LOSS_PYTHON", python}, {"PYTHONPATH", nil}])
+    assert output =~ "gradients [[-1.0, -3.0]]"
+    assert output =~ "python #{python}\n"
   end
 end

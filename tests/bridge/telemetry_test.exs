@@ -13,8 +13,8 @@ defmodule Tinkex.CustomLoss.TelemetryTest do
         :telemetry,
         quote do
           def execute(event, measurements, metadata) do
-            for {pid, _} <- :persistent_term.get(:telemetry_test, %{}),
-                do: send(pid, {event, measurements, metadata})
+            for {_pid, handler} <- :persistent_term.get(:telemetry_test, %{}),
+                do: handler.(event, measurements, metadata, nil)
 
             :ok
           end
@@ -34,17 +34,14 @@ defmodule Tinkex.CustomLoss.TelemetryTest do
 
   # With the real library, what it is asked to is what arrives.
   defp listen(events) do
-    if function_exported?(:telemetry, :attach_many, 4) do
-      me = self()
+    me = self()
+    listen(events, fn event, measures, metadata, _ -> send(me, {event, measures, metadata}) end)
+  end
 
-      handler = fn event, measurements, metadata, _ ->
-        send(me, {event, measurements, metadata})
-      end
-
-      apply(:telemetry, :attach_many, [make_ref(), events, handler, nil])
-    else
-      :persistent_term.put(:telemetry_test, %{self() => true})
-    end
+  defp listen(events, handler) do
+    if function_exported?(:telemetry, :attach_many, 4),
+      do: apply(:telemetry, :attach_many, [make_ref(), events, handler, nil]),
+      else: :persistent_term.put(:telemetry_test, %{self() => handler})
   end
 
   @compute [:tinkex_custom_loss, :compute]
@@ -220,5 +217,30 @@ defmodule Tinkex.CustomLoss.TelemetryTest do
                      %{pool: __MODULE__, stage: :computing}}
 
     assert timeout == System.convert_time_unit(50, :millisecond, :native)
+  end
+
+  @tag :capture_log
+  test "a handler that never returns delays its caller, and no other" do
+    me = self()
+
+    pool_events =
+      for event <- [[:worker, :down], [:queue], [:retry]], do: [:tinkex_custom_loss | event]
+
+    listen(pool_events, fn event, _measurements, _metadata, _ ->
+      if event in pool_events do
+        send(me, {:in_handler, event, self()})
+        Process.sleep(:infinity)
+      end
+    end)
+
+    pool = start_peers!("dies_of_step_1.py", max_in_flight: 1)
+    caller = spawn(fn -> ask(pool, 1) end)
+    assert_receive {:in_handler, [:tinkex_custom_loss, :worker, :down], _process}, 5_000
+    assert_receive {:in_handler, [:tinkex_custom_loss, :retry], ^caller}, 5_000
+    # It is ended by itself, alone, so nobody else waits.
+    await_all(pool)
+    assert {:ok, %{workers: [%{restarts: 2}]}} = CustomLoss.info(pool)
+    assert_serving(pool)
+    Process.exit(caller, :kill)
   end
 end

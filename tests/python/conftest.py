@@ -1,5 +1,7 @@
 """For all tests: patience, and training clients of the official SDK against their own sandbox."""
 
+import os
+
 import pytest
 import tinker
 import torch
@@ -10,9 +12,19 @@ from tinker_custom_loss.sandbox import SandboxServer
 # The sandbox, the client and the terms compute at the same time, on as few as two cores.
 torch.set_num_threads(1)
 
-# A busy machine is no failure.
-settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("patient")
+# The same examples in every run, and new ones for `make properties`. A busy machine is no failure.
+settings.register_profile(
+    "same", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+)
+settings.register_profile(
+    "new",
+    settings.get_profile("same"),
+    derandomize=False,
+    database=None,
+    print_blob=True,
+    max_examples=int(os.environ.get("EXAMPLES", "3000")),
+)
+settings.load_profile("same")
 
 
 @pytest.fixture

@@ -17,8 +17,6 @@ TERMS = [
     {"fn": spread, "weight": -1, "name": "s"},
 ]
 
-pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
-
 
 def forward_output(data):
     generator = np.random.default_rng(0)

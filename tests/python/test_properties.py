@@ -1,116 +1,121 @@
-"""Whatever the composition: its gradient is that of the same loss written as one function."""
+"""Whatever the composition: its gradient is that of the same loss written as one function.
+
+The same examples in every run of the tests; `make properties` draws thousands of new ones.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import functools
 import random
-import time
 
+import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from tinker_custom_loss import Composer
-
-PLACES = ("inline", "async", "thread", "process")
-
-
-def late(rank):
-    """Make terms end in a random order, whatever the order in which they were given."""
-    time.sleep(rank / 500)
-
-
-def curvature(data, logprobs, *, scale, rank):
-    late(rank)
-    return scale * sum(x.square().sum() for x in logprobs), {}
-
-
-def entropy_like(data, logprobs, *, scale, rank):
-    late(rank)
-    return scale * sum((x.exp() * x).sum() for x in logprobs), {}
-
-
-def across_datums(data, logprobs, *, scale, rank):
-    late(rank)
-    means = torch.stack([x.mean() for x in logprobs])
-    return scale * (means - means.mean()).square().sum() + means[0].square(), {}
-
-
-def last_datum_only(data, logprobs, *, scale, rank):
-    late(rank)
-    return scale * torch.logsumexp(logprobs[-1].flatten(), 0), {}
-
-
-TERMS = (curvature, entropy_like, across_datums, last_datum_only)
-
-
-def asynchronous(fn):
-    async def term(data, logprobs, *, scale, rank):
-        await asyncio.sleep(rank / 500)
-        return fn(data, logprobs, scale=scale, rank=0)
-
-    return term
-
+from property_terms import FORMULAS, PLACES, Drawn
+from tinker_custom_loss import Composer, TermError
 
 sizes = st.integers(1, 6)
-shapes = st.lists(st.one_of(st.tuples(sizes), st.tuples(sizes, sizes)), min_size=1, max_size=5)
-weights = st.floats(-3, 3, allow_nan=False, width=32)
-terms = st.lists(
-    st.tuples(
-        st.sampled_from(TERMS),
-        weights,
-        st.sampled_from(PLACES),
-        st.floats(0.25, 2, width=32),
-        st.integers(0, 3),
-    ),
-    min_size=1,
-    max_size=4,
-)
+shapes = st.one_of(st.tuples(sizes), st.tuples(sizes, sizes))
+dtypes = st.sampled_from([torch.float32, torch.float64])
+datums = st.lists(st.tuples(shapes, dtypes), min_size=1, max_size=5)
+finite = st.floats(-3, 3, allow_nan=False, width=32)
 
 
-@settings(
-    max_examples=200,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow],
-)
-@given(shapes, terms, st.sampled_from([None, *TERMS]), st.integers(0, 2**16))
-def test_the_composed_gradient_is_the_monolithic_one(shapes, terms, base, seed):
+def terms(faults):
+    return st.lists(
+        st.builds(
+            Drawn,
+            formula=st.sampled_from(FORMULAS),
+            scale=st.floats(0.25, 2, width=32),
+            weight=finite,
+            slope=st.just(0.0) | finite,
+            place=st.sampled_from(PLACES),
+            rank=st.integers(0, 3),
+            fault=faults,
+            policy=st.sampled_from(["raise", "skip", "zero"]),
+        ),
+        min_size=1,
+        max_size=4,
+    )
+
+
+seeds = st.integers(0, 2**16)
+bases = st.sampled_from([None, *FORMULAS])
+sound = terms(st.none())
+faulty = terms(st.sampled_from([None, None, "raises", "nan_loss", "nan_gradient"]))
+
+
+def drawn_logprobs(datums, seed):
     generator = torch.Generator().manual_seed(seed)
-    logprobs = [-torch.rand(shape, generator=generator) * 5 for shape in shapes]
-    base = base and functools.partial(base, scale=0.5, rank=0)
-    regularizers = [
-        {
-            "fn": asynchronous(fn) if place == "async" else fn,
-            "weight": weight,
-            "name": f"{index}-{fn.__name__}",
-            "params": {"scale": scale, "rank": rank},
-            "run_in_executor": {"thread": True, "process": "process"}.get(place, False),
-        }
-        for index, (fn, weight, place, scale, rank) in enumerate(terms)
-    ]
-    random.Random(seed).shuffle(regularizers)
+    return [-5 * torch.rand(shape, generator=generator).to(dtype) for shape, dtype in datums]
 
-    composer = Composer(base, regularizers)
-    composition = composer.compute([None] * len(shapes), logprobs)
 
+def composer_of(base, terms):
+    regularizers = [term.as_regularizer(f"term {i}") for i, term in enumerate(terms)]
+    return Composer(base and (lambda data, logprobs: (0.5 * base(logprobs), {})), regularizers)
+
+
+def composed(composer, logprobs, step, awaited=False):
+    data = [None] * len(logprobs)
+    if awaited:
+        return asyncio.run(composer.compute_async(data, logprobs, step=step))
+    return composer.compute(data, logprobs, step=step)
+
+
+def assert_that_of_one_function(composition, base, terms, logprobs, step):
     leaves = [x.clone().double().requires_grad_() for x in logprobs]
-    loss = sum(
-        weight * fn(None, leaves, scale=scale, rank=0)[0] for fn, weight, _, scale, _ in terms
-    )
+    losses = [term.loss(leaves, step) for term in terms]
     if base is not None:
-        loss = loss + base(None, leaves)[0]
-    gradients = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
-
+        losses.append(0.5 * base(leaves))
+    parts = [
+        torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+        for loss in losses
+    ]
     # Relative to what was added up: terms of opposite sign may cancel almost entirely.
-    telemetry = composition.telemetry
-    scale = sum(record["grad_norm_weighted"] for record in telemetry["regularizers"].values())
-    if base is not None:
-        scale += telemetry["base_loss"]["grad_norm"]
-    difference = torch.cat(
-        [(got - want).flatten() for got, want in zip(composition.gradients, gradients, strict=True)]
-    )
-    assert float(difference.norm()) <= 1e-6 * scale
-    again = composer.compute([None] * len(shapes), logprobs)
+    scale = sum(float(torch.cat([g.flatten() for g in part]).norm()) for part in parts)
+    for got, *want in zip(composition.gradients, *parts, strict=True):
+        assert float((got - sum(want)).norm()) <= 1e-6 * scale
+    total = sum(float(loss.detach()) for loss in losses)
+    scale = 1 + sum(abs(float(loss.detach())) for loss in losses)
+    scale += sum(abs(term.weight_at(step) * term.scale) for term in terms)  # logsumexp cancels
+    assert composition.loss_total == pytest.approx(total, abs=1e-6 * scale)
+
+
+@given(datums, sound, bases, st.integers(0, 100), seeds, st.booleans())
+def test_the_composed_gradient_is_the_monolithic_one(datums, terms, base, step, seed, awaited):
+    logprobs = drawn_logprobs(datums, seed)
+    given = [x.clone() for x in logprobs]
+    random.Random(seed).shuffle(terms)
+    composer = composer_of(base, terms)
+    composition = composed(composer, logprobs, step, awaited)
+
+    assert_that_of_one_function(composition, base, terms, logprobs, step)
+    again = composed(composer, logprobs, step)
     assert torch.equal(again.gradient.flat, composition.gradient.flat)
+    assert again.loss_total == composition.loss_total
+    assert all(torch.equal(x, y) for x, y in zip(logprobs, given, strict=True))
+
+
+@given(datums, faulty, bases, st.integers(0, 100), seeds, st.booleans())
+def test_a_term_that_fails_costs_what_its_policy_says(datums, terms, base, step, seed, awaited):
+    logprobs = drawn_logprobs(datums, seed)
+    composer = composer_of(base, terms)
+    ending = [f"term {i}" for i, term in enumerate(terms) if term.ends_the_step]
+    if ending:
+        with pytest.raises(TermError) as error:
+            composed(composer, logprobs, step, awaited)
+        assert error.value.term in ending
+        return
+    if base is None and all(term.skipped for term in terms):
+        return  # nothing is left: what the composer says of it is told elsewhere
+    composition = composed(composer, logprobs, step, awaited)
+    assert_that_of_one_function(composition, base, terms, logprobs, step)
+    for i, term in enumerate(terms):
+        record = composition.telemetry["regularizers"][f"term {i}"]
+        assert record["skipped"] == term.skipped
+        assert (record["non_finite_zeroed"] > 0) == (
+            term.fault in ("nan_loss", "nan_gradient") and term.policy == "zero"
+        )
+        assert record["weight"] == pytest.approx(term.weight_at(step))

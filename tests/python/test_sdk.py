@@ -27,6 +27,7 @@ from tinker_custom_loss import (
     forward_backward_custom_async,
     with_regularizers,
 )
+from tinker_custom_loss.sandbox.model import ForwardBackwardResult
 from training import (
     ADAM,
     SDK,
@@ -37,9 +38,6 @@ from training import (
     squares,
     weighted_nll,
 )
-
-# tinker 0.30 lets a warning of torch through when it encodes [T,K] weights that are all zero.
-pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
 
 REGULARIZERS = [
     {"fn": squares, "weight": lambda step: 0.1 / (1 + step), "name": "squares"},
@@ -136,8 +134,8 @@ class TestTraining:
     def test_flat_metrics_are_the_same_numbers(self, new_face):
         _, custom = new_face()
         data = datums()
-        nested = custom(data, weighted_nll, REGULARIZERS).result().metrics
-        flat = custom(data, weighted_nll, REGULARIZERS, flat_metrics=True).result().metrics
+        nested = custom(data, weighted_nll, REGULARIZERS, step=0).result().metrics
+        flat = custom(data, weighted_nll, REGULARIZERS, step=0, flat_metrics=True).result().metrics
         assert all(isinstance(value, float) for value in flat.values())
         clocks = ("seconds",)
         own = {k: v for k, v in nested.items() if ":" not in k}
@@ -358,17 +356,64 @@ class TestArguments:
         assert info.value.path == path
         assert custom(datums(), None, REGULARIZERS).result(60)
 
-    def test_data_without_targets(self, new_face):
+    @pytest.mark.parametrize("regularizers", [REGULARIZERS, None], ids=["composed", "plain"])
+    @pytest.mark.parametrize(
+        ("data", "path"),
+        [
+            (None, "data"),
+            ("text", "data"),
+            ({}, "data"),
+            ([], "data"),
+            (datums(1)[0], "data"),
+            ([*datums(1), None], "data[1]"),
+            ([[1, 2, 3]], "data[0]"),
+            ([types.Datum(types.ModelInput.from_ints([1]), {})], "data[0].loss_fn_inputs"),
+        ],
+        ids=["None", "text", "dict", "empty", "one datum", "None in it", "tokens", "no targets"],
+    )
+    def test_data_that_is_none(self, new_face, data, path, regularizers):
+        client, custom = new_face()
+        with pytest.raises(RequestError) as info:
+            custom(data, weighted_nll, regularizers, step=0)
+        assert info.value.path == path
+        with pytest.raises(RequestError):
+            asyncio.run(
+                forward_backward_custom_async(client, data, weighted_nll, regularizers, step=0)
+            )
+        assert custom(datums(), weighted_nll, REGULARIZERS, step=0).result(60)
+
+    @pytest.mark.parametrize("regularizers", [REGULARIZERS, None], ids=["composed", "plain"])
+    def test_a_generator_of_datums_is_their_list(self, new_face, regularizers):
+        _, custom = new_face()
+        listed = custom(datums(), weighted_nll, regularizers, step=0).result(60).metrics
+        generated = custom((d for d in datums()), weighted_nll, regularizers, step=0).result(60)
+        assert generated.metrics["loss:sum"] == listed["loss:sum"]
+
+    @pytest.mark.parametrize("value", [None, "client", object(), tinker.TrainingClient])
+    def test_a_client_that_is_none(self, value):
+        with pytest.raises(RequestError, match=r"expected a tinker\.TrainingClient, got"):
+            forward_backward_custom(value, datums(), weighted_nll)
+        with pytest.raises(RequestError, match=r"expected a tinker\.TrainingClient, got"):
+            asyncio.run(forward_backward_custom_async(value, datums(), None, REGULARIZERS, step=0))
+
+
+class TestServersThatGiveNoLoss:
+    """SkyRL's answers have no ``loss:sum``."""
+
+    @pytest.fixture(autouse=True)
+    def no_loss(self, monkeypatch):
+        monkeypatch.setattr(ForwardBackwardResult, "metrics", {})
+
+    @pytest.mark.parametrize("regularizers", [REGULARIZERS, None], ids=["composed", "plain"])
+    def test_train_as_others(self, new_face, regularizers):
         _, custom = new_face()
         data = datums()
-        data.append(types.Datum(model_input=types.ModelInput.from_ints([1]), loss_fn_inputs={}))
-        with pytest.raises(ValueError, match="target_tokens"):
-            custom(data, None, REGULARIZERS)
-
-    def test_no_data(self, new_face):
-        _, custom = new_face()
-        with pytest.raises(ValueError, match=r"[Nn]o (data|datums)"):
-            custom([], None, REGULARIZERS)
+        for _ in range(2):
+            output = custom(data, weighted_nll, regularizers, step=0).result(60)
+        if regularizers:
+            assert output.metrics["loss:sum"] == output.record["loss_total"]
+            assert "surrogate_loss:sum" not in output.metrics
+        assert output.loss_fn_outputs
 
 
 @pytest.mark.skipif(not hasattr(tinker, "LossHandle"), reason="this SDK has no LossHandle")
@@ -410,8 +455,29 @@ class TestLossHandle:
             types.Datum(d.model_input, {"target_tokens": d.loss_fn_inputs["target_tokens"]})
             for d in datums(alternatives=False)
         ]
-        with pytest.raises(TermError, match=r"datum 0 has no loss_fn_inputs\['weights'\]"):
-            custom(data, handle(client), REGULARIZERS).result(60)
+        for regularizers in (REGULARIZERS, None):
+            with pytest.raises(
+                RequestError, match=r"datum\[0\] has no loss_fn_inputs\['weights'\]"
+            ):
+                custom(data, handle(client), regularizers)
+
+    def test_an_input_of_another_rank_is_refused(self, new_face, handle):
+        """[T] logprobs and [T,1] weights would broadcast to [T,T]."""
+        client, custom = new_face()
+        data = datums(alternatives=False)
+        for datum in data:
+            weights = datum.loss_fn_inputs["weights"].to_torch()
+            datum.loss_fn_inputs["weights"] = types.TensorData.from_torch(weights[:, None])
+        with pytest.raises(RequestError, match="has rank 2, but loss 'loss' declared weights"):
+            custom(data, handle(client), REGULARIZERS)
+
+    def test_that_of_another_session_is_refused(self, new_face, handle):
+        client, custom = new_face()
+        other, _ = new_face()
+        for regularizers in (REGULARIZERS, None):
+            with pytest.raises(RequestError, match="was created in session"):
+                custom(datums(alternatives=False), handle(other), regularizers)
+        assert custom(datums(alternatives=False), handle(client), REGULARIZERS).result(60)
 
 
 def test_the_package_does_not_import_the_tinker_client():

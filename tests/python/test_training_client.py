@@ -14,7 +14,7 @@ from tinker import types
 import tinker_custom_loss
 from tinker_custom_loss import RequestError, TermError, with_regularizers
 from tinker_custom_loss.terms import l2
-from training import ADAM, SDK, datums, parameters_after, squares, weighted_nll
+from training import ADAM, SDK, Gate, datums, parameters_after, squares, weighted_nll
 
 L2 = {"fn": l2, "weight": 0.1, "name": "l2"}
 
@@ -22,21 +22,6 @@ L2 = {"fn": l2, "weight": 0.1, "name": "l2"}
 @pytest.fixture
 def client(new_client):
     return with_regularizers(new_client())
-
-
-class Gate:
-    """A term that waits at a gate, so that the calls behind it queue up."""
-
-    def __init__(self):
-        self.reached, self.open = threading.Event(), threading.Event()
-
-    def __call__(self, data, logprobs):
-        self.reached.set()
-        assert self.open.wait(60)
-        return squares(data, logprobs)
-
-    def term(self):
-        return {"fn": self, "weight": 1.0, "name": "gate"}
 
 
 class TestItIsATrainingClient:

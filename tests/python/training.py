@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import tinker
 import torch
@@ -63,3 +65,18 @@ def assert_same_parameters(got, want):
     """Equal to 1e-6, relative to their norm."""
     error = torch.linalg.vector_norm(got - want) / torch.linalg.vector_norm(want)
     assert error <= 1e-6, f"relative error {error:.2e}"
+
+
+class Gate:
+    """A term that waits at a gate, so that the calls behind it queue up."""
+
+    def __init__(self):
+        self.reached, self.open = threading.Event(), threading.Event()
+
+    def __call__(self, data, logprobs):
+        self.reached.set()
+        assert self.open.wait(60)
+        return squares(data, logprobs)
+
+    def term(self):
+        return {"fn": self, "weight": 1.0, "name": "gate"}

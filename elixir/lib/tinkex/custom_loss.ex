@@ -62,8 +62,8 @@ defmodule Tinkex.CustomLoss do
 
   use Supervisor
 
-  alias Tinkex.CustomLoss.{Output, Pool, Regularizer, Telemetry, Training, WorkerError}
-  alias Tinkex.CustomLoss.Pool.{Call, Reaper, Worker}
+  alias Tinkex.CustomLoss.{Output, Pool, Regularizer, Setup, Telemetry, Training, WorkerError}
+  alias Tinkex.CustomLoss.Pool.{Call, Worker}
   alias Tinkex.CustomLoss.Training.LossFn
   alias Tinkex.CustomLoss.Wire.{Data, Tensor}
 
@@ -76,6 +76,27 @@ defmodule Tinkex.CustomLoss do
           | Tinkex.CustomLoss.TimeoutError.t()
           | Tinkex.CustomLoss.OverloadedError.t()
           | WorkerError.t()
+
+  @doc """
+  Makes the Python environment that pools run in, and returns the path of its Python.
+
+      python = Tinkex.CustomLoss.setup!(torch: :cpu)
+      {:ok, _} = Tinkex.CustomLoss.start_link(name: MyLoss, python: python)
+
+  The environment holds this package's Python side with PyTorch and the `tinker` SDK, and is made by
+  `uv` where that is on PATH, by `venv` and `pip` where not. It takes minutes the first time, and no
+  time once it is complete; one that is there is kept, and what it lacks is added. It works in a
+  project, where `mix tinkex.custom_loss.setup` does the same, in a release, in a script and in
+  Livebook.
+
+  Raises `Tinkex.CustomLoss.SetupError` when it cannot be made, and then leaves nothing behind.
+
+  ## Options
+
+  #{Options.setup_docs()}
+  """
+  @spec setup!(keyword()) :: Path.t()
+  def setup!(opts \\ []), do: opts |> Options.setup!() |> Setup.run()
 
   @doc """
   Starts a pool, linked to the caller. See the module's documentation for the options.
@@ -105,9 +126,9 @@ defmodule Tinkex.CustomLoss do
     Telemetry.load()
     # What events and log lines say: which pool it is.
     config = %{config | name: config.name || self()}
+    Pool.forget_with(self())
 
     children = [
-      {Reaper, self()},
       {Pool, {self(), config}},
       %{
         id: :workers,
@@ -133,8 +154,7 @@ defmodule Tinkex.CustomLoss do
   @doc false
   def start_workers(supervisor, config) do
     pool = Pool.whereis(supervisor).pool
-    reaper = Reaper.whereis(supervisor)
-    workers = for index <- 1..config.workers, do: {Worker, {index, pool, reaper, config}}
+    workers = for index <- 1..config.workers, do: {Worker, {index, pool, config}}
     Supervisor.start_link(workers, strategy: :one_for_one)
   end
 
@@ -265,8 +285,34 @@ defmodule Tinkex.CustomLoss do
   """
   @spec terms(server(), timeout()) :: {:ok, [map()]} | {:error, error()}
   def terms(server, timeout \\ 30_000) do
-    timeout = Options.timeout!(timeout)
+    timeout = Options.timeout!(timeout, "terms/2")
     Call.terms(server, timeout, Call.deadline(timeout))
+  end
+
+  @doc """
+  Takes no more requests, and returns `:ok` once all that were accepted are answered.
+
+  For the end of a deployment, before the pool is stopped. Calls from then on return
+  `Tinkex.CustomLoss.WorkerError` with the reason `:draining`, for good. `{:error, TimeoutError}` after
+  `timeout` milliseconds; the pool then still drains.
+  """
+  @spec drain(server(), timeout()) :: :ok | {:error, error()}
+  def drain(server, timeout \\ 30_000), do: manage(server, :drain, timeout)
+
+  @doc """
+  Starts the workers anew, one after another, without a lost call: for terms that were edited.
+
+  Each worker first finishes what it has, while the others serve, or calls wait if there are none.
+  Returns `:ok` when all are ready again, or the error with which the first one did not start, say
+  because an edited module does not import: the others are then left as they are.
+  `{:error, TimeoutError}` after `timeout` milliseconds; the pool goes on.
+  """
+  @spec reload(server(), timeout()) :: :ok | {:error, error()}
+  def reload(server, timeout \\ 300_000), do: manage(server, :reload, timeout)
+
+  defp manage(server, what, timeout) do
+    timeout = Options.timeout!(timeout, "#{what}/2")
+    Call.manage(server, what, timeout, Call.deadline(timeout))
   end
 
   @doc """

@@ -1,1 +1,17 @@
-"""The tinker SDK: the wrapped client, the linearization, futures."""
+"""The tinker SDK: the wrapped client, and what is made of parts of it."""
+
+from .failures import OnFailure
+from .function import forward_backward_custom, forward_backward_custom_async
+from .linear import linearize
+from .step import StepOutput
+from .training_client import RegularizedTrainingClient, with_regularizers
+
+__all__ = [
+    "OnFailure",
+    "RegularizedTrainingClient",
+    "StepOutput",
+    "forward_backward_custom",
+    "forward_backward_custom_async",
+    "linearize",
+    "with_regularizers",
+]

@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
-from tinker import APIFuture, ForwardBackwardOutput
+from tinker import APIFuture
 
-from ..record import flatten
 from ..running.threads import THREADS
 
-__all__ = ["StepFuture", "concurrent_future", "settle", "with_telemetry", "withdrawable"]
+__all__ = ["StepFuture", "concurrent_future", "settle", "withdrawable"]
 
 T = TypeVar("T")
 
@@ -78,19 +77,3 @@ def settle(outer: concurrent.futures.Future[T], outcome: Callable[[], T]) -> Non
         outer.set_result(outcome())
     except BaseException as error:  # KeyboardInterrupt too: it belongs to whoever waits
         outer.set_exception(error)
-
-
-def with_telemetry(
-    output: ForwardBackwardOutput, telemetry: Mapping[str, Any], flat: bool
-) -> ForwardBackwardOutput:
-    """The result of the backward pass with the step's telemetry among its metrics.
-
-    ``loss:sum`` is the loss itself, ``surrogate_loss:sum`` the server's linear one, with every
-    version of the SDK.
-    """
-    metrics = cast("dict[str, Any]", output.metrics)
-    if "surrogate_loss:sum" not in metrics and "loss:sum" in metrics:
-        metrics["surrogate_loss:sum"] = metrics["loss:sum"]
-    metrics.update(flatten(telemetry) if flat else telemetry)
-    metrics["loss:sum"] = telemetry["loss_total"]
-    return output

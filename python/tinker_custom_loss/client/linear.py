@@ -9,43 +9,30 @@ logprobs, although the server never sees it.
 from __future__ import annotations
 
 import dataclasses
-import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-import tinker
 import torch
 from tinker import Datum, ForwardBackwardOutput, TensorData
 from torch import Tensor
 
 from ..composer import Composer, Composition
 from ..errors import RequestError
-from ..regularizer import BASE_LOSS, LossFn, Regularizer
 from ..tensors.batch import Shape, TensorBatch
+from .arguments import BaseLoss, Regularizers, checked_data, checked_step, composer_of
 
-__all__ = [
-    "Regularizers",
-    "composer_of",
-    "forward_data",
-    "linear_data",
-    "linearize",
-    "linearize_with",
-    "sdk_loss",
-    "zero_gradient",
-]
-
-Regularizers = Sequence[Regularizer | Mapping[str, Any]]
+__all__ = ["forward_data", "linear_data", "linearize", "linearize_with", "zero_gradient"]
 
 
 def linearize(
-    data: Sequence[Datum],
+    data: Iterable[Datum],
     forward_output: ForwardBackwardOutput,
-    base_loss_fn: LossFn | None = None,
+    base_loss_fn: BaseLoss | None = None,
     regularizers: Regularizers | None = None,
     *,
-    step: int = 0,
+    step: int | None = None,
 ) -> tuple[list[Datum], dict[str, Any]]:
     """Turn the result of a forward pass into the datums of the backward pass.
 
@@ -65,7 +52,7 @@ def linearize(
         base_loss_fn: as in :class:`Composer`; also a ``tinker.LossHandle``, or a Composer (then
             without ``regularizers``).
         regularizers: as in :class:`Composer`.
-        step: the training step, for weight schedules.
+        step: the training step; needed if a weight is a function of it.
 
     Returns:
         ``(linear_data, telemetry)``: datums with the ``target_tokens`` and the provenance of the
@@ -75,21 +62,22 @@ def linearize(
         RequestError: an option is wrong, or data and output do not fit together.
         TermError: a term failed, see :meth:`Composer.compute`.
     """
-    composer = composer_of(base_loss_fn, regularizers, step)
-    datums, composition = linearize_with(composer, data, forward_output, step)
-    return datums, composition.telemetry
+    datums = checked_data(data)
+    composer = composer_of(base_loss_fn, regularizers, datums)
+    linear, composition = linearize_with(composer, datums, forward_output, checked_step(step))
+    return linear, composition.telemetry
 
 
 def linearize_with(
     composer: Composer,
     data: Sequence[Datum],
     forward_output: ForwardBackwardOutput,
-    step: int,
+    step: int | None,
     cancelled: threading.Event | None = None,
 ) -> tuple[list[Datum], Composition]:
     """:func:`linearize` with a composer that exists already."""
     logprobs = _logprobs(data, forward_output)
-    composition = composer.compute(data, logprobs, step=step, cancelled=cancelled)
+    composition = composer.compute(data, logprobs, step=step or 0, cancelled=cancelled)
     assert composition.gradient is not None
     return linear_data(data, composition.gradient), composition
 
@@ -101,22 +89,9 @@ def linear_data(data: Sequence[Datum], gradient: TensorBatch) -> list[Datum]:
 
 
 def forward_data(data: Sequence[Datum]) -> list[Datum]:
-    """What of ``data`` the server needs for a forward pass: the terms' own arrays stay here.
-
-    Raises:
-        RequestError: there are no datums, or one of them has no ``target_tokens``.
-    """
-    if not len(data):
-        raise RequestError("the batch is empty: there are no datums", path="data")
+    """What of ``data`` the server needs for a forward pass: the terms' own arrays stay here."""
     sent = []
-    for index, datum in enumerate(data):
-        if "target_tokens" not in datum.loss_fn_inputs:
-            has = ", ".join(sorted(datum.loss_fn_inputs)) or "nothing"
-            raise RequestError(
-                f'datum {index} has no "target_tokens" in its loss_fn_inputs, so it has no '
-                f"logprobs; it has: {has}",
-                path=f"data[{index}].loss_fn_inputs",
-            )
+    for datum in data:
         weights = datum.loss_fn_inputs.get("weights")
         sent.append(_sent(datum, _zeros(datum) if weights is None else weights))
     return sent
@@ -127,50 +102,6 @@ def zero_gradient(data: Sequence[Datum]) -> list[Datum]:
     return [_sent(datum, _zeros(datum)) for datum in data]
 
 
-def sdk_loss(base_loss_fn: Any) -> Any:
-    """What to hand to the SDK as it is: it would find out in mid-step, and end the client.
-
-    Raises:
-        RequestError: it is no loss.
-    """
-    if base_loss_fn is None:
-        raise RequestError(
-            "there is nothing to compute: give a base_loss_fn, or at least one regularizer",
-            path=BASE_LOSS,
-        )
-    if not callable(base_loss_fn) and not _is_handle(base_loss_fn):
-        raise RequestError(
-            "base_loss_fn must be a function of (data, logprobs), got "
-            f"{type(base_loss_fn).__name__}; regularizers come after it",
-            path=BASE_LOSS,
-        )
-    return base_loss_fn
-
-
-def composer_of(base_loss_fn: Any, regularizers: Regularizers | None, step: int) -> Composer:
-    """The composer for one step's arguments.
-
-    Raises:
-        RequestError: an argument is wrong.
-    """
-    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-        raise RequestError(
-            f'invalid value for "step": expected a non-negative integer, got {step!r} '
-            f"({type(step).__name__})",
-            path="step",
-        )
-    if isinstance(base_loss_fn, Composer):
-        if regularizers is not None:
-            raise RequestError(
-                "base_loss_fn is a Composer, which has its own regularizers; give the others to it",
-                path="regularizers",
-            )
-        return base_loss_fn
-    if _is_handle(base_loss_fn):
-        base_loss_fn = _client_side(base_loss_fn)
-    return Composer(base_loss_fn, regularizers)
-
-
 def _logprobs(data: Sequence[Datum], output: ForwardBackwardOutput) -> TensorBatch:
     """The logprobs of a forward pass, copied once, into one float32 buffer."""
     if len(output.loss_fn_outputs) != len(data):
@@ -179,8 +110,6 @@ def _logprobs(data: Sequence[Datum], output: ForwardBackwardOutput) -> TensorBat
             f"{len(output.loss_fn_outputs)}; expected one a datum",
             path="forward_output.loss_fn_outputs",
         )
-    if not len(data):
-        raise RequestError("the batch is empty: there are no datums", path="data")
     arrays: list[np.ndarray[Any, Any]] = []
     for index, (datum, record) in enumerate(zip(data, output.loss_fn_outputs, strict=True)):
         where = f"forward_output.loss_fn_outputs[{index}]"
@@ -191,12 +120,11 @@ def _logprobs(data: Sequence[Datum], output: ForwardBackwardOutput) -> TensorBat
                 path=where,
             )
         array = record["logprobs"].to_numpy()
-        targets = datum.loss_fn_inputs.get("target_tokens")
-        if targets is None or _shape(targets) != array.shape:
-            have = "none" if targets is None else f"shape {list(_shape(targets))}"
+        shape = _shape(datum.loss_fn_inputs["target_tokens"])
+        if shape != array.shape:
             raise RequestError(
                 f"the logprobs of datum {index} have shape {list(array.shape)}, its target_tokens "
-                f"{have}; is this the output of these datums?",
+                f"shape {list(shape)}; is this the output of these datums?",
                 path=f"{where}.logprobs",
             )
         arrays.append(array)
@@ -223,39 +151,3 @@ def _zeros(datum: Datum) -> TensorData:
 
 def _shape(tensor: TensorData) -> Shape:
     return tuple(tensor.to_numpy().shape if tensor.shape is None else tensor.shape)
-
-
-def _is_handle(loss: object) -> bool:
-    handle = getattr(tinker, "LossHandle", None)  # since tinker 0.38
-    return handle is not None and isinstance(loss, handle)
-
-
-def _client_side(handle: Any) -> Callable[[Sequence[Datum], Sequence[Tensor]], Any]:
-    """A ``tinker.LossHandle`` as a loss of the whole batch, run here.
-
-    The losses of the datums are summed; a metric named ``…:mean`` is a mean over datums, any
-    other a sum, as the handle's documentation says.
-    """
-
-    def loss_handle(data: Sequence[Datum], logprobs: Sequence[Tensor]) -> Any:
-        losses = []
-        metrics: dict[str, list[float]] = {}
-        for index, (datum, values) in enumerate(zip(data, logprobs, strict=True)):
-            for key in handle.input_names:
-                if key not in datum.loss_fn_inputs:
-                    raise KeyError(
-                        f"datum {index} has no loss_fn_inputs[{key!r}], which the loss "
-                        f"{handle.name!r} takes"
-                    )
-            inputs = [datum.loss_fn_inputs[key].to_torch() for key in handle.input_names]
-            loss, its_metrics = handle.graph(values, *inputs)
-            losses.append(loss)
-            for key, value in its_metrics.items():
-                metrics.setdefault(key, []).append(float(value.detach()))
-        reduced = {
-            key: math.fsum(values) / (len(data) if key.endswith(":mean") else 1)
-            for key, values in metrics.items()
-        }
-        return torch.stack(losses).sum(), reduced
-
-    return loss_handle

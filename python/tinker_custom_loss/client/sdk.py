@@ -1,165 +1,153 @@
-"""The native face: structured regularizers on a training client of the official tinker SDK.
+"""What this package knows of the tinker SDK beyond its documentation, for every version supported.
 
-The SDK takes one custom loss and cannot bear its failure: an exception in it ends the training
-client for good. Here the SDK is handed a loss that never raises. If a term fails, the step sends
-zero weights, the *returned* future raises, and the client goes on.
+Names of methods, what they return, and what differs between versions stand here and nowhere else.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
-import logging
-import threading
-from collections.abc import Sequence
-from typing import Any
+import functools
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Final, get_origin
 
 import tinker
-import torch
-from tinker import APIFuture, Datum, ForwardBackwardOutput, TrainingClient
-from torch import Tensor
-
-from ..composer import Composer
-from ..regularizer import LossFn
-from ..tensors.gradients import surrogate
-from .futures import StepFuture, concurrent_future, settle, with_telemetry, withdrawable
-from .linear import Regularizers, composer_of, linearize, sdk_loss
-from .training_client import RegularizedTrainingClient, with_regularizers
+from tinker import APIFuture, Datum, TrainingClient
 
 __all__ = [
-    "RegularizedTrainingClient",
+    "LOSS",
+    "RETURNS_AT_ONCE",
+    "TRAINING_METHODS",
+    "as_function",
+    "check_handle",
     "forward_backward_custom",
-    "forward_backward_custom_async",
-    "linearize",
-    "with_regularizers",
+    "is_handle",
+    "submits",
+    "takes_no_place",
 ]
 
-logger = logging.getLogger(__name__)
+LOSS: Final = "cross_entropy"
+"""The loss of the server's that carries a gradient."""
 
-# From this version on the SDK reserves a place for both passes when it is called, and returns.
-_RETURNS_AT_ONCE = tuple(int(part) for part in tinker.__version__.split(".")[:2]) >= (0, 38)
+RETURNS_AT_ONCE: Final = tuple(int(part) for part in tinker.__version__.split(".")[:2]) >= (0, 38)
+"""Whether ``forward_backward_custom`` reserves a place for both passes and returns."""
+
+TRAINING_METHODS: Final = ("forward", "forward_backward", "forward_backward_custom", "optim_step")
+"""What makes an object a training client."""
+
+# All others take a place in the order of training requests, or might.
+_READS = frozenset(
+    {
+        "create_sampling_client",
+        "get_console_url",
+        "get_info",
+        "get_telemetry",
+        "get_tokenizer",
+    }
+)
+
+
+def takes_no_place(name: str) -> bool:
+    """Whether a method leaves the order of training requests alone."""
+    return name.removesuffix("_async") in _READS
+
+
+def submits(method: Callable[..., Any]) -> Callable[[APIFuture[Any]], APIFuture[Any]] | None:
+    """What makes any future into one of the kind that a method returns at once; None: it waits.
+
+    What is not annotated, such as a method that someone replaced, is taken to wait.
+    """
+    function = inspect.unwrap(method)
+    returned = getattr(function, "__annotations__", {}).get("return")
+    if isinstance(returned, str):
+        try:
+            returned = eval(returned, function.__globals__)  # the SDK's own text
+        except NameError:  # imported for type checkers alone
+            return None
+    if get_origin(returned) is APIFuture:
+        return lambda future: future
+    if isinstance(returned, type) and issubclass(returned, APIFuture):
+        return returned  # of a client, which it stands for
+    return None
+
+
+def is_handle(loss: object) -> bool:
+    """Whether it is a ``tinker.LossHandle``, which there is since tinker 0.38."""
+    handle = getattr(tinker, "LossHandle", None)
+    return handle is not None and isinstance(loss, handle)
+
+
+def check_handle(handle: Any, data: list[Datum], training_client: TrainingClient | None) -> None:
+    """The checks that the SDK makes before it runs a ``tinker.LossHandle``.
+
+    Raises:
+        ValueError: it is another session's, or its inputs are not in the data at their ranks.
+    """
+    from tinker.lib.public_interfaces.custom_loss import check_loss_inputs
+
+    if training_client is not None:
+        session = training_client.holder.get_session_id()
+        if handle.session_id != session:
+            raise ValueError(
+                f"the loss {handle.name!r} was created in session {handle.session_id}; clients of "
+                f"session {session} cannot use it"
+            )
+    check_loss_inputs(handle, data)
+
+
+def as_function(handle: Any) -> Callable[[Any, Any], Any]:
+    """A ``tinker.LossHandle`` that was checked as a loss of the whole batch, run here."""
+    from tinker.lib.public_interfaces.custom_loss import run_loss_handle
+
+    return functools.partial(run_loss_handle, handle)
 
 
 def forward_backward_custom(
-    training_client: TrainingClient | RegularizedTrainingClient,
-    data: list[Datum],
-    base_loss_fn: LossFn | None = None,
-    regularizers: Regularizers | None = None,
-    *,
-    step: int = 0,
-    flat_metrics: bool = False,
-) -> APIFuture[ForwardBackwardOutput]:
-    """Forward pass, composed loss, backward pass.
+    training_client: TrainingClient, data: Sequence[Datum], loss: Any, **options: Any
+) -> APIFuture[Any]:
+    """The SDK's own, also for servers that answer without ``loss:sum`` (SkyRL's do)."""
+    client: Any = tolerant(training_client)
+    future: APIFuture[Any] = client.forward_backward_custom(data, loss, **options)
+    return future
 
-    It keeps the SDK's order: ``optim_step`` may be submitted right behind it. Without
-    ``regularizers`` it is the SDK's own ``forward_backward_custom(data, base_loss_fn)``: the same
-    future, metrics and parameters.
 
-    Args:
-        training_client: a client of the SDK, or what :func:`with_regularizers` made of one.
-        data: the datums, each with ``target_tokens``.
-        base_loss_fn: ``fn(data, logprobs) -> (loss, metrics)``, a ``tinker.LossHandle``, or a
-            :class:`Composer` (then without ``regularizers``); or None.
-        regularizers: :class:`Regularizer`\\ s or dicts with ``fn``, ``weight``, ``name`` and any
-            option of a Regularizer.
-        step: the training step, for weight schedules.
-        flat_metrics: False puts the nested telemetry into the result's ``metrics``; True its flat
-            form, floats alone, for loggers.
+def tolerant(training_client: TrainingClient) -> Any:
+    """The same client, for whose ``forward_backward_custom`` a missing ``loss:sum`` is nan.
 
-    Returns:
-        The future of the backward pass. Its ``metrics`` are the SDK's and the telemetry;
-        ``loss:sum`` is the composed loss.
-
-    Raises:
-        RequestError: an argument is wrong. Raised here; nothing has been sent.
-
-    What goes wrong in the step itself is raised by the future, while the client goes on with a
-    step that contributes nothing: :class:`TermError` and its subclasses.
+    The SDK takes the key out of the server's metrics on its own thread, where the KeyError would
+    end the client for good.
     """
-    if isinstance(training_client, RegularizedTrainingClient):
-        return training_client.forward_backward_custom(
-            data, base_loss_fn, regularizers, step=step, flat_metrics=flat_metrics
-        )
-    loss = _surrogate_loss(base_loss_fn, regularizers, step)
-    if loss is None:
-        return training_client.forward_backward_custom(data, sdk_loss(base_loss_fn))
-    return loss.future(training_client.forward_backward_custom(data, loss), flat_metrics)
+    kind = type(training_client)
+    if not hasattr(kind, "_run_fwd_bwd"):  # older or foreign: they do not take it out
+        return training_client
+    client: Any = object.__new__(_tolerant_kind(kind))
+    client.__dict__ = training_client.__dict__  # one client: counters and queues are shared
+    return client
 
 
-async def forward_backward_custom_async(
-    training_client: TrainingClient | RegularizedTrainingClient,
-    data: list[Datum],
-    base_loss_fn: LossFn | None = None,
-    regularizers: Regularizers | None = None,
-    *,
-    step: int = 0,
-    flat_metrics: bool = False,
-) -> APIFuture[ForwardBackwardOutput]:
-    """:func:`forward_backward_custom` for async code: awaited, it gives the future.
-
-    With tinker before 0.38 the SDK runs the loss before it returns: on the event loop of the
-    caller here, on its own in the sync form.
-    """
-    if _RETURNS_AT_ONCE or isinstance(training_client, RegularizedTrainingClient):
-        return forward_backward_custom(
-            training_client, data, base_loss_fn, regularizers, step=step, flat_metrics=flat_metrics
-        )
-    loss = _surrogate_loss(base_loss_fn, regularizers, step)
-    if loss is None:
-        return await training_client.forward_backward_custom_async(data, sdk_loss(base_loss_fn))
-    inner = await training_client.forward_backward_custom_async(data, loss)
-    return loss.future(inner, flat_metrics)
+@functools.cache
+def _tolerant_kind(kind: type) -> type:
+    return type(kind.__name__, (_Tolerant, kind), {})
 
 
-def _surrogate_loss(
-    base_loss_fn: Any, regularizers: Regularizers | None, step: int
-) -> _SurrogateLoss | None:
-    """The loss to hand to the SDK; None: hand it ``base_loss_fn`` as it is."""
-    if regularizers is None and not isinstance(base_loss_fn, Composer):
-        return None
-    return _SurrogateLoss(composer_of(base_loss_fn, regularizers, step), step)
+class _Tolerant:
+    def _run_fwd_bwd(self, *args: Any, **kwargs: Any) -> Any:
+        return _WithLossSum(super()._run_fwd_bwd(*args, **kwargs))  # type: ignore[misc]
 
 
-class _SurrogateLoss:
-    """A custom loss for the SDK that computes one step and never raises."""
+class _WithLossSum:
+    """The future of a pass whose metrics have ``loss:sum``."""
 
-    def __init__(self, composer: Composer, step: int) -> None:
-        self._composer = composer
-        self._step = step
-        self._cancelled = threading.Event()
-        self._telemetry: dict[str, Any] = {}
-        self._failure: BaseException | None = None
+    def __init__(self, future: Any) -> None:
+        self._future = future
 
-    def __call__(
-        self, data: Sequence[Datum], logprobs: Sequence[Tensor]
-    ) -> tuple[Tensor, dict[str, float]]:
-        try:
-            composition = self._composer.compute(
-                data, logprobs, step=self._step, cancelled=self._cancelled
-            )
-        # This runs on the SDK's event loop: KeyboardInterrupt or SystemExit would end the loop,
-        # and every client of the process would wait for ever.
-        except BaseException as failure:
-            logger.error("step %d contributes nothing: %s", self._step, failure)
-            self._failure = failure
-            return surrogate(0.0, [torch.zeros_like(t) for t in logprobs], logprobs), {}
-        self._telemetry = composition.telemetry
-        assert composition.gradients is not None
-        return surrogate(composition.loss_total, composition.gradients, logprobs), {}
+    async def result_async(self, timeout: float | None = None) -> Any:
+        output = await self._future.result_async(timeout)
+        output.metrics.setdefault("loss:sum", math.nan)
+        return output
 
-    def future(
-        self, inner: APIFuture[ForwardBackwardOutput], flat: bool
-    ) -> StepFuture[ForwardBackwardOutput]:
-        """The future for the caller, over the SDK's."""
-        # The SDK's own future is never cancelled: that would end the client.
-        outer: concurrent.futures.Future[ForwardBackwardOutput] = withdrawable(self._cancelled)
+    def __await__(self) -> Any:
+        return self.result_async().__await__()
 
-        def outcome(done: concurrent.futures.Future[ForwardBackwardOutput]) -> Any:
-            output = done.result()
-            if self._failure is not None:
-                raise self._failure
-            return with_telemetry(output, self._telemetry, flat)
-
-        concurrent_future(inner).add_done_callback(
-            lambda done: settle(outer, lambda: outcome(done))
-        )
-        return StepFuture(outer)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._future, name)

@@ -8,7 +8,7 @@ import threading
 from collections import deque
 from typing import Any
 
-from ..running.evaluation import current_term
+from ..running.context import current_term
 from .cancellation import current_request
 from .frames import FrameWriter
 from .messagepack import pack

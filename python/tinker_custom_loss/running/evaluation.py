@@ -7,14 +7,11 @@ another process or another machine, so it depends on nothing but its arguments.
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
-import contextvars
 import inspect
 import threading
 import time
-from collections.abc import Awaitable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,12 +22,12 @@ from torch import Tensor
 from ..errors import TermError
 from ..regularizer import LossFn
 from ..tensors.batch import Shape, TensorBatch
+from .context import running
 from .differentiation import Evaluation, check_unchanged, differentiate, leaf_of
+from .event_loop import OWN_LOOP, Waiting
+from .modes import Modes
 
-__all__ = ["Call", "RemoteCall", "RemoteReply", "current_term", "evaluate"]
-
-current_term: ContextVar[str | None] = ContextVar("current_term", default=None)
-"""Name of the term that is running, for logging."""
+__all__ = ["Call", "RemoteCall", "RemoteReply", "evaluate"]
 
 
 @dataclass(frozen=True)
@@ -52,29 +49,27 @@ class Call:
         return self.fn(data, logprobs.tensors(), **self.params)
 
 
-def evaluate(call: Call, data: Sequence[Any], logprobs: TensorBatch, gradients: bool) -> Evaluation:
-    """Run a sync term (or, in an event loop of its own, an async one) and differentiate it.
+def evaluate(
+    call: Call,
+    data: Sequence[Any],
+    logprobs: TensorBatch,
+    gradients: bool,
+    modes: Modes,
+    waiting: Waiting,
+) -> Evaluation:
+    """Run a term and differentiate it; what it returns to be awaited, say as a lambda over an
+    async function, is awaited by ``waiting``.
 
     Raises:
         TermError: it raised, or returned what no term may return.
     """
     started = time.perf_counter()
     leaf = leaf_of(logprobs)
-    with running(call.name), torch.enable_grad(), guarding(call.name, leaf):
+    with running(call.name), modes.entered(), guarding(call.name, leaf):
         returned = call(data, leaf)
         if inspect.isawaitable(returned):
-            returned = _await_here(returned)
+            returned = waiting.wait(returned, modes)
     return differentiate(call.name, returned, leaf, gradients, started)
-
-
-@contextmanager
-def running(name: str) -> Iterator[None]:
-    """Mark a term as running, for the log records it causes."""
-    token = current_term.set(name)
-    try:
-        yield
-    finally:
-        current_term.reset(token)
 
 
 @contextmanager
@@ -106,26 +101,6 @@ def _is_for_others(error: BaseException, awaiting: bool) -> bool:
     return isinstance(error, GeneratorExit)
 
 
-def _in_event_loop() -> bool:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True
-
-
-def _await_here(awaitable: Awaitable[Any]) -> Any:
-    """Wait for an awaitable on this thread, or beside it if a loop already runs here."""
-
-    async def awaited() -> Any:
-        return await awaitable
-
-    if not _in_event_loop():
-        return asyncio.run(awaited())
-    with concurrent.futures.ThreadPoolExecutor(1) as beside:
-        return beside.submit(contextvars.copy_context().run, asyncio.run, awaited()).result()
-
-
 # --- Elsewhere -----------------------------------------------------------------------------
 # What crosses a process boundary is numpy and plain values: torch would send file descriptors.
 
@@ -139,6 +114,7 @@ class RemoteCall:
     values: np.ndarray[Any, Any]
     shapes: tuple[Shape, ...]
     gradients: bool
+    modes: Modes
 
 
 @dataclass(frozen=True)
@@ -154,7 +130,9 @@ def evaluate_remote(remote: RemoteCall) -> RemoteReply:
     try:
         values = remote.values if remote.values.flags.writeable else remote.values.copy()
         batch = TensorBatch(torch.from_numpy(values), remote.shapes)
-        done = evaluate(remote.call, remote.data, batch, remote.gradients)
+        done = evaluate(
+            remote.call, remote.data, batch, remote.gradients, remote.modes, Waiting(OWN_LOOP)
+        )
     except TermError as error:
         failure = {"message": str(error), "term": error.term, "error_type": error.error_type}
         return RemoteReply(None, {**failure, "traceback": error.traceback})

@@ -1,42 +1,186 @@
-"""The event loop on which async terms run, in a thread of this package's own."""
+"""Where async terms run: an event loop of this package's own, or the one of the caller.
+
+``compute`` runs them on one loop that is kept, in a thread of its own: the tinker SDK calls custom
+losses from inside its own running loop, where nothing can be awaited synchronously; and what a term
+keeps, such as an ``httpx.AsyncClient``, belongs to the loop on which it was first used.
+``compute_async`` runs them on the caller's loop, to which the caller's semaphores belong.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import contextlib
+import functools
 import logging
+import os
 import threading
-from collections.abc import Coroutine, Generator, Iterator
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Protocol
 
-import torch
+from ..errors import RequestError
+from .context import current_term
+from .modes import Modes, OwnModes, child_tasks_have_own_modes
 
-__all__ = ["EventLoop"]
+__all__ = ["OWN_LOOP", "CallersLoop", "Loop", "Waiting"]
 
 logger = logging.getLogger(__name__)
 
+# Not a coroutine: one whose task is cancelled before its first step would never be awaited.
+AsyncCall = Callable[[], Coroutine[Any, Any, Any]]
 
-class EventLoop:
-    """One event loop for async terms.
 
-    The tinker SDK calls custom losses from inside its own running loop, where nothing can be
-    awaited synchronously.
-    """
+class Loop(Protocol):
+    """What runs coroutines for threads that wait for them."""
+
+    def submit(self, call: AsyncCall, modes: Modes) -> concurrent.futures.Future[Any]:
+        """Make a call and await it, in the context of this one and with these modes."""
+
+    def check_may_wait(self) -> None:
+        """Refuse to wait for it on its own thread, which would wait for ever.
+
+        Raises:
+            RequestError: that is where this is called.
+        """
+
+
+class OwnLoop:
+    """One event loop, started when it is first needed and kept."""
 
     def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Start anew, in the child of a fork: threads do not survive it."""
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
 
-    def submit(self, coroutine: Coroutine[Any, Any, Any]) -> concurrent.futures.Future[Any]:
-        """Run a coroutine there, beside the others."""
+    def submit(self, call: AsyncCall, modes: Modes) -> concurrent.futures.Future[Any]:
         with self._lock:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
-                threading.Thread(
+                self._thread = threading.Thread(
                     target=_run, args=(self._loop,), name="tinker-custom-loss-async", daemon=True
-                ).start()
-        return asyncio.run_coroutine_threadsafe(_OwnGradMode(coroutine), self._loop)
+                )
+                self._thread.start()
+        return _start(call, modes, self._loop)
+
+    def check_may_wait(self) -> None:
+        if threading.current_thread() is self._thread:
+            raise RequestError(
+                f'the async term "{current_term.get()}" computes a composition inside itself and '
+                "would hold the event loop that its terms run on, for ever; await compute_async() "
+                "there, or give all terms to one Composer"
+            )
+
+
+OWN_LOOP = OwnLoop()
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=OWN_LOOP.forget)
+
+
+class CallersLoop:
+    """The running loop, for the length of one ``compute_async``::
+
+        async with CallersLoop() as loop: ...
+
+    If that is left by an exception, say because the caller is cancelled, then the tasks of its
+    terms are cancelled and have ended before it goes on.
+    """
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._closed = False
+
+    def submit(self, call: AsyncCall, modes: Modes) -> concurrent.futures.Future[Any]:
+        return _start(functools.partial(self._tracked, call), modes, self._loop)
+
+    def check_may_wait(self) -> None:
+        """The thread that waits was started by ``compute_async``: it is not the loop's."""
+
+    async def __aenter__(self) -> CallersLoop:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._closed = True
+        if kind is not None and self._tasks:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.wait(self._tasks)
+
+    async def _tracked(self, call: AsyncCall) -> Any:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        try:
+            if self._closed:
+                raise asyncio.CancelledError
+            return await call()
+        finally:
+            self._tasks.discard(task)
+
+
+class Waiting:
+    """What one term awaits although its function is not async: its thread waits meanwhile."""
+
+    def __init__(self, loop: Loop) -> None:
+        self._loop = loop
+        self._lock = threading.Lock()
+        self._cancelled = False
+        self._future: concurrent.futures.Future[Any] | None = None
+
+    def wait(self, awaitable: Awaitable[Any], modes: Modes) -> Any:
+        """Await it on the loop.
+
+        Raises:
+            RequestError: this is the thread of the loop.
+            CancelledError: :meth:`cancel` was called.
+        """
+        begun = False
+
+        async def awaited() -> Any:
+            nonlocal begun
+            with self._lock:
+                if self._cancelled:
+                    raise asyncio.CancelledError
+                begun = True
+            return await awaitable
+
+        try:
+            self._loop.check_may_wait()
+            with self._lock:
+                self._future = self._loop.submit(awaited, modes)
+            return self._future.result()
+        except BaseException:  # Ctrl-C among them
+            self.cancel()
+            raise
+        finally:
+            if not begun and isinstance(awaitable, Coroutine):
+                awaitable.close()
+
+    def cancel(self) -> None:
+        """End it."""
+        with self._lock:
+            self._cancelled = True
+            if self._future is not None:
+                self._future.cancel()
+
+
+def _start(
+    call: AsyncCall, modes: Modes, loop: asyncio.AbstractEventLoop
+) -> concurrent.futures.Future[Any]:
+    async def called() -> Any:
+        with child_tasks_have_own_modes(loop):
+            return await call()
+
+    coroutine = OwnModes(called(), modes)
+    try:
+        return asyncio.run_coroutine_threadsafe(coroutine, loop)
+    except RuntimeError:  # the caller's loop is closed
+        coroutine.close()
+        raise
 
 
 def _run(loop: asyncio.AbstractEventLoop) -> None:
@@ -45,40 +189,3 @@ def _run(loop: asyncio.AbstractEventLoop) -> None:
             loop.run_forever()
         except BaseException:  # SystemExit in a task that a term started ends run_forever
             logger.exception("a task of an async term tried to end the event loop")
-
-
-class _OwnGradMode(Coroutine[Any, Any, Any]):
-    """A coroutine with grad and inference modes of its own.
-
-    Torch keeps them by thread. A term that awaits inside ``torch.no_grad()`` would switch them off
-    for every other term on the loop, whose losses would then have no graph.
-    """
-
-    def __init__(self, coroutine: Coroutine[Any, Any, Any]) -> None:
-        self._coroutine = coroutine
-        self._grad = True
-        self._inference = False
-
-    @contextlib.contextmanager
-    def _modes(self) -> Iterator[None]:
-        with torch.inference_mode(self._inference), torch.set_grad_enabled(self._grad):
-            try:
-                yield
-            finally:
-                self._grad = torch.is_grad_enabled()
-                self._inference = torch.is_inference_mode_enabled()
-
-    def send(self, value: Any) -> Any:
-        with self._modes():
-            return self._coroutine.send(value)
-
-    def throw(self, *error: Any) -> Any:
-        with self._modes():
-            return self._coroutine.throw(*error)
-
-    def close(self) -> None:
-        with self._modes():
-            self._coroutine.close()
-
-    def __await__(self) -> Generator[Any, Any, Any]:
-        return self._coroutine.__await__()

@@ -1,6 +1,6 @@
 """Where a term runs, and how long it may take.
 
-    False        inline: on the calling thread; an async function on this package's event loop
+    False        inline: on the calling thread; an async function on an event loop
     True         a thread
     "process"    a process of its own (see processes.py)
     an Executor  whatever it is: a thread or process pool, a Dask cluster
@@ -12,7 +12,7 @@ and with everything else that was started.
 from __future__ import annotations
 
 import concurrent.futures
-import os
+import contextvars
 import pickle
 import sys
 import time
@@ -23,6 +23,7 @@ from typing import Any
 from ..errors import RequestError, TermError, TermTimeoutError
 from ..regularizer import Regularizer
 from ..tensors.batch import TensorBatch
+from .context import running
 from .differentiation import Evaluation, differentiate, leaf_of
 from .evaluation import (
     Call,
@@ -32,26 +33,27 @@ from .evaluation import (
     evaluate_remote,
     evaluation_from,
     guarding,
-    running,
 )
-from .event_loop import EventLoop
+from .event_loop import OWN_LOOP, Loop, Waiting
+from .modes import Modes
 from .processes import ProcessRun
 from .threads import THREADS
 
-__all__ = ["Started", "check_picklable", "runs_inline", "start"]
+__all__ = ["Started", "Surroundings", "check_picklable", "run_inline", "runs_inline", "start"]
 
 
-_LOOP = EventLoop()
+@dataclass(frozen=True)
+class Surroundings:
+    """What the terms of one computation find around them: the loop that runs what is async, and
+    torch's modes."""
 
+    loop: Loop
+    modes: Modes
 
-def _forget_after_fork() -> None:
-    """Threads do not survive a fork; the child starts its own."""
-    global _LOOP
-    _LOOP = EventLoop()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_after_fork)
+    @classmethod
+    def here(cls, loop: Loop = OWN_LOOP) -> Surroundings:
+        """Those of the thread on which a computation is asked for."""
+        return cls(loop, Modes.here().for_terms())
 
 
 @dataclass(frozen=True)
@@ -131,20 +133,41 @@ def _check_importable(fn: object) -> None:
         raise pickle.PicklingError("it is defined in a notebook or at a prompt")
 
 
+def run_inline(
+    call: Call,
+    data: Sequence[Any],
+    logprobs: TensorBatch,
+    gradients: bool,
+    surroundings: Surroundings,
+) -> Evaluation:
+    """Run a term on the calling thread."""
+    waiting = Waiting(surroundings.loop)
+    return evaluate(call, data, logprobs, gradients, surroundings.modes, waiting)
+
+
 def start(
-    term: Regularizer, call: Call, data: Sequence[Any], logprobs: TensorBatch, gradients: bool
+    term: Regularizer,
+    call: Call,
+    data: Sequence[Any],
+    logprobs: TensorBatch,
+    gradients: bool,
+    surroundings: Surroundings,
 ) -> Started:
-    """Start a term that does not run inline."""
+    """Start a term that does not run inline.
+
+    Raises:
+        RequestError: this is the thread of the event loop, which must not wait for others.
+    """
+    surroundings.loop.check_may_wait()
     place, timeout = term.run_in_executor, term.timeout
     expires = time.monotonic() + timeout if timeout is not None else float("inf")
     if place is False:
-        return _start_async(call, data, logprobs, gradients, expires)
+        return _start_async(call, data, logprobs, gradients, surroundings, expires)
     if place is True:
-        future = THREADS.submit(evaluate, call, data, logprobs, gradients)
-        return Started(future, _as_is, future.cancel, expires)
+        return _start_thread(call, data, logprobs, gradients, surroundings, expires)
 
     values = logprobs.flat.detach().cpu().numpy()
-    remote_call = RemoteCall(call, data, values, logprobs.shapes, gradients)
+    remote_call = RemoteCall(call, data, values, logprobs.shapes, gradients, surroundings.modes)
 
     def finish(reply: RemoteReply) -> Evaluation:
         return evaluation_from(reply, logprobs.flat)
@@ -156,13 +179,21 @@ def start(
     assert isinstance(place, concurrent.futures.Executor)
     # In this process, say in a thread pool, it is the memory of all terms: have it copied there.
     values.flags.writeable = False
+    work: tuple[Any, ...] = (evaluate_remote, remote_call)
+    if isinstance(place, concurrent.futures.ThreadPoolExecutor):
+        work = (contextvars.copy_context().run, *work)
     with guarding(call.name):
-        future = place.submit(evaluate_remote, remote_call)
+        future = place.submit(*work)
     return Started(future, finish, future.cancel, expires)
 
 
 def _start_async(
-    call: Call, data: Sequence[Any], logprobs: TensorBatch, gradients: bool, expires: float
+    call: Call,
+    data: Sequence[Any],
+    logprobs: TensorBatch,
+    gradients: bool,
+    surroundings: Surroundings,
+    expires: float,
 ) -> Started:
     started = time.perf_counter()
     leaf = leaf_of(logprobs)
@@ -175,8 +206,27 @@ def _start_async(
         # Differentiating here leaves the loop to the terms that are still awaiting.
         return differentiate(call.name, returned, leaf, gradients, started)
 
-    future = _LOOP.submit(awaited())
+    with guarding(call.name):
+        future = surroundings.loop.submit(awaited, surroundings.modes)
     return Started(future, finish, future.cancel, expires)
+
+
+def _start_thread(
+    call: Call,
+    data: Sequence[Any],
+    logprobs: TensorBatch,
+    gradients: bool,
+    surroundings: Surroundings,
+    expires: float,
+) -> Started:
+    waiting = Waiting(surroundings.loop)
+    future = THREADS.submit(evaluate, call, data, logprobs, gradients, surroundings.modes, waiting)
+
+    def abandon() -> None:
+        future.cancel()
+        waiting.cancel()
+
+    return Started(future, _as_is, abandon, expires)
 
 
 def _as_is(evaluation: Evaluation) -> Evaluation:

@@ -68,6 +68,11 @@ defmodule Mix.Tasks.Tinkex.CustomLoss.Doctor do
 
   defp round_trip(config) do
     {:ok, _} = Application.ensure_all_started(:logger)
+    # Where it is there, it warns of every event until it is started. The task starts no other
+    # application of the project.
+    if match?({:module, _}, Code.ensure_loaded(:telemetry)),
+      do: {:ok, _} = Application.ensure_all_started(:telemetry)
+
     # A pool that does not start is what this is to tell, not to end of.
     Process.flag(:trap_exit, true)
     opts = [load: config.load, await_ready: true, name: __MODULE__]

@@ -51,11 +51,15 @@ defmodule Tinkex.CustomLoss.TimeoutError do
   The call's deadline passed.
 
   `:timeout` is in milliseconds. `:stage` says what it was spent on: `:queued`, no worker had room;
-  `:computing`, a worker had the request, or was being sent it.
+  `:computing`, a worker had the request, or was being sent it; `:draining`, `:reloading`, the pool
+  was not done with that.
   """
   defexception [:timeout, :stage]
 
-  @type t :: %__MODULE__{timeout: timeout(), stage: :queued | :computing}
+  @type t :: %__MODULE__{
+          timeout: timeout(),
+          stage: :queued | :computing | :draining | :reloading
+        }
 
   @impl true
   def message(%{timeout: timeout, stage: :queued}) do
@@ -67,6 +71,16 @@ defmodule Tinkex.CustomLoss.TimeoutError do
     "the loss was not computed within #{timeout} ms and was cancelled. " <>
       "Raise :timeout, or give the slow regularizer a :timeout of its own to learn which it is"
   end
+
+  def message(%{timeout: timeout, stage: :draining}) do
+    "the pool still had requests after #{timeout} ms. It goes on with them and takes no others; " <>
+      "drain it once more to wait on"
+  end
+
+  def message(%{timeout: timeout, stage: :reloading}) do
+    "not all workers were started anew within #{timeout} ms. The pool goes on doing that; " <>
+      "see Tinkex.CustomLoss.info/1 for how far it is"
+  end
 end
 
 defmodule Tinkex.CustomLoss.WorkerError do
@@ -77,19 +91,25 @@ defmodule Tinkex.CustomLoss.WorkerError do
 
     * `:not_running` - nothing runs under the name `:worker`
     * `{:not_started, sentence}` - Python does not start; the sentence says what to run
-    * `{:lost, reasons}` - the request was on two workers, and both died; retrying a third time
-      would only kill the next one
+    * `{:lost, reasons}` - the request was on several workers that died, usually two, and alone on the
+      last one; retrying once more would only kill the next one
     * `{:stopped, reason}` - the pool went away during the call
+    * `:draining` - the pool takes no more requests, see `Tinkex.CustomLoss.drain/2`
     * `{:protocol, sentence}` - what came is no message: a term wrote to the port, or a bug
     * `{:internal, sentence}` - a bug in one of the two sides, to be reported
     * `{:node, node, reason}` - the node of the pool cannot be reached
 
   or, for a worker that died (see the telemetry event `[:tinkex_custom_loss, :worker, :down]`),
-  `{:exited, status}`, `{:port, reason}`, `:unresponsive` or `:overdue`.
+  `{:exited, status}`, `{:port, reason}`, `:unresponsive` or `:overdue`; or, for one that was to be
+  started anew, `:reloaded` or `{:max_rss, bytes}`.
   """
   defexception [:reason, :worker]
 
   @type t :: %__MODULE__{reason: term(), worker: term()}
+
+  @doc false
+  # Whether a worker that ended for this reason was meant to.
+  def planned?(reason), do: reason == :reloaded or match?({:max_rss, _bytes}, reason)
 
   @impl true
   def message(%{reason: reason, worker: worker}), do: describe(reason, worker)
@@ -103,14 +123,18 @@ defmodule Tinkex.CustomLoss.WorkerError do
 
   defp describe({:lost, reasons}, _worker) do
     ways = Enum.map_join(reasons, "; ", &describe(&1, nil))
+    all = if match?([_, _], reasons), do: "both", else: "all"
 
-    "the request was given up after both workers that it was on ended (#{ways}). " <>
+    "the request was given up after #{all} workers that it was on ended (#{ways}). " <>
       "A term probably ends its process: look for a crash in native code, os._exit, or memory " <>
       "running out, and try the terms one by one"
   end
 
   defp describe({:stopped, reason}, _worker),
     do: "the pool stopped during the call: #{Exception.format_exit(reason)}"
+
+  defp describe(:draining, _worker),
+    do: "the pool is being drained: it finishes what it has and takes no other requests"
 
   defp describe({:protocol, sentence}, _worker) do
     "#{sentence}. Something in the Python process may have written to the port's descriptors; " <>
@@ -137,6 +161,11 @@ defmodule Tinkex.CustomLoss.WorkerError do
 
   defp describe(:unresponsive, _),
     do: "it did not answer pings, so it was killed"
+
+  defp describe(:reloaded, _), do: "it was started anew by Tinkex.CustomLoss.reload/2"
+
+  defp describe({:max_rss, bytes}, _),
+    do: "it had #{bytes} bytes of memory, more than :max_rss allows, so it was started anew"
 
   defp describe(:replaced, _), do: "its Erlang process was replaced"
 

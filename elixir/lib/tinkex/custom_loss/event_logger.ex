@@ -3,6 +3,8 @@ defmodule Tinkex.CustomLoss.EventLogger do
   # Telemetry events in words. One that cannot be put in words may not raise: telemetry detaches a
   # handler that does.
 
+  alias Tinkex.CustomLoss.Output
+
   require Logger
 
   def handle_event(event, measurements, metadata, %{level: level}) do
@@ -14,9 +16,9 @@ defmodule Tinkex.CustomLoss.EventLogger do
   end
 
   defp sentence([:tinkex_custom_loss, :compute, :stop], measurements, %{error: nil} = metadata) do
-    "#{pool(metadata)}: loss #{number(measurements[:loss_total])}, of which " <>
+    "#{pool(metadata)}: loss #{number(Map.get(measurements, :loss_total, "not finite"))}, of which " <>
       "#{length(metadata.regularizers)} regularizers contribute " <>
-      "#{number(measurements[:regularizer_total])}, in #{ms(measurements.duration)}"
+      "#{number(Map.get(measurements, :regularizer_total, "not finite"))}, in #{ms(measurements.duration)}"
   end
 
   defp sentence([:tinkex_custom_loss, :compute, :stop], measurements, metadata),
@@ -65,9 +67,9 @@ defmodule Tinkex.CustomLoss.EventLogger do
 
   defp pool(metadata), do: "Tinkex.CustomLoss #{inspect(metadata.pool)}"
 
-  defp number(nil), do: "not finite"
-  defp number(value) when is_float(value), do: :io_lib.format("~.5g", [value]) |> to_string()
-  defp number(value), do: inspect(value)
+  # Without a gradient there is no norm.
+  defp number(nil), do: "none"
+  defp number(value), do: Output.figure(value)
 
   defp ms(duration),
     do: "#{System.convert_time_unit(duration, :native, :microsecond) / 1000} ms"

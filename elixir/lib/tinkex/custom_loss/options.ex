@@ -15,8 +15,9 @@ use the pid that `start_link/1` returns."
       type: :executable,
       doc:
         "the Python to run, as a path or a name on PATH. Without it, the first there is of: the \
-environment variable `TINKEX_CUSTOM_LOSS_PYTHON`, the environment in `VIRTUAL_ENV`, `.venv` in the \
-current directory, `python3` on PATH."
+environment variable `TINKEX_CUSTOM_LOSS_PYTHON`, the environment that \
+`Tinkex.CustomLoss.Release` put into the release, the one in `VIRTUAL_ENV`, `.venv` in the current \
+directory, `python3` on PATH."
     ],
     load: [
       type: :strings,
@@ -74,6 +75,13 @@ more of them only take memory."
       doc:
         "bytes of the largest message in either direction. A larger request is refused before it \
 is sent."
+    ],
+    max_rss: [
+      type: :bytes,
+      default: :infinity,
+      doc:
+        "bytes of resident memory of a worker, or `:infinity`. One that a ping finds above it is \
+started anew when it has finished what it has: terms leak, and so do caches of native code."
     ],
     start_timeout: [
       type: {:integer, 1, 0x7FFF_FFFF},
@@ -172,6 +180,44 @@ waits for a term that never returns as long as that takes."
                start_timeout: @start[:start_timeout]
              ]
 
+  @setup [
+    dir: [
+      type: :string,
+      default: ".venv",
+      doc: "where to make it. `.venv` of the current directory is where pools find it untold."
+    ],
+    python: [
+      type: :executable,
+      doc: "the Python to make it with, 3.11 or newer: a path, or a name on PATH. By default the \
+first that is new enough of `python3`, `python3.14` and so on."
+    ],
+    torch: [
+      type: :torch,
+      default: :default,
+      doc:
+        "which PyTorch. `:default` is the newest, which on Linux brings some gigabytes of CUDA \
+with it. `:cpu` is one without, of some 200 MB. A version such as `\"==2.13.0\"` is that one, in \
+the build of the index that is asked."
+    ],
+    torch_index: [
+      type: :string,
+      doc:
+        "the URL of the index that has PyTorch: that of the CPU builds where `uv` is not there \
+to know it, one of a CUDA version, or a mirror."
+    ],
+    extras: [
+      type: {:list_of, ~w(sandbox dask)},
+      default: [],
+      doc: "extras of the Python package: `\"sandbox\"`, for its server; `\"dask\"`."
+    ],
+    args: [
+      type: :strings,
+      default: [],
+      doc: "more arguments for `pip install` or `uv pip install`: other packages that your terms \
+import, a constraint, an index."
+    ]
+  ]
+
   @check Keyword.take(@call, [:base_loss, :regularizers, :step])
 
   @doc "The validated options of a pool, as a map."
@@ -181,11 +227,11 @@ waits for a term that never returns as long as that takes."
   @doc "The validated options of `compute/4`, as a map."
   def call!(opts), do: call!(opts, @call, "Tinkex.CustomLoss.compute/4")
 
-  @doc "The validated timeout of `terms/2`."
-  def timeout!(timeout) do
+  @doc "The validated timeout of a function of `Tinkex.CustomLoss` that takes no other option."
+  def timeout!(timeout, where) do
     with {:expected, expected} <- Schema.cast(:timeout, timeout) do
       raise ArgumentError,
-            "invalid value for the timeout of Tinkex.CustomLoss.terms/2: expected #{expected}, " <>
+            "invalid value for the timeout of Tinkex.CustomLoss.#{where}: expected #{expected}, " <>
               "got: #{inspect(timeout)}"
     end
 
@@ -217,6 +263,9 @@ waits for a term that never returns as long as that takes."
 
   defp hide_environment(options), do: Map.update!(options, :env, &Environment.new/1)
 
+  @doc "The validated options of `setup!/1`, as a map."
+  def setup!(opts), do: Schema.validate!(opts, @setup, "Tinkex.CustomLoss.setup!/1")
+
   @doc "The validated options of a sandbox's gradient check, as a map."
   def check!(opts),
     do: call!(opts, @check, "Tinkex.CustomLoss.Sandbox.check_gradient/3")
@@ -224,6 +273,7 @@ waits for a term that never returns as long as that takes."
   def start_docs, do: Schema.docs(@start)
   def call_docs, do: Schema.docs(@call)
   def train_docs, do: Schema.docs(@train -- @call)
+  def setup_docs, do: Schema.docs(@setup)
   def sandbox_docs, do: Schema.docs(@sandbox)
 
   # What is computed, from the options of a call whose step is known.

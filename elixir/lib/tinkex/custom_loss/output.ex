@@ -51,31 +51,61 @@ defmodule Tinkex.CustomLoss.Output do
 
   defp key(path), do: path |> Enum.reverse() |> Enum.join("/") |> String.replace(":", ".")
 
+  @doc false
+  # For people to read.
+  def figure(zero) when zero == 0, do: "0.0"
+  def figure(float) when is_float(float), do: "~.5g" |> :io_lib.format([float]) |> to_string()
+  def figure(other), do: to_string(other)
+
   defimpl Inspect do
     import Inspect.Algebra
 
     alias Tinkex.CustomLoss.Wire.Numbers
 
-    def inspect(output, opts) do
-      fields = [
-        loss_total: output.loss_total,
-        gradient_shapes: output.gradients && shapes(output.gradients),
-        regularizers: contributions(output.telemetry)
-      ]
+    @heads ["", "value", "weight", "contribution", "grad_norm", "cosine"]
+    @keys ["value", "weight", "contribution", "grad_norm", "cosine_to_total"]
 
-      body =
-        container_doc("<", fields, ">", opts, fn {name, value}, opts ->
-          concat("#{name}: ", if(is_binary(value), do: value, else: to_doc(value, opts)))
-        end)
+    def inspect(%{telemetry: telemetry} = output, opts) do
+      regularizers = Enum.sort(telemetry["regularizers"] || %{})
+      base = if telemetry["base_loss"], do: [{"base_loss", telemetry["base_loss"]}], else: []
+      {shown, more} = Enum.split(regularizers, limit(opts.limit))
+      rows = for {name, record} <- base ++ shown, do: [label(name) | figures(record)]
+      rest = if more == [], do: [], else: ["… #{length(regularizers)} regularizers in all"]
 
-      concat("#Tinkex.CustomLoss.Output", body)
+      # What every row leaves empty is no column.
+      table = if rows == [], do: [], else: [@heads | rows] |> Enum.zip_with(& &1)
+      lines = table |> Enum.filter(&(tl(&1) |> Enum.any?(fn cell -> cell != "" end))) |> aligned()
+      head = "loss_total: #{figure(output.loss_total)}, gradients: #{gradients(output.gradients)}"
+      body = Enum.map([head | lines] ++ rest, &concat(line(), &1))
+      concat(["#Tinkex.CustomLoss.Output<", nest(concat(body), 2), line(), ">"])
     end
 
-    defp contributions(telemetry) do
-      for {name, record} <- telemetry["regularizers"] || %{},
-          into: %{},
-          do: {name, record["contribution"]}
+    defp limit(:infinity), do: 1_000_000
+    defp limit(limit), do: limit
+
+    defp label(name), do: if(name =~ ~r/\A[\w.:-]+\z/u, do: name, else: Kernel.inspect(name))
+
+    defp figures(record) do
+      figures = for key <- @keys, do: figure(record[key])
+      if record["skipped"], do: List.replace_at(figures, 0, "skipped"), else: figures
     end
+
+    defp figure(nil), do: ""
+    defp figure(number), do: Tinkex.CustomLoss.Output.figure(number)
+
+    # Lines of columns: the first to the left, numbers to the right.
+    defp aligned(columns) do
+      columns
+      |> Enum.with_index(fn column, index ->
+        width = column |> Enum.map(&String.length/1) |> Enum.max()
+        pad = if index == 0, do: &String.pad_trailing/2, else: &String.pad_leading/2
+        Enum.map(column, &pad.(&1, width))
+      end)
+      |> Enum.zip_with(&(&1 |> Enum.join("  ") |> String.trim_trailing()))
+    end
+
+    defp gradients(nil), do: "nil"
+    defp gradients(gradients), do: shapes(gradients)
 
     # Shapes, never data.
     defp shapes(gradients) do

@@ -1,20 +1,46 @@
 defmodule Tinkex.CustomLoss.Pool do
   @moduledoc false
-  # Who may send to which worker: the least loaded one that is ready and has room, else a queue.
+  # Who may send to which worker, and who waits. A request is
   #
-  # A request is known here from the moment it asks for room until Python has answered it, which may
-  # be long after its caller gave up. Its bytes never come near this process.
+  #     ──▶ waiting ──room at a worker──▶ there ──answered, or withdrawn──▶ done
+  #                                        │ ▲
+  #                         worker ended   ▼ │   an idle worker
+  #                                     retrying ──▶ given up, when it ends that one, too
+  #
+  # where it is withdrawn at its deadline, or when its caller ends: from here, or by the worker that
+  # has it. What waits, waits in order for whichever worker has room. What is retried was with others
+  # on a worker that ended, any of which may be the cause, and has an idle worker for itself: the
+  # replacement, or one of the others, which newcomers may still join if nobody else serves them. So
+  # healthy workers never wait for it. Whoever ends a worker alone is the cause, and is given up.
+  #
+  # A worker is
+  #
+  #     down ──▶ starting ──▶ ready ──▶ down
+  #
+  # and one at a time is closed: it is given no more requests, and started anew once it has none.
 
   use GenServer
 
-  alias Tinkex.CustomLoss.{OverloadedError, Telemetry, TimeoutError, WorkerError}
-  alias Tinkex.CustomLoss.Pool.Worker
+  alias Tinkex.CustomLoss.{OverloadedError, TimeoutError, WorkerError}
+  alias Tinkex.CustomLoss.Pool.{Log, Reaper, Worker}
 
   @type handle :: %{
           supervisor: pid(),
           pool: pid(),
           config: map(),
           terms: %{String.t() => map()} | nil
+        }
+
+  @typedoc """
+  `reply_to` is the alias of who waits, and `frame` a list of binaries, none of them a small part of
+  many, so that a message with it is short.
+  """
+  @type request :: %{
+          id: pos_integer(),
+          caller: pid(),
+          reply_to: reference(),
+          frame: [binary()],
+          deadline: integer() | :infinity
         }
 
   def start_link({supervisor, config}), do: GenServer.start_link(__MODULE__, {supervisor, config})
@@ -29,93 +55,101 @@ defmodule Tinkex.CustomLoss.Pool do
 
   defp key(supervisor), do: {__MODULE__, supervisor}
 
-  @doc """
-  Room at a worker for the request `id`, waited for until `deadline`.
-
-  The request is withdrawn when its caller dies. A `:retry` was on a worker that ended. It goes
-  before all others, is not refused, and has the next worker for itself: if that ends, too, nobody
-  else is the cause, and nobody else is hit.
-  """
-  @spec checkout(pid(), integer(), :first | :retry, integer() | :infinity) ::
-          {:ok, worker :: pid(), port()}
-          | {:error, OverloadedError.t() | WorkerError.t()}
-          | :timeout
-  def checkout(pool, id, kind, deadline) do
-    GenServer.call(pool, {:checkout, id, kind}, remaining(deadline))
-  catch
-    :exit, {:timeout, _call} ->
-      abandon(pool, id)
-      :timeout
-
-    :exit, {reason, _call} ->
-      {:error, %WorkerError{reason: {:stopped, reason}}}
+  @doc "Forgets the pool of a supervisor, the calling process, once that has ended in any way."
+  def forget_with(supervisor) do
+    spawn(fn ->
+      monitor = Process.monitor(supervisor)
+      receive do: ({:DOWN, ^monitor, _, _, _} -> :persistent_term.erase(key(supervisor)))
+    end)
   end
+
+  @doc """
+  Asks for what comes as messages `{reply_to, message}`, the last of which is an answer.
+
+    * `{:queued, length}` - it waits
+    * `:granted` - it waited, and a worker has it
+    * `{:retry, reason}` - that worker ended
+    * `{:answer, {:ok, result}}`, `{:answer, {:error, error}}` - what Python said, or an exception
+  """
+  @spec request(pid(), request()) :: :ok
+  def request(pool, request), do: GenServer.cast(pool, {:request, request})
+
+  @doc "Answers the request of `reply_to`."
+  def answer(reply_to, answer), do: tell(reply_to, {:answer, answer})
+
+  defp tell(reply_to, message), do: send(reply_to, {reply_to, message})
 
   @doc "Milliseconds until a deadline in `System.monotonic_time(:millisecond)`, at least 0."
   @spec remaining(integer() | :infinity) :: timeout()
   def remaining(:infinity), do: :infinity
   def remaining(deadline), do: max(0, deadline - System.monotonic_time(:millisecond))
 
-  @doc "The caller no longer waits for the answer to `id`."
-  def abandon(pool, id), do: GenServer.cast(pool, {:abandon, id})
-
-  @doc "A worker no longer has the request `id`."
+  @doc "The calling worker no longer has the request `id`."
   def done(pool, id), do: GenServer.cast(pool, {:done, id})
 
   @doc """
   News of the calling worker: `{:starting, os_pid}`, `{:ready, port, ready}`, `{:alive, pong}`,
-  `{:down, reason, delay}`.
+  `{:down, reason, ids of the requests that Python may have seen}`.
   """
   def worker(pool, index, news), do: GenServer.cast(pool, {:worker, index, self(), news})
+
+  @doc """
+  Asks the pool for something other than a computation: `:info`, `:await_ready`, `:drain` (no more
+  requests, and `:ok` when there are none), `:reload` (`:ok` when all workers were started anew).
+  """
+  @spec ask(pid(), atom(), timeout()) :: :ok | {:ok, map()} | {:error, Exception.t()} | :timeout
+  def ask(pool, what, timeout) do
+    GenServer.call(pool, what, timeout)
+  catch
+    :exit, {:timeout, _call} -> :timeout
+    :exit, {reason, _call} -> {:error, %WorkerError{reason: {:stopped, reason}}}
+  end
 
   @doc "Waits for the first worker that is ready, or the reason why none can be."
   @spec await_ready(pid(), timeout()) :: :ok | {:error, Exception.t()}
   def await_ready(pool, timeout) do
-    GenServer.call(pool, :await_ready, timeout)
-  catch
-    :exit, {:timeout, _call} -> {:error, %TimeoutError{timeout: timeout, stage: :queued}}
-    :exit, {reason, _call} -> {:error, %WorkerError{reason: {:stopped, reason}}}
-  end
-
-  @spec info(pid(), timeout()) :: {:ok, map()} | {:error, Exception.t()}
-  def info(pool, timeout) do
-    {:ok, GenServer.call(pool, :info, timeout)}
-  catch
-    :exit, {reason, _call} -> {:error, %WorkerError{reason: {:stopped, reason}}}
+    with :timeout <- ask(pool, :await_ready, timeout),
+         do: {:error, %TimeoutError{timeout: timeout, stage: :queued}}
   end
 
   @impl true
   def init({supervisor, config}) do
-    # To take the handle away in the end.
+    # The shell may end, which is no reason to.
     Process.flag(:trap_exit, true)
-    handle = %{supervisor: supervisor, pool: self(), config: config, terms: nil}
-    :persistent_term.put(key(supervisor), handle)
+    Process.put(:"$process_label", {__MODULE__, config.name})
 
     state = %{
-      supervisor: supervisor,
-      handle: handle,
+      handle: %{supervisor: supervisor, pool: self(), config: config, terms: nil},
       config: config,
-      slots: Map.new(1..config.workers, &{&1, Map.merge(%{worker: nil, starts: 0}, down(nil))}),
-      # id => {monitor of the caller, kind, from | index of the slot}
-      requests: %{},
-      callers: %{},
+      reaper: Reaper.open(),
+      slots: Map.new(1..config.workers, &{&1, slot()}),
+      # pid of a worker => index of its slot
       workers: %{},
-      queue: :queue.new(),
+      # id => a request, with its place: :waiting, :retrying or the index of a slot
+      requests: %{},
+      waiting: :queue.new(),
+      retrying: :queue.new(),
+      # Who waits for the first worker; for the last request, if there shall be no more; and for ...
       awaiting: [],
+      draining: nil,
+      reloading: [],
+      # ... the slots that are to be started anew, and why. The first one is closed.
+      renewals: [],
       started: now()
     }
 
-    {:ok, state}
+    {:ok, publish(state)}
   end
 
-  # What a slot is without a Python process, and why.
+  # A slot without a Python process, and why.
   defp down(reason) do
     %{
       state: :down,
       reason: reason,
       since: now(),
       load: 0,
-      alone: false,
+      # Of a request that was retried: :open to newcomers, or :closed.
+      alone: nil,
       port: nil,
       os_pid: nil,
       ready: nil,
@@ -123,21 +157,13 @@ defmodule Tinkex.CustomLoss.Pool do
     }
   end
 
+  # What outlives its processes.
+  defp slot, do: Map.merge(down(nil), %{worker: nil, starts: 0, renewal: nil})
+
   defp now, do: System.monotonic_time(:millisecond)
 
   @impl true
-  def handle_call({:checkout, id, kind}, from, state) do
-    cond do
-      error = hopeless(state) ->
-        {:reply, {:error, error}, state}
-
-      kind == :first and full?(state) and not room?(state) ->
-        {:reply, {:error, overloaded(state)}, state}
-
-      true ->
-        {:noreply, state |> admit(id, kind, from) |> enqueue(id, kind)}
-    end
-  end
+  def handle_call(:info, _from, state), do: {:reply, {:ok, describe(state)}, state}
 
   def handle_call(:await_ready, from, state) do
     cond do
@@ -147,133 +173,214 @@ defmodule Tinkex.CustomLoss.Pool do
     end
   end
 
-  def handle_call(:info, _from, state), do: {:reply, describe(state), state}
+  def handle_call(:drain, from, state),
+    do: {:noreply, settle(%{state | draining: [from | state.draining || []]})}
+
+  def handle_call(:reload, from, state) do
+    renewals = for index <- Map.keys(state.slots), do: {index, :reloaded}
+    state = %{state | reloading: [from | state.reloading], renewals: state.renewals ++ renewals}
+    {:noreply, settle(state)}
+  end
+
+  def handle_call(other, _from, state), do: stray(other, state)
 
   @impl true
-  def handle_cast({:done, id}, state), do: {:noreply, state |> release(id) |> serve_queue()}
-  def handle_cast({:abandon, id}, state), do: {:noreply, withdraw(state, id)}
+  def handle_cast({:request, %{reply_to: reply_to} = request}, state) do
+    cond do
+      error = hopeless(state) ->
+        refuse(reply_to, error, state)
 
-  def handle_cast({:worker, index, pid, news}, state),
-    do: {:noreply, state |> know(index, pid) |> news(index, news)}
+      state.draining ->
+        refuse(reply_to, %WorkerError{reason: :draining}, state)
 
-  @impl true
-  def handle_info({:DOWN, monitor, :process, pid, reason}, state) do
-    case state do
-      %{callers: %{^monitor => id}} ->
-        {:noreply, withdraw(state, id)}
+      full?(state) and not room?(state) ->
+        refuse(reply_to, overloaded(state), state)
 
-      %{workers: %{^pid => index}} ->
-        {:noreply, forget(state, index, pid, {:stopped, reason})}
-
-      # A worker whose successor has been heard of.
-      _forgotten ->
-        {:noreply, state}
+      true ->
+        {:noreply, request |> Map.merge(%{losses: [], place: nil}) |> admit(state) |> settle()}
     end
   end
 
-  def handle_info({:EXIT, _pid, _reason}, state), do: {:noreply, state}
+  def handle_cast({:done, id}, state), do: {:noreply, state |> release(id) |> settle()}
+
+  def handle_cast({:worker, index, pid, news}, state),
+    do: {:noreply, state |> know(index, pid) |> news(index, news) |> settle()}
+
+  def handle_cast(other, state), do: stray(other, state)
 
   @impl true
-  def terminate(_reason, state), do: :persistent_term.erase(key(state.supervisor))
+  def handle_info({{:gone, id}, _monitor, :process, _pid, _reason}, state),
+    do: {:noreply, state |> withdraw(id) |> settle()}
+
+  def handle_info({:timeout, _timer, {:deadline, id}}, state),
+    do: {:noreply, state |> withdraw(id) |> settle()}
+
+  def handle_info({:DOWN, _monitor, :process, pid, reason}, %{workers: workers} = state)
+      when is_map_key(workers, pid),
+      do: {:noreply, state |> forget(pid, {:stopped, reason}) |> settle()}
+
+  def handle_info({:EXIT, reaper, _reason}, %{reaper: reaper} = state) do
+    reaper = Reaper.open()
+
+    for {_index, %{os_pid: os_pid}} when os_pid != nil <- state.slots,
+        do: Reaper.watch(reaper, os_pid)
+
+    {:noreply, %{state | reaper: reaper}}
+  end
+
+  def handle_info(other, state), do: stray(other, state)
+
+  defp stray(message, state) do
+    Log.stray(__MODULE__, state.config.name, message)
+    {:noreply, state}
+  end
+
+  defp refuse(reply_to, error, state) do
+    answer(reply_to, {:error, error})
+    {:noreply, state}
+  end
+
+  # What follows from whatever has changed.
+  defp settle(state), do: state |> serve() |> renew() |> drained()
 
   # Requests
 
-  defp least_loaded(state, kind) do
-    limit = if kind == :retry, do: 1, else: state.config.max_in_flight
-
-    {_load, index} =
-      Enum.reduce(state.slots, {limit, nil}, fn
-        {index, %{state: :ready, alone: false, load: load}}, {least, _} when load < least ->
-          {load, index}
-
-        _full_or_not_ready, best ->
-          best
-      end)
-
-    index
+  defp admit(request, state) do
+    if room?(state),
+      do: request |> place(roomiest(state), state),
+      else: park(request, :waiting, state)
   end
 
-  defp admit(state, id, kind, {caller, _tag} = from) do
-    monitor = Process.monitor(caller)
+  # It waits here, where its deadline and its caller are watched until a worker does that.
+  defp park(request, place, state) do
+    request =
+      Map.merge(request, %{
+        place: place,
+        monitor: :erlang.monitor(:process, request.caller, tag: {:gone, request.id}),
+        timer: timer(request)
+      })
 
-    %{
-      state
-      | requests: Map.put(state.requests, id, {monitor, kind, from}),
-        callers: Map.put(state.callers, monitor, id)
-    }
-  end
-
-  defp grant(state, id, index) do
-    {monitor, kind, from} = Map.fetch!(state.requests, id)
-    slot = Map.fetch!(state.slots, index)
-    GenServer.reply(from, {:ok, slot.worker, slot.port})
-
-    %{
-      state
-      | requests: Map.put(state.requests, id, {monitor, kind, index}),
-        slots: Map.put(state.slots, index, %{slot | load: slot.load + 1, alone: kind == :retry})
-    }
-  end
-
-  defp enqueue(state, id, kind) do
-    queue = if kind == :retry, do: :queue.in_r(id, state.queue), else: :queue.in(id, state.queue)
-    state = serve_queue(%{state | queue: queue})
-
-    if match?(%{^id => {_monitor, _kind, from}} when not is_integer(from), state.requests),
-      do: Telemetry.queued(state.config, :queue.len(state.queue))
-
+    state = state |> Map.update!(place, &:queue.in(request.id, &1)) |> keep(request)
+    tell(request.reply_to, {:queued, queued(state)})
     state
   end
 
-  # In order, even if a later one would find room where the first does not: it would never be its
-  # turn.
-  defp serve_queue(state) do
-    with {:value, id} <- :queue.peek(state.queue),
-         {_monitor, kind, _from} = Map.fetch!(state.requests, id),
-         index when index != nil <- least_loaded(state, kind) do
-      %{state | queue: :queue.drop(state.queue)} |> grant(id, index) |> serve_queue()
+  defp timer(%{deadline: :infinity}), do: nil
+
+  defp timer(%{deadline: deadline, id: id}),
+    do: :erlang.start_timer(deadline, self(), {:deadline, id}, abs: true)
+
+  defp unpark(request) do
+    Process.demonitor(request.monitor, [:flush])
+    if request.timer, do: :erlang.cancel_timer(request.timer)
+    request
+  end
+
+  # In order, even if a later one would find room where the first does not: it would never be its turn.
+  defp serve(state) do
+    with :none <- turn(state, :retrying, idle(state)),
+         :none <- turn(state, :waiting, roomiest(state)) do
+      state
     else
-      _empty_or_no_room -> state
+      {place, id, index} ->
+        state = Map.update!(state, place, &:queue.drop/1)
+        request = unpark(Map.fetch!(state.requests, id))
+        tell(request.reply_to, :granted)
+        request |> place(index, state) |> serve()
     end
   end
 
-  # Its worker tells when it is over, so that room is given only when there is some.
+  defp turn(_state, _place, nil), do: :none
+
+  defp turn(state, place, index) do
+    case :queue.peek(Map.fetch!(state, place)) do
+      {:value, id} -> {place, id, index}
+      :empty -> :none
+    end
+  end
+
+  defp place(request, index, state) do
+    slot = Map.fetch!(state.slots, index)
+    Worker.request(slot.worker, slot.port, request)
+    slot = %{slot | load: slot.load + 1, alone: alone(request, index)}
+    keep(put_in(state.slots[index], slot), %{request | place: index})
+  end
+
+  # Nobody joins what may have ended several, or is alone where its own replacement serves nobody else.
+  defp alone(%{losses: []}, _index), do: nil
+  defp alone(%{losses: [{other, _reason}]}, index) when other != index, do: :open
+  defp alone(_request, _index), do: :closed
+
+  defp keep(state, request), do: put_in(state.requests[request.id], request)
+
+  defp idle(state), do: Enum.find_value(state.slots, fn {i, slot} -> open?(slot, 1) && i end)
+
+  defp roomiest(state) do
+    for {index, slot} <- state.slots, open?(slot, state.config.max_in_flight) do
+      {slot.alone != nil, slot.load, index}
+    end
+    |> Enum.min(fn -> {nil, nil, nil} end)
+    |> elem(2)
+  end
+
+  defp open?(slot, limit) do
+    slot.state == :ready and slot.load < limit and slot.alone != :closed and slot.renewal == nil
+  end
+
   defp withdraw(state, id) do
     case state.requests do
-      %{^id => {_monitor, _kind, index}} when is_integer(index) ->
-        Worker.abandon(state.slots[index].worker, id)
-        state
+      %{^id => %{place: place} = request} when is_atom(place) ->
+        unpark(request)
+        state |> Map.update!(place, &:queue.delete(id, &1)) |> drop(id)
 
-      %{^id => _queued} ->
-        serve_queue(%{release(state, id) | queue: :queue.delete(id, state.queue)})
-
-      _answered ->
+      # A worker has it by now, or had.
+      _elsewhere ->
         state
     end
   end
 
   defp release(state, id) do
-    case Map.pop(state.requests, id) do
-      {nil, _requests} ->
+    case state.requests do
+      %{^id => %{place: index}} when is_integer(index) ->
+        drop(update_in(state.slots[index], &%{&1 | load: &1.load - 1, alone: nil}), id)
+
+      _unknown ->
         state
-
-      {{monitor, _kind, where}, requests} ->
-        Process.demonitor(monitor, [:flush])
-        state = %{state | requests: requests, callers: Map.delete(state.callers, monitor)}
-
-        if is_integer(where),
-          do: update_in(state.slots[where], &%{&1 | load: &1.load - 1, alone: false}),
-          else: state
     end
   end
 
-  defp room?(state), do: :queue.is_empty(state.queue) and least_loaded(state, :first) != nil
-  defp full?(state), do: :queue.len(state.queue) >= state.config.max_queue
+  defp drop(state, id), do: %{state | requests: Map.delete(state.requests, id)}
 
-  defp overloaded(state) do
-    queued = :queue.len(state.queue)
-    %OverloadedError{in_flight: map_size(state.requests) - queued, queued: queued}
+  # A request of a worker that ended.
+  defp lose(request, state, index, reason, begun) do
+    state = drop(state, request.id)
+    losses = [{index, reason} | request.losses]
+
+    cond do
+      remaining(request.deadline) == 0 or not Process.alive?(request.caller) ->
+        state
+
+      begun != :unknown and request.id not in begun ->
+        park(request, :waiting, state)
+
+      state.slots[index].alone ->
+        reasons = for {_index, reason} <- Enum.reverse(losses), do: reason
+        answer(request.reply_to, {:error, %WorkerError{reason: {:lost, reasons}}})
+        state
+
+      true ->
+        tell(request.reply_to, {:retry, reason})
+        park(%{request | losses: losses}, :retrying, state)
+    end
   end
+
+  defp room?(state), do: :queue.is_empty(state.waiting) and roomiest(state) != nil
+  defp full?(state), do: :queue.len(state.waiting) >= state.config.max_queue
+  defp queued(state), do: :queue.len(state.waiting) + :queue.len(state.retrying)
+  defp in_flight(state), do: map_size(state.requests) - queued(state)
+
+  defp overloaded(state),
+    do: %OverloadedError{in_flight: in_flight(state), queued: queued(state)}
 
   # Workers
 
@@ -281,19 +388,21 @@ defmodule Tinkex.CustomLoss.Pool do
 
   defp know(state, index, pid) do
     Process.monitor(pid)
-    state = forget(state, index, state.slots[index].worker, :replaced)
-    state = %{state | workers: Map.put(state.workers, pid, index)}
-    put_in(state.slots[index].worker, pid)
+    state = forget(state, state.slots[index].worker, :replaced)
+    put_in(%{state | workers: Map.put(state.workers, pid, index)}.slots[index].worker, pid)
   end
 
-  defp forget(state, _index, nil, _reason), do: state
+  # The Erlang process of a worker ended, and what it knew of its requests with it.
+  defp forget(state, nil, _reason), do: state
 
-  defp forget(state, index, pid, reason) do
-    state = %{state | workers: Map.delete(state.workers, pid)}
-    news(put_in(state.slots[index].worker, nil), index, {:down, reason, 0})
+  defp forget(state, pid, reason) do
+    {index, workers} = Map.pop!(state.workers, pid)
+    state = news(%{state | workers: workers}, index, {:down, reason, :unknown})
+    put_in(state.slots[index].worker, nil)
   end
 
   defp news(state, index, {:starting, os_pid}) do
+    if os_pid, do: Reaper.watch(state.reaper, os_pid)
     change(state, index, %{state: :starting, os_pid: os_pid, since: now()})
   end
 
@@ -301,47 +410,54 @@ defmodule Tinkex.CustomLoss.Pool do
     state
     |> change(index, %{state: :ready, port: port, ready: ready, since: now()})
     |> update_in([:slots, index, :starts], &(&1 + 1))
-    |> publish(ready.terms)
-    |> serve_queue()
+    |> put_in([:handle, :terms], Map.new(ready.terms, &{&1.name, &1}))
+    |> publish()
+    |> renewed(index, :ok)
   end
 
-  defp news(state, index, {:alive, pong}), do: change(state, index, %{alive: pong})
+  defp news(state, index, {:alive, %{rss: rss} = pong}) do
+    # Of the frames that passed.
+    :erlang.garbage_collect()
+    state = change(state, index, %{alive: pong})
 
-  defp news(state, index, {:down, reason, _delay}) do
-    state =
-      for {id, {_monitor, _kind, ^index}} <- state.requests, reduce: state do
-        state -> release(state, id)
-      end
+    if rss > state.config.max_rss and not List.keymember?(state.renewals, index, 0),
+      do: %{state | renewals: state.renewals ++ [{index, {:max_rss, rss}}]},
+      else: state
+  end
 
-    state |> change(index, down(reason)) |> give_up()
+  defp news(state, index, {:down, reason, begun}) do
+    if os_pid = state.slots[index].os_pid, do: Reaper.kill(state.reaper, os_pid)
+
+    requests = for {_id, %{place: ^index} = request} <- state.requests, do: request
+
+    Enum.sort_by(requests, & &1.id)
+    |> Enum.reduce(state, &lose(&1, &2, index, reason, begun))
+    |> change(index, down(reason))
+    |> renewed(index, {:down, reason})
+    |> give_up()
   end
 
   defp change(state, index, changes), do: update_in(state.slots[index], &Map.merge(&1, changes))
 
-  # All workers have the same terms, and a changed handle costs every process of the node a scan.
-  defp publish(%{handle: %{terms: nil}} = state, terms) do
-    handle = %{state.handle | terms: Map.new(terms, &{&1.name, &1})}
-    :persistent_term.put(key(state.supervisor), handle)
-    for from <- state.awaiting, do: GenServer.reply(from, :ok)
-    %{state | handle: handle, awaiting: []}
+  # A changed handle costs every process of the node a scan, and most workers have the same terms.
+  defp publish(%{handle: handle} = state) do
+    if whereis(handle.supervisor) != handle,
+      do: :persistent_term.put(key(handle.supervisor), handle)
+
+    if handle.terms, do: reply_to_all(state, :awaiting, :ok), else: state
   end
 
-  defp publish(state, _terms), do: state
+  defp reply_to_all(state, who, answer) do
+    for from <- Map.fetch!(state, who), do: GenServer.reply(from, answer)
+    Map.put(state, who, [])
+  end
 
   # When every worker failed to start, waiting for one is no use.
   defp give_up(state) do
     if error = hopeless(state) do
-      for from <- state.awaiting, do: GenServer.reply(from, {:error, error})
-
-      :queue.fold(
-        fn id, state ->
-          {_monitor, _kind, from} = Map.fetch!(state.requests, id)
-          GenServer.reply(from, {:error, error})
-          release(state, id)
-        end,
-        %{state | awaiting: [], queue: :queue.new()},
-        state.queue
-      )
+      parked = for {id, %{place: place}} when is_atom(place) <- state.requests, do: id
+      for id <- parked, do: answer(state.requests[id].reply_to, {:error, error})
+      parked |> Enum.reduce(state, &withdraw(&2, &1)) |> reply_to_all(:awaiting, {:error, error})
     else
       state
     end
@@ -356,9 +472,53 @@ defmodule Tinkex.CustomLoss.Pool do
     end
   end
 
-  defp describe(state) do
-    queued = :queue.len(state.queue)
+  defp drained(%{draining: [_ | _], requests: requests} = state) when requests == %{},
+    do: reply_to_all(state, :draining, :ok)
 
+  defp drained(state), do: state
+
+  # The first slot to be started anew: nil ──▶ :closed ──no requests left──▶ :ending ──▶ :starting ──▶ nil
+
+  defp renew(%{renewals: [{index, reason} | _]} = state) do
+    case state.slots[index] do
+      %{renewal: nil} ->
+        renew(put_in(state.slots[index].renewal, :closed))
+
+      %{renewal: :closed, load: 0, worker: worker} when worker != nil ->
+        Worker.restart(worker, reason)
+        put_in(state.slots[index].renewal, :ending)
+
+      _in_time ->
+        state
+    end
+  end
+
+  defp renew(state), do: reply_to_all(state, :reloading, :ok)
+
+  defp renewed(%{renewals: [{index, why} | rest]} = state, index, news) do
+    case {state.slots[index].renewal, news} do
+      {:ending, {:down, ^why}} ->
+        put_in(state.slots[index].renewal, :starting)
+
+      {:starting, :ok} ->
+        put_in(%{state | renewals: rest}.slots[index].renewal, nil)
+
+      # With what it would load now, no other should be ended for it.
+      {:starting, {:down, reason}} ->
+        state = put_in(%{state | renewals: []}.slots[index].renewal, nil)
+        reply_to_all(state, :reloading, {:error, %WorkerError{reason: reason}})
+
+      {_closed, {:down, _other}} ->
+        put_in(state.slots[index].renewal, :closed)
+
+      {_closed, :ok} ->
+        state
+    end
+  end
+
+  defp renewed(state, _index, _news), do: state
+
+  defp describe(state) do
     workers =
       for {index, slot} <- Enum.sort(state.slots) do
         %{
@@ -376,8 +536,8 @@ defmodule Tinkex.CustomLoss.Pool do
 
     %{
       workers: workers,
-      in_flight: map_size(state.requests) - queued,
-      queued: queued,
+      in_flight: in_flight(state),
+      queued: queued(state),
       uptime_ms: now() - state.started,
       max_queue: state.config.max_queue,
       max_in_flight: state.config.max_in_flight

@@ -225,7 +225,13 @@ defmodule Tinkex.CustomLoss.Sandbox do
     args = args ++ Enum.flat_map(config.load, &["--load", &1])
 
     with {:ok, port, _os_pid} <- Python.open(config, args),
-         state = %{port: port, config: config, next: 0, waiting: %{}, log: Log.new(:sandbox)},
+         state = %{
+           port: port,
+           config: config,
+           next: 0,
+           waiting: %{},
+           log: Log.new(config.name, :sandbox)
+         },
          {:ok, state} <- await_message("ready", state),
          {:ok, state} <- create_model(state) do
       {:ok, state}

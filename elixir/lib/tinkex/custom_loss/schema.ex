@@ -141,6 +141,13 @@ defmodule Tinkex.CustomLoss.Schema do
     check(value, valid?, "a positive number of milliseconds or nil")
   end
 
+  def cast(:bytes, :infinity), do: {:ok, :infinity}
+
+  def cast(:bytes, value) do
+    valid? = is_integer(value) and value > 0
+    check(value, valid?, "a positive number of bytes or :infinity")
+  end
+
   # A receive takes no longer ones.
   @longest 0xFFFF_FFFF
 
@@ -172,6 +179,16 @@ defmodule Tinkex.CustomLoss.Schema do
 
   def cast(:strings, value),
     do: check(value, proper?(value) and Enum.all?(value, &string?/1), "a list of strings")
+
+  def cast({:list_of, allowed}, value) do
+    valid? = proper?(value) and Enum.all?(value, &(&1 in allowed))
+    check(value, valid?, "a list of #{Enum.map_join(allowed, ", ", &inspect/1)}")
+  end
+
+  def cast(:torch, value) do
+    valid? = value in [:default, :cpu] or (string?(value) and value =~ ~r/\A\s*[=<>!~]=?\s*\d/)
+    check(value, valid?, ~s(:default, :cpu or a version such as "==2.13.0"))
+  end
 
   def cast(:env, value) do
     valid? = (proper?(value) or plain_map?(value)) and Enum.all?(value, &variable?/1)

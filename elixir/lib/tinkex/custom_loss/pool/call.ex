@@ -12,11 +12,7 @@ defmodule Tinkex.CustomLoss.Pool.Call do
     WorkerError
   }
 
-  alias Tinkex.CustomLoss.Pool.Worker
   alias Tinkex.CustomLoss.Wire.Protocol
-
-  # A computation is pure and may be repeated, but one that ends its process would end them all.
-  @attempts 2
 
   @doc """
   The result map of a `compute` request (without `:id`), or an exception struct.
@@ -31,7 +27,8 @@ defmodule Tinkex.CustomLoss.Pool.Call do
   def run(server, request, timeout, deadline) do
     with_pool(server, {:run, [request]}, timeout, deadline, fn call ->
       with :ok <- check(call, request),
-           {:ok, result} <- attempt(call, request, :first, []),
+           {:ok, frame} <- encode(call, request),
+           {:ok, result} <- request(call, frame, :again),
            do: {:ok, Map.put(result, :async, async(request.regularizers, terms(call)))}
     end)
   end
@@ -41,20 +38,28 @@ defmodule Tinkex.CustomLoss.Pool.Call do
           {:ok, [map()]} | {:error, Exception.t()}
   def terms(server, timeout, deadline) do
     with_pool(server, {:terms, []}, timeout, deadline, fn call ->
-      case Pool.await_ready(call.handle.pool, Pool.remaining(deadline)) do
-        :ok -> {:ok, call |> terms() |> Map.values() |> Enum.sort_by(& &1.name)}
-        {:error, %TimeoutError{}} -> late(call, :queued)
-        {:error, error} -> {:error, error}
-      end
+      with :ok <- ask(call, :await_ready, :queued),
+           do: {:ok, call |> terms() |> Map.values() |> Enum.sort_by(& &1.name)}
     end)
   end
 
   @spec info(GenServer.server(), timeout(), deadline()) ::
           {:ok, map()} | {:error, Exception.t()}
   def info(server, timeout, deadline) do
-    with_pool(server, {:info, []}, timeout, deadline, fn call ->
-      Pool.info(call.handle.pool, Pool.remaining(deadline))
-    end)
+    with_pool(server, {:info, []}, timeout, deadline, &ask(&1, :info, :queued))
+  end
+
+  @doc "`:drain` or `:reload`."
+  @spec manage(GenServer.server(), :drain | :reload, timeout(), deadline()) ::
+          :ok | {:error, Exception.t()}
+  def manage(server, what, timeout, deadline) do
+    stage = %{drain: :draining, reload: :reloading}[what]
+    with_pool(server, {:manage, [what]}, timeout, deadline, &ask(&1, what, stage))
+  end
+
+  defp ask(call, what, stage) do
+    with :timeout <- Pool.ask(call.handle.pool, what, Pool.remaining(call.deadline)),
+         do: late(call, stage)
   end
 
   @type deadline :: integer() | :infinity
@@ -136,8 +141,7 @@ defmodule Tinkex.CustomLoss.Pool.Call do
     apply(__MODULE__, function, args ++ [timeout, deadline(left)])
   end
 
-  # Until the first worker is ready nobody knows the terms: a request is then checked when it is
-  # given that worker.
+  # Until the first worker is ready nobody knows the terms, and Python refuses what there is not.
   defp check(call, request) do
     case terms(call) do
       nil -> :ok
@@ -156,10 +160,10 @@ defmodule Tinkex.CustomLoss.Pool.Call do
   defp async(regularizers, terms),
     do: for(%{name: name, fn: fun} <- regularizers, terms[fun].async, do: name)
 
-  # The id is new for every attempt, so that no two are ever taken for one another.
-  defp attempt(call, request, kind, losses) do
+  # As few binaries as its tensors allow, which messages only refer to.
+  defp encode(call, request) do
     id = System.unique_integer([:positive])
-    frame = request |> Map.put(:id, id) |> Protocol.encode_compute()
+    frame = request |> Map.put(:id, id) |> Protocol.encode_compute() |> :erlang.iolist_to_iovec()
     size = IO.iodata_length(frame)
     max_frame = call.handle.config.max_frame
 
@@ -171,48 +175,81 @@ defmodule Tinkex.CustomLoss.Pool.Call do
              "send fewer datums at a time, or start the pool with a larger :max_frame"
        }}
     else
-      case Pool.checkout(call.handle.pool, id, kind, call.deadline) do
-        {:ok, worker, port} ->
-          with {:error, error} <- check(call, request) do
-            Pool.abandon(call.handle.pool, id)
-            {:error, error}
-          else
-            :ok -> send_and_wait(call, request, id, {worker, port}, {frame, size}, losses)
-          end
-
-        :timeout ->
-          late(call, :queued)
-
-        {:error, error} ->
-          {:error, error}
-      end
+      {:ok, {id, frame}}
     end
   end
 
-  defp send_and_wait(call, request, id, {worker, port}, {frame, size}, losses) do
+  defp request(call, {id, frame}, if_the_pool_ends) do
     # A late answer goes to an alias that is no more, not to anyone's mailbox.
-    reply_to = :erlang.monitor(:process, worker, alias: :reply_demonitor)
-    Worker.request(worker, port, id, reply_to, frame, size)
+    ref = :erlang.monitor(:process, call.handle.pool, alias: :demonitor)
+    request = %{id: id, caller: self(), reply_to: ref, frame: frame, deadline: call.deadline}
+    Pool.request(call.handle.pool, request)
+    answer = await(call, ref, :computing)
+    Process.demonitor(ref, [:flush])
+    flush(ref)
 
+    case answer do
+      {:ok, result} -> {:ok, result}
+      {:error, %{__exception__: true} = error} -> {:error, error}
+      {:error, error} -> {:error, exception(error)}
+      {:late, stage} -> late(call, stage)
+      {:down, reason} when if_the_pool_ends == :again -> again(call, {id, frame}, reason)
+      {:down, reason} -> {:error, %WorkerError{reason: {:stopped, reason}}}
+    end
+  end
+
+  # The pool tells what happens, and whoever waits tells the handlers, which may be slow.
+  defp await(call, ref, stage) do
     receive do
-      {^reply_to, {:result, result}} -> {:ok, result}
-      {^reply_to, {:error, error}} -> {:error, exception(error)}
-      {^reply_to, {:lost, reason}} -> lost(call, request, [reason | losses])
-      {^reply_to, :unsent} -> attempt(call, request, :retry, losses)
-      {:DOWN, ^reply_to, _, _, reason} -> lost(call, request, [{:stopped, reason} | losses])
+      {^ref, {:answer, answer}} ->
+        answer
+
+      {^ref, :granted} ->
+        await(call, ref, :computing)
+
+      {^ref, {:queued, length}} ->
+        Telemetry.queued(call.handle.config, length)
+        await(call, ref, :queued)
+
+      {^ref, {:retry, reason}} ->
+        Telemetry.retry(call.handle.config, reason)
+        await(call, ref, :queued)
+
+      {:DOWN, ^ref, _, _, reason} ->
+        {:down, reason}
     after
-      Pool.remaining(call.deadline) ->
-        :erlang.demonitor(reply_to, [:flush])
-        Pool.abandon(call.handle.pool, id)
+      Pool.remaining(call.deadline) -> {:late, stage}
+    end
+  end
 
-        # It may have come between the two lines above.
-        receive do
-          {^reply_to, _too_late} -> :ok
-        after
-          0 -> :ok
+  # What came before the alias was given up.
+  defp flush(ref) do
+    receive do
+      {^ref, _message} -> flush(ref)
+    after
+      0 -> :ok
+    end
+  end
+
+  # The supervisor starts another pool, unless it ends, too.
+  defp again(%{handle: %{supervisor: supervisor, pool: pool}} = call, frame, reason) do
+    case Pool.whereis(supervisor) do
+      %{pool: other} = handle when other != pool ->
+        Telemetry.retry(handle.config, {:stopped, reason})
+        request(%{call | handle: handle}, frame, :stop)
+
+      _same_or_none ->
+        cond do
+          not Process.alive?(supervisor) ->
+            {:error, %WorkerError{reason: {:stopped, reason}}}
+
+          Pool.remaining(call.deadline) == 0 ->
+            late(call, :queued)
+
+          true ->
+            Process.sleep(10)
+            again(call, frame, reason)
         end
-
-        late(call, :computing)
     end
   end
 
@@ -220,14 +257,6 @@ defmodule Tinkex.CustomLoss.Pool.Call do
     Telemetry.deadline(call.handle.config, stage, call.timeout)
     {:error, %TimeoutError{timeout: call.timeout, stage: stage}}
   end
-
-  defp lost(call, request, losses) when length(losses) < @attempts do
-    Telemetry.retry(call.handle.config, hd(losses))
-    attempt(call, request, :retry, losses)
-  end
-
-  defp lost(_call, _request, losses),
-    do: {:error, %WorkerError{reason: {:lost, Enum.reverse(losses)}}}
 
   @doc "The exception that tells of an error of the protocol."
   def exception(%{kind: :request} = error),

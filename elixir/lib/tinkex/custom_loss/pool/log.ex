@@ -11,7 +11,7 @@ defmodule Tinkex.CustomLoss.Pool.Log do
   @backlog 1_000
 
   @doc "The state of one worker's log."
-  def new(worker), do: %{worker: worker, dropped: 0}
+  def new(pool, worker), do: %{pool: pool, worker: worker, dropped: 0}
 
   @doc "Logs a record of `Protocol.decode/1`; called by the worker that received it."
   def write(log, record) do
@@ -21,8 +21,7 @@ defmodule Tinkex.CustomLoss.Pool.Log do
 
       _ ->
         log = report_dropped(log)
-
-        metadata = [python_logger: record.logger, term: record.term, worker: log.worker]
+        metadata = [python_logger: record.logger, term: record.term] ++ metadata(log)
         Logger.bare_log(record.level, record.message, metadata)
         log
     end
@@ -30,24 +29,35 @@ defmodule Tinkex.CustomLoss.Pool.Log do
 
   defp report_dropped(%{dropped: 0} = log), do: log
 
-  defp report_dropped(%{dropped: dropped, worker: worker} = log) do
+  defp report_dropped(%{dropped: dropped} = log) do
     Logger.warning(
       "#{dropped} log records of Python were left out: they came faster than Logger takes them",
-      worker: worker
+      metadata(log)
     )
 
     %{log | dropped: 0}
   end
 
+  defp metadata(log), do: [pool: log.pool, worker: log.worker]
+
   @doc "A worker ended, or did not start."
-  def worker_down(index, reason, os_pid, delay) do
+  def worker_down(pool, index, reason, os_pid, delay) do
     process = if os_pid, do: " (OS process #{os_pid})", else: ""
     sentence = Exception.message(%WorkerError{reason: reason})
 
-    Logger.error(
-      "worker #{index} of Tinkex.CustomLoss#{process} ended: #{sentence}. " <>
+    Logger.log(
+      if(WorkerError.planned?(reason), do: :info, else: :error),
+      "worker #{index} of Tinkex.CustomLoss #{inspect(pool)}#{process} ended: #{sentence}. " <>
         "The next one is started in #{delay} ms",
+      pool: pool,
       worker: index
+    )
+  end
+
+  @doc "A message that is nothing to the process that got it."
+  def stray(module, pool, message) do
+    Logger.debug("#{inspect(module)} of #{inspect(pool)} ignores #{inspect(message, limit: 20)}",
+      pool: pool
     )
   end
 end

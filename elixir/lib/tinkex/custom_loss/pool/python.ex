@@ -2,7 +2,7 @@ defmodule Tinkex.CustomLoss.Pool.Python do
   @moduledoc false
   # Which Python, what it is told, and why it did not start.
 
-  alias Tinkex.CustomLoss.{Environment, WorkerError}
+  alias Tinkex.CustomLoss.{Environment, Setup, WorkerError}
 
   @module "tinker_custom_loss.port"
 
@@ -60,6 +60,7 @@ defmodule Tinkex.CustomLoss.Pool.Python do
       cond do
         given -> {"the option :python", given}
         python = env_var("TINKEX_CUSTOM_LOSS_PYTHON") -> {"TINKEX_CUSTOM_LOSS_PYTHON", python}
+        python = in_release() -> {"the release", python}
         dir = env_var("VIRTUAL_ENV") -> {"VIRTUAL_ENV", Path.join(dir, "bin/python")}
         File.exists?(".venv/bin/python") -> {"the directory .venv", ".venv/bin/python"}
         true -> {"PATH", "python3"}
@@ -68,6 +69,12 @@ defmodule Tinkex.CustomLoss.Pool.Python do
     path = if name =~ "/", do: Path.expand(name), else: System.find_executable(name)
 
     cond do
+      path && Setup.unfinished?(path) ->
+        not_started(
+          "the environment of #{path} is not finished: wait if mix tinkex.custom_loss.setup runs, " <>
+            "and else run it"
+        )
+
       path && File.regular?(path) ->
         {:ok, path, source}
 
@@ -79,6 +86,17 @@ defmodule Tinkex.CustomLoss.Pool.Python do
 
       true ->
         not_started("there is no Python at #{name}, which #{source} names: correct or remove it")
+    end
+  end
+
+  # What Tinkex.CustomLoss.Release put there.
+  defp in_release do
+    with root when is_binary(root) <- env_var("RELEASE_ROOT"),
+         python = Path.join(root, "python/bin/python"),
+         true <- File.exists?(python) do
+      python
+    else
+      _none -> nil
     end
   end
 

@@ -1,26 +1,28 @@
 defmodule Tinkex.CustomLoss.Pool.Worker do
   @moduledoc false
-  # One operating system's process at a time, and the routing of what it answers.
+  # One operating system's process at a time, and the requests that it has.
   #
   #     down ──open──▶ starting ──`ready`──▶ ready
   #       ▲                │                   │
-  #       └──── backoff ───┴───────────────────┘   whatever goes wrong
+  #       └──── backoff ───┴───────────────────┘   whatever goes wrong, and :restart
   #
-  # Callers write their requests to the port themselves, after they told this process which alias
-  # waits for the answer; so nothing large passes through here on its way out, and what comes in is
-  # a reference to the frame. The Python process is never repaired: it is killed and another one
-  # started, and the requests it had are told that they are lost, to be tried elsewhere.
+  # And of a request, whose answer goes straight to who waits for it:
+  #
+  #     in the outbox ──▶ with Python ──▶ answered
+  #           │               │              ▲
+  #     deadline passed, or its caller gone  │
+  #           ▼               ▼              │
+  #       forgotten       withdrawn ─────────┘   Python is told to stop
+  #                           └──grace──▶ down   and did not
+  #
+  # The Python process is never repaired: it is killed and another one started, and what becomes of the
+  # requests that it had is for the pool to say.
 
   @behaviour :gen_statem
 
   alias Tinkex.CustomLoss.{Pool, Telemetry, WorkerError}
-  alias Tinkex.CustomLoss.Pool.{Log, Python, Reaper}
+  alias Tinkex.CustomLoss.Pool.{Log, Outbox, Python}
   alias Tinkex.CustomLoss.Wire.Protocol
-
-  # A frame up to this size is written by the caller. A larger one, of which the emulator copies
-  # what the pipe does not take, and any frame for a pipe that is full are left to a process of
-  # their own: a caller that is inside Port.command cannot notice its deadline.
-  @small 262_144
 
   # For so many intervals a ping may be unanswered. One that computes gets long, since code that holds
   # the interpreter's lock cannot be told from a process that hangs; but not for ever, since its
@@ -28,63 +30,43 @@ defmodule Tinkex.CustomLoss.Pool.Worker do
   @missed_pings 2
   @missed_pings_busy 12
 
-  def child_spec({index, _pool, _reaper, _config} = arg),
+  def child_spec({index, _pool, _config} = arg),
     do: %{id: {__MODULE__, index}, start: {__MODULE__, :start_link, [arg]}}
 
   def start_link(arg), do: :gen_statem.start_link(__MODULE__, arg, [])
 
   @doc """
-  Sends a request that the pool granted; called by the process that waits for the answer.
+  Gives a worker the request of a `t:Tinkex.CustomLoss.Pool.request/0`.
 
-  The answer comes as one of
-
-    * `{alias, {:result, map}}`, `{alias, {:error, map}}` - what Python answered
-    * `{alias, {:lost, reason}}` - the worker ended with it
-    * `{alias, :unsent}` - the worker had ended before it
+  `port` is what the worker said that it is ready with: if that is no more, the request was never here.
   """
-  def request(worker, port, id, reply_to, frame, size) do
-    send(worker, {:expect, port, id, reply_to})
-    # Not linked to the caller: what the worker expects is always written.
-    if size <= @small, do: write(port, frame), else: spawn(fn -> command(port, frame) end)
-    :ok
-  end
+  def request(worker, port, request), do: send(worker, {:request, port, request})
 
-  @doc "Gives up the answer to a request: Python is told to stop, and killed if it does not."
-  def abandon(worker, id), do: send(worker, {:abandon, id})
-
-  defp write(port, frame) do
-    unless command(port, frame, [:nosuspend]), do: spawn(fn -> command(port, frame) end)
-    :ok
-  end
-
-  # A closed port is no news: its worker tells everyone who waits.
-  defp command(port, frame, options \\ []) do
-    Port.command(port, frame, options)
-  rescue
-    ArgumentError -> true
-  end
+  @doc "Ends the Python process for a `reason`, and starts another one at once."
+  def restart(worker, reason), do: send(worker, {:restart, reason})
 
   @impl true
   def callback_mode, do: :handle_event_function
 
   @impl true
-  def init({index, pool, reaper, config}) do
+  def init({index, pool, config}) do
     Process.flag(:trap_exit, true)
+    Process.put(:"$process_label", {__MODULE__, config.name, index})
 
     data = %{
       index: index,
       pool: pool,
-      reaper: reaper,
       config: config,
       port: nil,
       os_pid: nil,
-      # id => alias of who waits, or :abandoned
+      outbox: nil,
+      # id => {alias of who waits, monitor of the caller}, or :withdrawn
       requests: %{},
       ping: nil,
       missed_pings: 0,
       failures: 0,
       opened: nil,
-      log: Log.new(index)
+      log: Log.new(config.name, index)
     }
 
     {:ok, :down, data, {:next_event, :internal, :open}}
@@ -94,28 +76,48 @@ defmodule Tinkex.CustomLoss.Pool.Worker do
   def handle_event(:internal, :open, :down, data), do: open(data)
   def handle_event({:timeout, :backoff}, :open, :down, data), do: open(data)
 
-  # From callers and the pool
+  # From the pool
 
-  def handle_event(:info, {:expect, port, id, reply_to}, :ready, %{port: port} = data),
-    do: {:keep_state, put_in(data.requests[id], reply_to)}
-
-  def handle_event(:info, {:expect, _port, _id, reply_to}, _state, _data) do
-    send(reply_to, {reply_to, :unsent})
-    :keep_state_and_data
+  def handle_event(:info, {:request, port, request}, :ready, %{port: port} = data) do
+    %{id: id, caller: caller} = request
+    monitor = :erlang.monitor(:process, caller, tag: {:gone, id})
+    data = put_in(data.requests[id], {request.reply_to, monitor})
+    deadline = {{:timeout, {:request, id}}, Pool.remaining(request.deadline), :deadline}
+    {:keep_state, %{data | outbox: Outbox.put(data.outbox, id, request.frame)}, deadline}
   end
 
-  def handle_event(:info, {:abandon, id}, _state, %{requests: requests} = data)
-      when is_map_key(requests, id) do
-    write(data.port, Protocol.encode_cancel(id))
-    grace = {{:timeout, {:grace, id}}, data.config.grace, :overdue}
-    {:keep_state, put_in(data.requests[id], :abandoned), grace}
+  # The pool has not heard yet that the worker ended, and will not take it for one that it had.
+  def handle_event(:info, {:request, _port, _request}, _state, _data), do: :keep_state_and_data
+
+  def handle_event(:info, {:restart, reason}, _state, data), do: ended(reason, data, 0)
+
+  # Of a request
+
+  def handle_event({:timeout, {:request, id}}, :deadline, :ready, data), do: withdraw(id, data)
+
+  def handle_event({:timeout, {:request, _id}}, :grace, :ready, data), do: ended(:overdue, data)
+
+  def handle_event(:info, {{:gone, id}, _monitor, _, _, _}, _state, %{requests: requests} = data)
+      when is_map_key(requests, id) and :erlang.map_get(id, requests) != :withdrawn,
+      do: withdraw(id, data)
+
+  def handle_event(:info, {{:gone, _id}, _monitor, _, _, _}, _state, _data),
+    do: :keep_state_and_data
+
+  # From the writer
+
+  def handle_event(:info, {writer, :written}, _state, %{outbox: %{writer: writer}} = data),
+    do: {:keep_state, %{data | outbox: Outbox.written(data.outbox)}}
+
+  def handle_event(:info, {writer, :full}, _state, %{outbox: %{writer: writer}} = data) do
+    {id, outbox} = Outbox.full(data.outbox)
+    data = %{data | outbox: outbox}
+    # It was withdrawn in the moment that the writer had it.
+    if data.requests[id] == :withdrawn, do: withdraw(id, data), else: {:keep_state, data}
   end
 
-  # Granted but never written, or answered already.
-  def handle_event(:info, {:abandon, id}, _state, data) do
-    Pool.done(data.pool, id)
-    :keep_state_and_data
-  end
+  def handle_event(:info, {:EXIT, writer, reason}, _state, %{outbox: %{writer: writer}} = data),
+    do: ended({:port, reason}, data)
 
   # From Python
 
@@ -136,11 +138,14 @@ defmodule Tinkex.CustomLoss.Pool.Worker do
   def handle_event(:info, {:EXIT, port, reason}, _state, %{port: port}),
     do: {:keep_state_and_data, {{:timeout, :closed}, 200, {:port, reason}}}
 
-  # From a port that was replaced.
+  # From a port that was replaced, or its writer.
   def handle_event(:info, {port, _message}, _state, _data) when is_port(port),
     do: :keep_state_and_data
 
-  def handle_event(:info, {:EXIT, port, _reason}, _state, _data) when is_port(port),
+  def handle_event(:info, {:EXIT, _port_or_pid, _reason}, _state, _data),
+    do: :keep_state_and_data
+
+  def handle_event(:info, {_writer, news}, _state, _data) when news in [:written, :full],
     do: :keep_state_and_data
 
   # Time
@@ -156,25 +161,48 @@ defmodule Tinkex.CustomLoss.Pool.Worker do
     )
   end
 
-  def handle_event({:timeout, {:grace, _id}}, :overdue, _state, data), do: ended(:overdue, data)
   def handle_event({:timeout, :closed}, reason, _state, data), do: ended(reason, data)
   def handle_event({:timeout, :ping}, :ping, :ready, data), do: ping(data)
 
-  @impl true
-  # The supervisor stops the worker. The reaper sees it and ends the process.
-  def terminate(_reason, _state, _data), do: :ok
+  def handle_event(type, message, _state, data) do
+    Log.stray(__MODULE__, data.config.name, {type, message})
+    :keep_state_and_data
+  end
 
   defp open(data) do
     case Python.open(data.config, Python.worker_args(data.config)) do
       {:ok, port, os_pid} ->
-        if os_pid, do: Reaper.watch(data.reaper, os_pid)
         Pool.worker(data.pool, data.index, {:starting, os_pid})
-        data = %{data | port: port, os_pid: os_pid, opened: System.monotonic_time()}
+        opened = System.monotonic_time()
+        data = %{data | port: port, os_pid: os_pid, outbox: Outbox.open(port), opened: opened}
         {:next_state, :starting, data, {:state_timeout, data.config.start_timeout, :not_ready}}
 
       {:error, %WorkerError{reason: reason}} ->
         ended(reason, data)
     end
+  end
+
+  # What was not begun is gone without a trace.
+  defp withdraw(id, data) do
+    with {_reply_to, monitor} <- data.requests[id], do: Process.demonitor(monitor, [:flush])
+
+    case Outbox.withdraw(data.outbox, id) do
+      {:ok, outbox} ->
+        forget(id, %{data | outbox: outbox})
+
+      :begun ->
+        outbox = Outbox.put_first(data.outbox, Protocol.encode_cancel(id))
+        data = put_in(data.requests[id], :withdrawn)
+
+        {:keep_state, %{data | outbox: outbox},
+         {{:timeout, {:request, id}}, data.config.grace, :grace}}
+    end
+  end
+
+  defp forget(id, data) do
+    Pool.done(data.pool, id)
+    data = %{data | requests: Map.delete(data.requests, id)}
+    {:keep_state, data, {{:timeout, {:request, id}}, :cancel}}
   end
 
   defp received({:log, record}, _state, data),
@@ -185,12 +213,13 @@ defmodule Tinkex.CustomLoss.Pool.Worker do
       duration = System.monotonic_time() - data.opened
       Pool.worker(data.pool, data.index, {:ready, data.port, ready})
 
-      Telemetry.worker_up(data.config, data.index, %{
+      up = %{
         duration: duration,
         os_pid: data.os_pid,
         versions: Map.take(ready, [:package, :python, :torch, :tinker])
-      })
+      }
 
+      report(fn -> Telemetry.worker_up(data.config, data.index, up) end)
       data = %{data | ping: nil, missed_pings: 0}
       {:next_state, :ready, data, next_ping(data)}
     else
@@ -198,12 +227,17 @@ defmodule Tinkex.CustomLoss.Pool.Worker do
     end
   end
 
-  defp received({:result, id, pong}, :ready, %{ping: id} = data) do
-    Pool.worker(data.pool, data.index, {:alive, pong})
-    {:keep_state, %{data | ping: nil, missed_pings: 0}}
+  defp received({:result, id, %{rss: _} = pong}, :ready, data) do
+    if id == data.ping or id == Outbox.probe() do
+      Pool.worker(data.pool, data.index, {:alive, pong})
+      ping = if id != data.ping, do: data.ping
+      {:keep_state, %{data | ping: ping, missed_pings: 0}}
+    else
+      ended({:protocol, "the worker answered the ping #{id}, which nobody sent"}, data)
+    end
   end
 
-  defp received({:result, id, result}, :ready, data), do: answer(id, {:result, result}, data)
+  defp received({:result, id, result}, :ready, data), do: answer(id, {:ok, result}, data)
 
   defp received({:error, id, error}, :ready, data) when id != nil,
     do: answer(id, {:error, error}, data)
@@ -224,28 +258,28 @@ defmodule Tinkex.CustomLoss.Pool.Worker do
   defp received({_op, _id, _answer}, _state, data),
     do: ended({:protocol, "the worker answered before it was ready"}, data)
 
-  defp answer(id, reply, data) do
-    case Map.pop(data.requests, id) do
-      {nil, _requests} ->
+  defp answer(id, answer, data) do
+    case data.requests do
+      %{^id => {reply_to, monitor}} ->
+        Process.demonitor(monitor, [:flush])
+        result = forget(id, %{data | failures: 0})
+        Pool.answer(reply_to, answer)
+        result
+
+      %{^id => :withdrawn} ->
+        forget(id, %{data | failures: 0})
+
+      _unknown ->
         ended({:protocol, "the worker answered #{id}, which nobody asked"}, data)
-
-      {reply_to, requests} ->
-        if reply_to != :abandoned, do: send(reply_to, {reply_to, reply})
-        Pool.done(data.pool, id)
-        data = %{data | requests: requests, failures: 0}
-
-        if reply_to == :abandoned,
-          do: {:keep_state, data, {{:timeout, {:grace, id}}, :cancel}},
-          else: {:keep_state, data}
     end
   end
 
   defp ping(%{ping: nil} = data) do
     id = System.unique_integer([:positive])
-    write(data.port, Protocol.encode_ping(id))
+    outbox = Outbox.put_first(data.outbox, Protocol.encode_ping(id))
     # Nothing here makes garbage fast enough to let go of the frames that passed.
     :erlang.garbage_collect()
-    {:keep_state, %{data | ping: id}, next_ping(data)}
+    {:keep_state, %{data | ping: id, outbox: outbox}, next_ping(data)}
   end
 
   defp ping(%{requests: requests, missed_pings: missed} = data) do
@@ -258,25 +292,27 @@ defmodule Tinkex.CustomLoss.Pool.Worker do
 
   defp next_ping(data), do: {{:timeout, :ping}, data.config.ping_interval, :ping}
 
-  # The pool first, so that it does not count on this worker when those who are told come back.
-  defp ended(reason, data) do
-    if data.port, do: close(data.port)
-    if data.os_pid, do: Reaper.kill(data.reaper, data.os_pid)
-    delay = backoff(data.config.backoff, data.failures)
-    Pool.worker(data.pool, data.index, {:down, reason, delay})
-    Telemetry.worker_down(data.config, data.index, reason, data.os_pid, delay)
-    Log.worker_down(data.index, reason, data.os_pid, delay)
+  defp ended(reason, data), do: ended(reason, data, backoff(data.config.backoff, data.failures))
 
-    for {_id, reply_to} <- data.requests,
-        reply_to != :abandoned,
-        do: send(reply_to, {reply_to, {:lost, reason}})
+  defp ended(reason, %{index: index, os_pid: os_pid} = data, delay) do
+    begun = for {id, _} <- data.requests, Outbox.begun?(data.outbox, id), do: id
+    Pool.worker(data.pool, index, {:down, reason, begun})
+    if data.port, do: close(data)
 
-    timers = for name <- timers(data.requests), do: {{:timeout, name}, :cancel}
+    report(fn ->
+      Telemetry.worker_down(data.config, index, reason, os_pid, delay)
+      Log.worker_down(data.config.name, index, reason, os_pid, delay)
+    end)
+
+    for {_id, {_reply_to, monitor}} <- data.requests, do: Process.demonitor(monitor, [:flush])
+    timers = [:ping, :closed | for({id, _} <- data.requests, do: {:request, id})]
+    timers = for name <- timers, do: {{:timeout, name}, :cancel}
 
     data = %{
       data
       | port: nil,
         os_pid: nil,
+        outbox: nil,
         requests: %{},
         ping: nil,
         failures: data.failures + 1
@@ -285,14 +321,15 @@ defmodule Tinkex.CustomLoss.Pool.Worker do
     {:next_state, :down, data, [{{:timeout, :backoff}, delay, :open} | timers]}
   end
 
-  defp timers(requests),
-    do: [:ping, :closed | for({id, :abandoned} <- requests, do: {:grace, id})]
-
-  defp close(port) do
-    Port.close(port)
+  defp close(data) do
+    Outbox.close(data.outbox)
+    Port.close(data.port)
   rescue
     ArgumentError -> true
   end
+
+  # Handlers are the user's, and may be slow.
+  defp report(fun), do: spawn(fun)
 
   defp backoff({first, longest}, failures),
     do: min(longest, first * Integer.pow(2, min(failures, 30)))

@@ -1,0 +1,112 @@
+"""One custom step of one client, driven here: forward pass, composed loss, backward pass."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import math
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from tinker import APIFuture, Datum, ForwardBackwardOutput, TrainingClient
+
+from ..composer import Composer
+from ..record import flatten
+from . import sdk
+from .call_queue import computing, follow
+from .failures import Failures
+from .futures import StepFuture, concurrent_future, settle, withdrawable
+from .linear import forward_data, linearize_with, zero_gradient
+
+__all__ = ["CustomStep", "StepOutput", "step_output"]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepOutput(ForwardBackwardOutput):
+    """What the future of a step with regularizers gives: the SDK's output, and the record.
+
+    Attributes:
+        metrics: the SDK's, and the record of the step, nested or flat. ``loss:sum`` is the loss
+            itself, ``surrogate_loss:sum`` the server's linear one, with every version of the SDK.
+        record: what each term did, nested; see docs/telemetry.md.
+    """
+
+    metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
+    record: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def step_output(output: ForwardBackwardOutput, record: Mapping[str, Any], flat: bool) -> StepOutput:
+    """The result of the backward pass, with the step's record."""
+    metrics: dict[str, Any] = dict(output.metrics)
+    surrogate = metrics.pop("surrogate_loss:sum", metrics.get("loss:sum", math.nan))
+    if not math.isnan(surrogate):  # not every server tells
+        metrics["surrogate_loss:sum"] = surrogate
+    metrics.update(flatten(record) if flat else record)
+    metrics["loss:sum"] = record["loss_total"]
+    return StepOutput(output.loss_fn_output_type, output.loss_fn_outputs, metrics, dict(record))
+
+
+class CustomStep:
+    """Two requests, with the loss between them."""
+
+    def __init__(
+        self,
+        client: TrainingClient,
+        data: list[Datum],
+        composer: Composer,
+        step: int,
+        flat: bool,
+        failures: Failures,
+    ) -> None:
+        self._cancelled = threading.Event()
+        self.future: concurrent.futures.Future[StepOutput] = withdrawable(self._cancelled)
+        self._client = client
+        self._data = data
+        self._composer = composer
+        self._step = step
+        self._flat = flat
+        self._failures = failures
+        self._era = failures.era
+
+    def run(self) -> None:
+        """Returns as soon as the backward pass has taken its place in the order of requests."""
+        follow(self.future, self._submit)
+
+    def _submit(self) -> APIFuture[StepOutput]:
+        self._failures.refuse(self._era)
+        try:
+            forward = self._client.forward(forward_data(self._data), sdk.LOSS).result()
+        except BaseException as error:
+            self._report(error, ", whose forward pass the server refused,")
+            raise
+        failure: BaseException | None = None
+        record: Mapping[str, Any] = {}
+        try:
+            with computing(self._client):
+                linear, composition = linearize_with(
+                    self._composer, self._data, forward, self._step, self._cancelled
+                )
+            record = composition.telemetry
+        except BaseException as error:
+            self._report(error)
+            failure, linear = error, zero_gradient(self._data)
+        # Also when the step failed: the requests are the same whatever a term does.
+        backward = concurrent_future(self._client.forward_backward(linear, sdk.LOSS))
+        outer: concurrent.futures.Future[StepOutput] = concurrent.futures.Future()
+
+        def outcome() -> StepOutput:
+            if failure is not None:
+                raise failure
+            try:
+                output = backward.result()
+            except BaseException as error:
+                self._report(error, ", whose backward pass the server refused,")
+                raise
+            return step_output(output, record, self._flat)
+
+        backward.add_done_callback(lambda _: settle(outer, outcome))
+        return StepFuture(outer)
+
+    def _report(self, error: BaseException, how: str = "") -> None:
+        self._failures.report(f"step {self._step}{how}", error, self._era)

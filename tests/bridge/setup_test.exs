@@ -1,0 +1,208 @@
+defmodule Tinkex.CustomLoss.SetupTest do
+  # Environments that are made in earnest, but without downloads: what the package depends on is that
+  # of the Python which runs the tests, and the package itself is built and installed.
+  use ExUnit.Case, async: true
+
+  import ExUnit.CaptureIO
+  import Tinkex.CustomLoss.Bridge
+
+  alias Tinkex.CustomLoss
+  alias Tinkex.CustomLoss.{Options, SetupError, WorkerError}
+  alias Tinkex.CustomLoss.Pool.Python
+
+  @root Path.expand("../..", __DIR__)
+  @moduletag timeout: 300_000
+  @moduletag :tmp_dir
+  @offline ["--no-index", "--no-build-isolation", "--no-deps"]
+
+  setup %{tmp_dir: tmp} do
+    %{dir: Path.join(tmp, "environment")}
+  end
+
+  defp real_python do
+    {:ok, python} = Python.find(nil)
+    python
+  end
+
+  # With the packages of the Python that runs the tests.
+  defp packages do
+    program = "import site; print(':'.join(site.getsitepackages()))"
+    {paths, 0} = System.cmd(real_python(), ["-c", program])
+    [{"PYTHONPATH", String.trim(paths)}]
+  end
+
+  # In a BEAM of its own, since the environment decides.
+  defp mix(args, env) do
+    env = [{"MIX_ENV", "test"}] ++ env
+    System.cmd("mix", args, cd: @root, env: env, stderr_to_stdout: true)
+  end
+
+  defp make(dir, opts \\ []) do
+    opts = Enum.flat_map(opts, fn {name, value} -> ["--#{name}", value] end)
+    mix(["tinkex.custom_loss.setup", "--dir", dir] ++ opts ++ ["--"] ++ @offline, packages())
+  end
+
+  test "makes an environment in which doctor finds all well, and which git ignores", %{dir: dir} do
+    {output, status} = make(dir, python: real_python())
+    assert status == 0, output
+    assert output =~ "setup: making an environment in #{dir} with #{real_python()}"
+    made = Path.join(dir, "bin/python")
+    assert output =~ "setup: done; to check it: mix tinkex.custom_loss.doctor --python #{made}"
+
+    assert [_] =
+             Path.wildcard(Path.join(dir, "lib/python*/site-packages/tinker_custom_loss/port"))
+
+    assert File.read!(Path.join(dir, ".gitignore")) == "*\n"
+
+    {output, status} = mix(["tinkex.custom_loss.doctor", "--python", made], packages())
+    assert status == 0, output
+
+    # Again: nothing is made, and nobody asked.
+    {output, 0} = make(dir)
+    assert output =~ "setup: the environment in #{dir} is complete"
+    refute output =~ "installing"
+  end
+
+  @project """
+  Mix.install([{:tinkex_custom_loss, path: "#{@root}"}])
+  [dir | args] = System.argv()
+  python = Tinkex.CustomLoss.setup!(dir: dir, args: args)
+  {:ok, pool} = Tinkex.CustomLoss.start_link(python: python, await_ready: true)
+  {:ok, output} = Tinkex.CustomLoss.compute(pool, nil, [[-0.5, -1.5]], base_loss: :l2)
+  IO.puts("gradients \#{inspect(output.gradients)}")
+  """
+
+  test "works in a script of Mix.install, which is no project", %{dir: dir, tmp_dir: tmp} do
+    script = Path.join(tmp, "script.exs")
+    File.write!(script, @project)
+    # Where a Python is found without asking for one.
+    path = Path.dirname(real_python()) <> ":" <> System.get_env("PATH")
+
+    env = [
+      {"MIX_INSTALL_DIR", Path.join(tmp, "mix")},
+      {"TINKEX_CUSTOM_LOSS_DEPS", "none"},
+      {"HEX_OFFLINE", "1"},
+      {"PATH", path},
+      {"MIX_ENV", nil},
+      {"MIX_BUILD_ROOT", nil},
+      {"TINKEX_PATH", nil} | packages()
+    ]
+
+    args = [script, dir | @offline]
+    {output, status} = System.cmd("elixir", args, cd: tmp, env: env, stderr_to_stdout: true)
+    assert status == 0, output
+    assert output =~ "gradients [[-1.0, -3.0]]"
+  end
+
+  test "leaves nothing behind where it fails", %{dir: dir} do
+    opts = [dir: dir, python: real_python(), args: ["--no-index", "no-such-package"]]
+
+    output =
+      capture_io(fn ->
+        assert_raise SetupError, ~r/pip install .* ended with status 1/, fn ->
+          CustomLoss.setup!(opts)
+        end
+      end)
+
+    assert output =~ "setup: making an environment in #{dir}"
+    refute File.exists?(dir)
+  end
+
+  test "is not done where something is missing", %{dir: dir, tmp_dir: tmp} do
+    # All that building takes, and nothing that running takes.
+    [{"PYTHONPATH", all}] = packages()
+    File.mkdir!(Path.join(tmp, "few"))
+    File.ln_s!(Path.join(all, "setuptools"), Path.join(tmp, "few/setuptools"))
+
+    args = ["tinkex.custom_loss.setup", "--dir", dir, "--python", real_python(), "--" | @offline]
+    {output, status} = mix(args, [{"PYTHONPATH", Path.join(tmp, "few")}])
+    assert status == 1
+    assert output =~ ~r/the installation is not complete: .* lacks torch, tinker/
+    refute File.exists?(dir)
+  end
+
+  test "makes anew what was broken off, which no pool uses", %{dir: dir} do
+    # The OS process is gone that was making it.
+    {gone, 0} = System.cmd("/bin/sh", ["-c", "echo $$"])
+    made = Path.join(dir, "bin/python")
+    File.mkdir_p!(Path.dirname(made))
+    File.cp!(real_python(), made)
+    File.write!(Path.join(dir, "half"), "")
+    File.write!(Path.join(dir, ".tinkex_custom_loss"), "being made by #{gone}")
+
+    assert {:error, %WorkerError{} = error} = Python.find(made)
+    assert Exception.message(error) =~ "the environment of #{made} is not finished"
+
+    {output, status} = make(dir, python: real_python())
+    assert status == 0, output
+    assert output =~ "setup: the environment in #{dir} is unfinished: making it anew"
+    refute File.exists?(Path.join(dir, "half"))
+    assert {:ok, ^made} = Python.find(made)
+  end
+
+  test "does not touch what another one is making, or what is no environment", %{dir: dir} do
+    File.mkdir_p!(dir)
+    # This shell waits until the test ends.
+    port = Port.open({:spawn_executable, "/bin/sh"}, [:binary, args: ["-c", "read line"]])
+    {:os_pid, os_pid} = Port.info(port, :os_pid)
+    File.write!(Path.join(dir, ".tinkex_custom_loss"), "being made by #{os_pid}")
+
+    assert_raise SetupError, ~r/OS process #{os_pid} is making the environment/, fn ->
+      CustomLoss.setup!(dir: dir)
+    end
+
+    Port.close(port)
+    File.rm!(Path.join(dir, ".tinkex_custom_loss"))
+    File.write!(Path.join(dir, "thesis.tex"), "")
+
+    assert_raise SetupError, ~r/#{dir} is there, and is no Python environment/, fn ->
+      CustomLoss.setup!(dir: dir)
+    end
+
+    assert File.ls!(dir) == ["thesis.tex"]
+  end
+
+  test "keeps an environment that is there", %{dir: dir} do
+    {_, 0} = System.cmd(real_python(), ["-m", "venv", "--without-pip", dir])
+    File.write!(Path.join(dir, "kept"), "")
+    opts = [dir: dir, args: ["--no-index"]]
+
+    capture_io(fn -> assert_raise SetupError, fn -> CustomLoss.setup!(opts) end end)
+    assert File.exists?(Path.join(dir, "kept"))
+    refute File.exists?(Path.join(dir, ".gitignore"))
+  end
+
+  test "refuses a Python that is too old, or not there", %{dir: dir} do
+    assert {output, 1} = make(dir, python: fixture("python_3_9"))
+    assert output =~ "is older than Python 3.11"
+    assert {output, 1} = make(dir, python: "no-such-python")
+    assert output =~ "there is no no-such-python"
+    # Also where the environment is there already, whatever it was made with.
+    File.mkdir_p!(Path.join(dir, "bin"))
+    File.touch!(Path.join(dir, "bin/python"))
+    assert {_output, 1} = make(dir, python: "no-such-python")
+  end
+
+  test "has a PyTorch for the CPU only from an index that has one", %{dir: dir} do
+    unless System.find_executable("uv") do
+      capture_io(fn ->
+        assert_raise SetupError, ~r/name the index of PyTorch's CPU builds in :torch_index/, fn ->
+          CustomLoss.setup!(dir: dir, python: real_python(), torch: :cpu)
+        end
+      end)
+
+      refute File.exists?(dir)
+    end
+
+    for torch <- [:cuda, "2.13.0", "", :nightly] do
+      assert_raise ArgumentError,
+                   ~r/expected :default, :cpu or a version such as "==2.13.0"/,
+                   fn ->
+                     CustomLoss.setup!(torch: torch)
+                   end
+    end
+
+    assert %{torch: "==2.13.0", extras: ["sandbox"], dir: ".venv"} =
+             Options.setup!(torch: "==2.13.0", extras: ["sandbox"])
+  end
+end
