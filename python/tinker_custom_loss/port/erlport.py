@@ -6,7 +6,7 @@
     _ready = :python.call(py, :"tinker_custom_loss.port.erlport", :load, [["my_losses"]])
     reply = :python.call(py, :"tinker_custom_loss.port.erlport", :compute, [request])
 
-Requests and replies are messages of docs/protocol.md, without frames. Nothing here imports ErlPort.
+Requests and replies are frames of docs/protocol.md, without their length. Nothing here imports ErlPort.
 Each function returns bytes whatever happens, since an exception of Python's reaches an ErlPort host
 as an Erlang one and some values end its process: what is wrong comes as an ``error`` message.
 """
