@@ -82,7 +82,7 @@ defmodule TinkexCustomLoss.MixProject do
         "elixir/lib",
         "python/tinker_custom_loss/**/*.{py,typed}",
         "pyproject.toml",
-        "docs/**/*.md",
+        "docs/**/*.{md,livemd}",
         "mix.exs",
         ".formatter.exs",
         "README.md",
@@ -96,7 +96,7 @@ defmodule TinkexCustomLoss.MixProject do
     [
       main: "Tinkex.CustomLoss",
       source_ref: "v#{@version}",
-      extras: ["README.md", "CHANGELOG.md"] ++ Path.wildcard("docs/*.md")
+      extras: ["README.md", "CHANGELOG.md"] ++ Path.wildcard("docs/*.{md,livemd}")
     ]
   end
 end

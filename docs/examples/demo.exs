@@ -21,9 +21,9 @@ defmodule Demo do
   @terms Path.join(__DIR__, "demo_terms.py")
 
   @loss [
-    base_loss: {:nll, %{reduction: "mean"}},
+    base_loss: {:nll, %{reduction: "token_mean"}},
     regularizers: [
-      %{name: "l2", fn: :l2, weight: 0.02, params: %{reduction: "mean"}},
+      %{name: "l2", fn: :l2, weight: 0.02, params: %{reduction: "token_mean"}},
       %{name: "smoothness", fn: "demo_terms:smoothness", weight: 0.05},
       %{name: "rarity", fn: "demo_terms:rarity", weight: 0.2}
     ]

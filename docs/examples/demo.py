@@ -30,7 +30,7 @@ SEQUENCES, LENGTH = 16, 64
 TOLERANCE = 1e-5
 
 REGULARIZERS = [
-    Regularizer(l2, 0.02, "l2", params={"reduction": "mean"}),
+    Regularizer(l2, 0.02, "l2", params={"reduction": "token_mean"}),
     Regularizer(smoothness, 0.05, "smoothness"),
     Regularizer(rarity, 0.2, "rarity"),
 ]
@@ -38,7 +38,7 @@ REGULARIZERS = [
 
 def base_loss(data, logprobs):
     """The mean negative log-likelihood of a token, in nats."""
-    return nll(data, logprobs, reduction="mean")
+    return nll(data, logprobs, reduction="token_mean")
 
 
 def batch_of(text: bytes, rng: random.Random) -> list[tinker.Datum]:

@@ -68,7 +68,7 @@ def main(steps: int = 30) -> None:
         "run_in_executor": "process",
         "timeout": 60,
     }
-    base_loss = functools.partial(nll, reduction="mean")
+    base_loss = functools.partial(nll, reduction="token_mean")
     with SandboxServer(seed=0) as server:
         service = tinker.ServiceClient(base_url=server.url, api_key="tml-sandbox")
         client = with_regularizers(service.create_lora_training_client("sandbox").result())

@@ -6,7 +6,8 @@ what each term did. See :class:`Composer` and :class:`Regularizer`.
 
 from typing import TYPE_CHECKING, Any
 
-from .composer import Composer, Composition
+from .composer import Composer
+from .composition import ComposedLoss, Composition
 from .errors import (
     CancelledError,
     ChangedLogprobsError,
@@ -18,8 +19,8 @@ from .errors import (
     TermError,
     TermTimeoutError,
 )
-from .record import flatten
-from .regularizer import Regularizer
+from .record import BaseLossRecord, RegularizerRecord, StepRecord, flatten
+from .regularizer import LossFn, Regularizer
 from .tensors.batch import TensorBatch
 
 if TYPE_CHECKING:
@@ -31,21 +32,27 @@ if TYPE_CHECKING:
         linearize,
         with_regularizers,
     )
+    from .terms.term import term
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BaseLossRecord",
     "CancelledError",
     "ChangedLogprobsError",
+    "ComposedLoss",
     "Composer",
     "Composition",
     "CustomLossError",
+    "LossFn",
     "NonFiniteError",
     "ProtocolError",
     "RegularizedTrainingClient",
     "Regularizer",
+    "RegularizerRecord",
     "RequestError",
     "StepOutput",
+    "StepRecord",
     "StoppedError",
     "TensorBatch",
     "TermError",
@@ -54,6 +61,7 @@ __all__ = [
     "forward_backward_custom",
     "forward_backward_custom_async",
     "linearize",
+    "term",
     "with_regularizers",
 ]
 
@@ -75,4 +83,8 @@ def __getattr__(name: str) -> Any:
         from . import client
 
         return getattr(client, name)
+    if name == "term":  # the catalogue comes along, which not everyone needs
+        from .terms.term import term
+
+        return term
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

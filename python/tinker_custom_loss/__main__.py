@@ -55,16 +55,19 @@ def _terms(load: Sequence[str]) -> int:
 
 
 def _lines(term: Mapping[str, Any]) -> Iterator[str]:
-    yield f"{term['name']}({', '.join(map(_parameter, term['params']))})"
     kinds = [term["kind"]] + ["async"] * term["async"]
-    summary = term["doc"].partition("\n\n")[0] or "(no docstring)"
-    yield textwrap.indent(f"{', '.join(kinds)}: {summary}", "    ")
+    reads = f"; reads {', '.join(term['inputs'])}" if term["inputs"] else ""
+    yield f"{term['name']}  ({', '.join(kinds)}, scope {term['scope']}{reads})"
+    yield textwrap.indent(term["doc"].partition("\n\n")[0] or "(no docstring)", "    ")
+    for param in term["params"]:
+        yield f"        {_parameter(param)}"
 
 
 def _parameter(param: Mapping[str, Any]) -> str:
-    annotation = f": {param['type']}" if param["type"] else ""
+    annotation = f": {param['type']}" if param["type"] and not param["choices"] else ""
     default = "" if param["required"] else f" = {param['default']!r}"
-    return f"{param['name']}{annotation}{default}"
+    choices = f"  ({' | '.join(map(str, param['choices']))})" if param["choices"] else ""
+    return f"{param['name']}{annotation}{default}{choices}"
 
 
 if __name__ == "__main__":

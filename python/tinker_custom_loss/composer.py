@@ -1,4 +1,4 @@
-"""Terms in; one loss, one gradient and one telemetry record out.
+"""Terms in; one loss, one gradient and the record of one step out.
 
     loss_total = (base_loss or 0) + Σ weight_i · loss_i
 
@@ -12,82 +12,29 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
-import math
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .errors import CancelledError, ChangedLogprobsError, NonFiniteError, RequestError, TermError
-from .record import flatten, step_record
-from .regularizer import BASE_LOSS, LossFn, Regularizer, regularizers_from
+from .composition import ComposedLoss, Composition, Step
+from .errors import CancelledError, ChangedLogprobsError, RequestError, TermError
+from .record import metrics_of
+from .regularizer import BASE_LOSS, LossFn, Regularizer, check_step, regularizers_from
 from .running import places, processes
 from .running.differentiation import Evaluation
 from .running.evaluation import Call
 from .running.event_loop import CallersLoop
-from .running.non_finite import CheckedEvaluation, check_finite, record_of
 from .running.threads import THREADS
-from .tensors import gradients as grad
 from .tensors.batch import TensorBatch, checked_batch
+from .tensors.gradients import surrogate
 
-__all__ = ["Composer", "Composition"]
+__all__ = ["Composer"]
 
 _CANCEL_POLL_SECONDS = 0.02
-
-
-@dataclass(frozen=True, repr=False)
-class Composition:
-    """What one step computed.
-
-    Attributes:
-        loss_total: the composed loss, in double precision.
-        gradient: ``∂loss_total/∂logprobs`` over one buffer (not negated), in the dtype and on the
-            device of the logprobs; None if none was asked for.
-        telemetry: the nested record, see :mod:`tinker_custom_loss.record`.
-        term_gradients: each differentiable term's own unweighted gradient by name (the base loss
-            under ``"base_loss"``), if asked for; else empty.
-    """
-
-    loss_total: float
-    gradient: TensorBatch | None
-    telemetry: dict[str, Any]
-    term_gradients: Mapping[str, TensorBatch] = field(default_factory=dict)
-
-    @property
-    def gradients(self) -> list[Tensor] | None:
-        """``∂loss_total/∂logprobs``, one tensor a datum, of its shape [T] or [T,K]."""
-        return None if self.gradient is None else self.gradient.tensors()
-
-    @property
-    def flat_telemetry(self) -> dict[str, float]:
-        """The telemetry under flat keys such as ``regularizers/<name>/value``."""
-        return flatten(self.telemetry)
-
-    def cosines(self) -> tuple[list[str], Tensor]:
-        """Names, and the [n,n] matrix of cosines between the terms' own gradients.
-
-        A negative entry is a conflict: to first order, a step that lowers one term raises the
-        other. Needs ``term_gradients=True``.
-        """
-        names = list(self.term_gradients)
-        flats = [batch.flat for batch in self.term_gradients.values()]
-        norms = [grad.norm(flat) for flat in flats]
-        matrix = [
-            [grad.cosine(a, b, norms[i], norms[j]) for j, b in enumerate(flats)]
-            for i, a in enumerate(flats)
-        ]
-        return names, torch.tensor(matrix, dtype=torch.float64).reshape(len(names), len(names))
-
-    def __repr__(self) -> str:
-        terms = ", ".join(self.telemetry["regularizers"])
-        return (
-            f"Composition(loss_total={self.loss_total:.6g}, gradient={self.gradient!r}, "
-            f"regularizers=[{terms}])"
-        )
 
 
 class Composer:
@@ -156,38 +103,54 @@ class Composer:
         data: Sequence[Any],
         logprobs: Sequence[Tensor] | TensorBatch,
         *,
-        step: int = 0,
-        gradients: bool = True,
+        step: int | None = None,
         term_gradients: bool = False,
         cancelled: threading.Event | None = None,
     ) -> Composition:
-        """Evaluate every term on one batch and compose them.
+        """Evaluate every term on one batch, differentiate each, and compose them.
 
         Args:
             data: the datums; handed to the terms as it is.
             logprobs: one float tensor a datum, [T] or [T,K]. They are not modified, and no
                 graph that they belong to is used.
             step: the training step, for weight schedules.
-            gradients: False evaluates losses and metrics alone.
             term_gradients: True keeps each term's own gradient in the composition.
             cancelled: set it from another thread to withdraw the computation.
 
         Raises:
-            RequestError: data and logprobs do not fit together.
-            TermError: a term failed, and its ``on_error`` is ``"raise"``; also when gradients
-                are wanted and no term is differentiable.
+            RequestError: data and logprobs do not fit together, or a weight is a schedule and
+                there is no step.
+            TermError: a term failed, and its ``on_error`` is ``"raise"``; or no term is
+                differentiable.
             CancelledError: ``cancelled`` was set.
         """
         here = places.Surroundings.here()
-        return self._compute(data, logprobs, step, gradients, term_gradients, cancelled, here)
+        return self._compute(data, logprobs, step, term_gradients, cancelled, here)
+
+    def compute_loss(
+        self,
+        data: Sequence[Any],
+        logprobs: Sequence[Tensor] | TensorBatch,
+        *,
+        step: int | None = None,
+        cancelled: threading.Event | None = None,
+    ) -> ComposedLoss:
+        """:meth:`compute` without gradients: losses and metrics, for an evaluation.
+
+        The record has the same keys; its gradient figures are None.
+        """
+        here = places.Surroundings.here()
+        with torch.inference_mode(False):
+            composing = self._begin(data, logprobs, step)
+            results = self._evaluate(data, composing.batch, False, cancelled, here)
+            return composing.composed_loss(results)
 
     async def compute_async(
         self,
         data: Sequence[Any],
         logprobs: Sequence[Tensor] | TensorBatch,
         *,
-        step: int = 0,
-        gradients: bool = True,
+        step: int | None = None,
         term_gradients: bool = False,
     ) -> Composition:
         """:meth:`compute`, awaited, while the caller's event loop stays free.
@@ -199,7 +162,7 @@ class Composer:
         async with CallersLoop() as loop:
             here = places.Surroundings.here(loop)
             future = THREADS.submit(
-                self._compute, data, logprobs, step, gradients, term_gradients, cancelled, here
+                self._compute, data, logprobs, step, term_gradients, cancelled, here
             )
             try:
                 composition: Composition = await asyncio.wrap_future(future)
@@ -212,34 +175,54 @@ class Composer:
         self,
         data: Sequence[Any],
         logprobs: Sequence[Tensor] | TensorBatch,
-        step: int,
-        gradients: bool,
+        step: int | None,
         term_gradients: bool,
         cancelled: threading.Event | None,
         surroundings: places.Surroundings,
     ) -> Composition:
-        started = time.perf_counter()
         with torch.inference_mode(False):
-            batch = checked_batch(data, logprobs)
-            weights = [term.weight_at(step) for term in self._terms]
-            results = self._evaluate(data, batch, gradients, cancelled, surroundings)
-            return self._compose(
-                batch, logprobs, weights, results, gradients, term_gradients, step, started
-            )
+            composing = self._begin(data, logprobs, step)
+            results = self._evaluate(data, composing.batch, True, cancelled, surroundings)
+            return composing.composition(results, term_gradients)
 
-    def __call__(self, data: Sequence[Any], logprobs: Sequence[Tensor]) -> tuple[Any, Any]:
+    def check_step(self, step: int | None) -> None:
+        """Refuse a step that these terms cannot be computed at, before anything is.
+
+        Raises:
+            RequestError: it is no step, or a weight is a schedule and there is none.
+        """
+        check_step(step)
+        for term in self._terms:
+            term.check_step(step)
+
+    def _begin(
+        self,
+        data: Sequence[Any],
+        logprobs: Sequence[Tensor] | TensorBatch,
+        step: int | None,
+    ) -> Step:
+        started = time.perf_counter()
+        self.check_step(step)
+        weights = [term.weight_at(step) for term in self._terms]
+        batch = checked_batch(data, logprobs)
+        return Step(self._terms, weights, logprobs, batch, step, started)
+
+    def __call__(self, data: Sequence[Any], logprobs: list[Tensor]) -> tuple[Any, Any]:
         """``(loss, metrics)``, as the tinker SDK wants it from a custom loss function.
 
-        With regularizers, ``metrics`` is the nested telemetry. With only a base loss, this *is*
-        the base loss: same loss, same graph, same metrics.
+        With regularizers, ``metrics`` is the nested record, beside the base loss's own metrics.
+        With only a base loss, this *is* the base loss: same loss, same graph, same metrics.
+
+        Raises:
+            RequestError: a weight is a schedule: the SDK does not say which step this is.
         """
         if self._base is not None and not self.regularizers and not self._base.is_async:
-            loss, metrics = self._base.fn(data, logprobs, **self._base.params)
+            returned: Any = self._base.fn(data, logprobs, **self._base.params)
+            loss, metrics = returned
             return loss, metrics
         composition = self.compute(data, logprobs)
-        assert composition.gradients is not None
-        loss = grad.surrogate(composition.loss_total, composition.gradients, logprobs)
-        return loss, composition.telemetry
+        loss = surrogate(composition.loss_total, composition.gradients, logprobs)
+        return loss, metrics_of(composition.telemetry)
 
     def __repr__(self) -> str:
         names = ", ".join(term.name for term in self._terms)
@@ -304,94 +287,6 @@ class Composer:
                     del pending[index]
                     with _skipping(term, index, results):
                         results[index] = started.evaluation(term.name)
-
-    def _compose(
-        self,
-        batch: TensorBatch,
-        given: Sequence[Tensor] | TensorBatch,
-        weights: list[float],
-        results: list[Evaluation | TermError],
-        gradients: bool,
-        keep_term_gradients: bool,
-        step: int,
-        started: float,
-    ) -> Composition:
-        finite = [
-            check_finite(term, result, batch)
-            for term, result in zip(self._terms, results, strict=True)
-        ]
-        if gradients and not any(part.gradient is not None or part.error for part in finite):
-            names = ", ".join(f'"{term.name}"' for term in self._terms)
-            raise TermError(
-                f"no term is differentiable: {names} returned constants, without a graph back to "
-                "the logprobs, so there is no gradient to train with; compute the loss from the "
-                "logprobs without .item(), .detach() or numpy",
-                term=self._terms[0].name,
-            )
-        total = total_norm = None
-        if gradients:
-            weighted = [
-                (weight, part.gradient)
-                for weight, part in zip(weights, finite, strict=True)
-                if part.gradient is not None
-            ]
-            total = grad.weighted_sum(weighted, batch.flat)
-            total_norm = self._total_norm(total, weights, finite)
-        alone = sum(part.gradient is not None for part in finite) == 1
-        records = {
-            term.name: record_of(part, weight, total, total_norm, alone)
-            for term, part, weight in zip(self._terms, finite, weights, strict=True)
-        }
-        loss_total = math.fsum(record.contribution for record in records.values())
-        telemetry = step_record(
-            loss_total=loss_total,
-            base_loss=records.pop(BASE_LOSS, None),
-            regularizers=records,
-            total_grad_norm=total_norm,
-            size=batch.flat.numel(),
-            datums=len(batch),
-            step=step,
-            seconds=time.perf_counter() - started,
-        )
-        kept = {
-            term.name: batch.with_flat(part.gradient)
-            for term, part in zip(self._terms, finite, strict=True)
-            if keep_term_gradients and part.gradient is not None
-        }
-        home = None if total is None else self._bring_home(batch.with_flat(total), given)
-        return Composition(loss_total, home, telemetry, kept)
-
-    def _total_norm(
-        self, total: Tensor, weights: list[float], finite: list[CheckedEvaluation]
-    ) -> float:
-        norms = [
-            abs(weight) * part.norm
-            for weight, part in zip(weights, finite, strict=True)
-            if part.gradient is not None
-        ]
-        value = norms[0] if len(norms) == 1 else grad.norm(total)
-        if not value < torch.finfo(total.dtype).max:
-            raise NonFiniteError(
-                "the sum of the weighted gradients overflows, although each one is finite; "
-                "lower the weights",
-                term=", ".join(term.name for term in self._terms),
-            )
-        return value
-
-    def _bring_home(
-        self, gradient: TensorBatch, given: Sequence[Tensor] | TensorBatch
-    ) -> TensorBatch:
-        """The gradient in the dtype and on the device of the logprobs that were given."""
-        like = given.flat if isinstance(given, TensorBatch) else given[0]
-        home = gradient.flat.to(like.device, like.dtype)
-        if like.element_size() < gradient.flat.element_size() and not home.isfinite().all():
-            dtype = str(like.dtype).removeprefix("torch.")
-            raise NonFiniteError(
-                f"the gradient is finite, but does not fit into {dtype}, the type of the logprobs; "
-                "give them as float32, or lower the weights",
-                term=", ".join(term.name for term in self._terms),
-            )
-        return gradient.with_flat(home)
 
 
 def _check_no_composer(fn: object) -> None:

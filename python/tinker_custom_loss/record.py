@@ -3,21 +3,46 @@
 Gradient norms, RMS values and cosines are with respect to *logprobs* (one entry per token, or per
 token and alternative), not to the model's parameters. ``grad_rms = grad_norm / sqrt(N)`` over the
 step's N logprob values, comparable between batches of different size.
+
+None stands for what was not computed: gradient figures when only the loss was asked for, the
+value of a term that was skipped, the schedule's step when nobody gave one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, TypedDict
 
-__all__ = ["TermRecord", "flatten", "step_record"]
+from .errors import RequestError
+
+__all__ = [
+    "BaseLossRecord",
+    "RegularizerRecord",
+    "StepRecord",
+    "flatten",
+    "is_record_key",
+    "metrics_of",
+    "root_mean_square",
+    "step_record",
+]
 
 
-@dataclass(frozen=True)
-class TermRecord:
-    """One term in one step. None stands for what was not computed.
+class BaseLossRecord(TypedDict):
+    """The base loss in one step."""
+
+    value: float
+    grad_norm: float | None
+    grad_rms: float | None
+    cosine_to_total: float | None
+    differentiable: bool
+    seconds: float
+    non_finite_zeroed: int
+    custom: dict[str, float | None]
+
+
+class RegularizerRecord(TypedDict):
+    """One regularizer in one step.
 
     ``contribution`` is ``weight · value``, what the term added to ``loss_total``;
     ``cosine_to_total`` is that of its weighted gradient and the total gradient (-1: it works
@@ -27,87 +52,125 @@ class TermRecord:
     value: float | None
     weight: float
     contribution: float
-    custom: Mapping[str, float]
     grad_norm: float | None
+    grad_norm_weighted: float | None
+    grad_rms: float | None
     cosine_to_total: float | None
     differentiable: bool
     seconds: float | None
-    non_finite_zeroed: int = 0
-    error: str | None = None
+    skipped: bool
+    error: str | None
+    non_finite_zeroed: int
+    custom: dict[str, float | None]
 
-    def as_dict(self, size: int) -> dict[str, Any]:
-        """The record of a regularizer; ``size`` is the number of logprob values of the step."""
-        norm = self.grad_norm
-        return {
-            "value": self.value,
-            "weight": self.weight,
-            "contribution": self.contribution,
-            "grad_norm": norm,
-            "grad_norm_weighted": None if norm is None else abs(self.weight) * norm,
-            "grad_rms": None if norm is None else _rms(norm, size),
-            "cosine_to_total": self.cosine_to_total,
-            "differentiable": self.differentiable,
-            "seconds": self.seconds,
-            "skipped": self.error is not None,
-            "error": self.error,
-            "non_finite_zeroed": self.non_finite_zeroed,
-            "custom": dict(self.custom),
-        }
+
+class StepRecord(TypedDict):
+    """What one step leaves behind. The keys are always the same."""
+
+    loss_total: float
+    regularizer_total: float
+    base_loss: BaseLossRecord | None
+    regularizers: dict[str, RegularizerRecord]
+    total_grad_norm: float | None
+    total_grad_rms: float | None
+    logprob_count: int
+    datum_count: int
+    schedule_step: int | None
+    compute_seconds: float
 
 
 def step_record(
     *,
     loss_total: float,
-    base_loss: TermRecord | None,
-    regularizers: Mapping[str, TermRecord],
+    regularizer_total: float,
+    base_loss: RegularizerRecord | None,
+    regularizers: dict[str, RegularizerRecord],
     total_grad_norm: float | None,
     size: int,
     datums: int,
-    step: int,
-    seconds: float,
-) -> dict[str, Any]:
-    """The nested record of one step.
+    schedule_step: int | None,
+    compute_seconds: float,
+) -> StepRecord:
+    """The nested record of one step over ``size`` logprob values.
 
-    The keys of a regularizer are always the same; ``base_loss`` has them too, without those that
-    only a weighted term has, and is None when there is no base loss.
+    The base loss is recorded as a regularizer is, without what only a weighted term has.
     """
-    base = None
-    if base_loss is not None:
-        base = base_loss.as_dict(size)
-        for key in ("weight", "contribution", "grad_norm_weighted", "skipped", "error"):
-            del base[key]
     return {
         "loss_total": loss_total,
-        "regularizer_total": math.fsum(record.contribution for record in regularizers.values()),
-        "base_loss": base,
-        "regularizers": {name: record.as_dict(size) for name, record in regularizers.items()},
+        "regularizer_total": regularizer_total,
+        "base_loss": None if base_loss is None else _of_base_loss(base_loss),
+        "regularizers": regularizers,
         "total_grad_norm": total_grad_norm,
-        "total_grad_rms": None if total_grad_norm is None else _rms(total_grad_norm, size),
+        "total_grad_rms": root_mean_square(total_grad_norm, size),
         "logprob_count": size,
         "datum_count": datums,
-        "step": step,
-        "seconds": seconds,
+        "schedule_step": schedule_step,
+        "compute_seconds": compute_seconds,
     }
 
 
-def flatten(record: Mapping[str, Any]) -> dict[str, float]:
+def _of_base_loss(record: RegularizerRecord) -> BaseLossRecord:
+    assert record["value"] is not None, "a base loss cannot be skipped"
+    assert record["seconds"] is not None
+    return {
+        "value": record["value"],
+        "grad_norm": record["grad_norm"],
+        "grad_rms": record["grad_rms"],
+        "cosine_to_total": record["cosine_to_total"],
+        "differentiable": record["differentiable"],
+        "seconds": record["seconds"],
+        "non_finite_zeroed": record["non_finite_zeroed"],
+        "custom": record["custom"],
+    }
+
+
+def root_mean_square(norm: float | None, size: int) -> float | None:
+    """``norm / sqrt(size)``; None where there is no norm."""
+    if norm is None:
+        return None
+    return norm / math.sqrt(size) if size else 0.0
+
+
+def is_record_key(metric: str) -> bool:
+    """Whether a top-level metric of this name would hide a key of the record, nested or flat."""
+    return metric.partition("/")[0] in StepRecord.__annotations__
+
+
+def metrics_of(record: StepRecord, *, flat: bool = False) -> dict[str, Any]:
+    """The record as the metrics of a training step.
+
+    The base loss's own metrics are in it twice: in the record, and at the top level under the
+    names that the base loss gave them, where the SDK puts them when there are no regularizers.
+    """
+    own = record["base_loss"]["custom"] if record["base_loss"] else {}
+    if flat:
+        return {key: value for key, value in own.items() if value is not None} | flatten(record)
+    return {**own, **record}
+
+
+def flatten(record: Mapping[str, Any], *, prefix: str = "") -> dict[str, float]:
     """The flat form, for W&B, TensorBoard and the like: ``regularizers/<name>/value`` and so on.
 
     Only floats: truth values become 0.0 and 1.0; what is None or text is left out. A ``:`` in the
-    name of a custom metric becomes ``.``, because Tinker splits metric names there.
+    name of a metric becomes ``.``, because Tinker splits metric names there. With a ``prefix``,
+    every key begins with it and a ``/``.
+
+    Raises:
+        RequestError: two keys of the record are the same in the flat form.
     """
     flat: dict[str, float] = {}
-
-    def walk(prefix: str, value: Any) -> None:
-        if isinstance(value, Mapping):
-            for key, inner in value.items():
-                walk(f"{prefix}/{key}" if prefix else str(key), inner)
-        elif isinstance(value, (int, float)):
-            flat[prefix.replace(":", ".")] = float(value)
-
-    walk("", record)
+    for key, value in _leaves(record, f"{prefix.rstrip('/')}/" if prefix else ""):
+        name = key.replace(":", ".")
+        if name in flat:
+            raise RequestError(f'two keys of the record are "{name}" in the flat form', path=key)
+        flat[name] = float(value)
     return flat
 
 
-def _rms(norm: float, size: int) -> float:
-    return norm / math.sqrt(size) if size else 0.0
+def _leaves(value: Any, key: str) -> Iterable[tuple[str, float]]:
+    if isinstance(value, Mapping):
+        start = f"{key}/" if key and not key.endswith("/") else key
+        for inner_key, inner in value.items():
+            yield from _leaves(inner, f"{start}{inner_key}")
+    elif isinstance(value, (int, float)):
+        yield key, value

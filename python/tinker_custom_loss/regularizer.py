@@ -11,10 +11,12 @@ import functools
 import inspect
 import math
 import numbers
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, Protocol
+
+from torch import Tensor
 
 from .errors import RequestError, TermError
 
@@ -22,19 +24,28 @@ __all__ = [
     "BASE_LOSS",
     "LossFn",
     "Regularizer",
+    "check_step",
     "is_coroutine_function",
     "nearest",
     "regularizers_from",
     "show",
 ]
 
-LossFn = Callable[..., Any]
-"""``fn(data, logprobs, **params) -> (loss, metrics)``, or a coroutine function of the same shape.
 
-``data`` is the list of ``tinker.Datum``, ``logprobs`` a list of float tensors, one a datum, each
-[T] or [T,K]; ``loss`` a scalar tensor, ``metrics`` a dict of numbers.
-"""
+class LossFn(Protocol):
+    """``fn(data, logprobs, **params) -> (loss, metrics)``, or a coroutine function of that shape.
 
+    ``data`` is the list of ``tinker.Datum``, ``logprobs`` a list of float tensors, one a datum,
+    each [T] or [T,K]; ``loss`` a scalar tensor, or a number where there is no gradient; ``metrics``
+    a dict of numbers or None.
+    """
+
+    def __call__(
+        self, data: Any, logprobs: list[Tensor], /, *args: Any, **params: Any
+    ) -> Returned | Awaitable[Returned]: ...
+
+
+Returned = tuple[Tensor | float, Mapping[str, Any]]
 Weight = float | Callable[[int], float]
 Place = bool | Literal["process"] | concurrent.futures.Executor
 
@@ -50,8 +61,8 @@ class Regularizer:
         fn: ``fn(data, logprobs, **params) -> (loss, metrics)``, sync or async. See :data:`LossFn`.
         weight: a finite number of either sign, or a function from the training step (an int) to
             one, for schedules.
-        name: unique among the regularizers of a composer; without ``:`` and ``/``, which separate
-            the keys of flat telemetry and of Tinker's own metrics.
+        name: unique among the regularizers of a composer; by default the name of ``fn``. Without
+            ``:`` and ``/``, which separate the keys of flat records and of Tinker's own metrics.
         params: keyword arguments handed to ``fn``.
         run_in_executor: where ``fn`` runs. ``False``: on the calling thread (an async ``fn`` on
             this package's event loop). ``True``: a thread. ``"process"``: a process of its own,
@@ -73,7 +84,7 @@ class Regularizer:
 
     fn: LossFn
     weight: Weight
-    name: str
+    name: str = None  # type: ignore[assignment]  # never None once it is made
     params: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
     run_in_executor: Place = field(default=False, kw_only=True)
     timeout: float | None = field(default=None, kw_only=True)
@@ -84,6 +95,8 @@ class Regularizer:
     def __post_init__(self) -> None:
         if self.params is None:
             object.__setattr__(self, "params", {})
+        if self.name is None:
+            object.__setattr__(self, "name", _name_of(self.fn))
         self._check_name()
         self._check_fn()
         self._check_weight()
@@ -102,14 +115,30 @@ class Regularizer:
         """Whether ``fn`` is a coroutine function."""
         return is_coroutine_function(self.fn)
 
-    def weight_at(self, step: int) -> float:
-        """The weight at a training step.
+    def check_step(self, step: int | None) -> None:
+        """Refuse to guess the step of a schedule.
 
         Raises:
+            RequestError: the weight is a schedule, and the step is None.
+        """
+        if step is None and callable(self.weight):
+            raise RequestError(
+                f"the weight of {self._title} is a schedule, and nobody said which step this is; "
+                "give step=, or train through with_regularizers(training_client), which counts",
+                path="step",
+            )
+
+    def weight_at(self, step: int | None) -> float:
+        """The weight at a training step; None: at a step that nobody knows.
+
+        Raises:
+            RequestError: the weight is a schedule, and the step is not known.
             TermError: the schedule raised, or gave something that is not a finite number.
         """
         if not callable(self.weight):
             return float(self.weight)
+        self.check_step(step)
+        assert step is not None
         try:
             weight = self.weight(step)
         except Exception as error:
@@ -124,13 +153,12 @@ class Regularizer:
 
     @classmethod
     def from_spec(cls, spec: Regularizer | Mapping[str, Any]) -> Regularizer:
-        """A regularizer from a dict with the keys ``fn``, ``weight``, ``name`` and options."""
+        """A regularizer from a dict with the keys ``fn``, ``weight`` and any other option."""
         if isinstance(spec, Regularizer):
             return spec
         if not isinstance(spec, Mapping):
             raise RequestError(
-                "expected a Regularizer or a dict with the keys fn, weight and name, "
-                f"got {show(spec)}"
+                f"expected a Regularizer or a dict with the keys fn and weight, got {show(spec)}"
             )
         allowed = [f.name for f in fields(cls)]
         for key in spec:
@@ -138,7 +166,7 @@ class Regularizer:
                 raise RequestError(
                     f"unknown option {key!r}; {nearest(str(key), allowed)}", path=str(key)
                 )
-        for key in ("fn", "weight", "name"):
+        for key in ("fn", "weight"):
             if key not in spec:
                 raise RequestError(f'the required option "{key}" is missing', path=key)
         return cls(**spec)
@@ -244,12 +272,37 @@ def regularizers_from(
     return tuple(regularizers)
 
 
+def check_step(step: object) -> None:
+    """Refuse what is neither a training step, counted from 0, nor None: not known.
+
+    Raises:
+        RequestError: naming what it is.
+    """
+    if step is None or (isinstance(step, int) and not isinstance(step, bool) and step >= 0):
+        return
+    raise RequestError(
+        f'invalid value for "step": expected a non-negative integer, got {show(step)}',
+        path="step",
+    )
+
+
 def nearest(wrong: str, names: Sequence[str]) -> str:
     """A clause that lists ``names``, the ones most like ``wrong`` first."""
     ranked = sorted(
         names, key=lambda name: -difflib.SequenceMatcher(None, wrong.lower(), name.lower()).ratio()
     )
     return "known are: " + ", ".join(ranked) if ranked else "none are known"
+
+
+def _name_of(fn: object) -> str:
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    name = getattr(fn, "__name__", None)
+    if isinstance(name, str) and name.isidentifier():
+        return name
+    raise RequestError(
+        f"{show(fn)} has no name of its own; give the regularizer one with name=", path="name"
+    )
 
 
 def is_coroutine_function(fn: object) -> bool:

@@ -134,8 +134,8 @@ defmodule Tinkex.CustomLoss.MixTasksTest do
     assert status == 0, output
 
     assert output =~
-             "l2(weights: str | None = None, reduction: str = 'sum')\n    builtin: Squared"
+             "l2  (builtin, scope token)\n    Squared"
 
-    assert output =~ "tinkex_terms:masked()\n    loaded: (no docstring)"
+    assert output =~ "tinkex_terms:masked  (loaded, scope batch)\n    (no docstring)"
   end
 end

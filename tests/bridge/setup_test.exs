@@ -63,35 +63,49 @@ defmodule Tinkex.CustomLoss.SetupTest do
     refute output =~ "installing"
   end
 
-  @project """
-  Mix.install([{:tinkex_custom_loss, path: "#{@root}"}])
-  [dir | args] = System.argv()
-  python = Tinkex.CustomLoss.setup!(dir: dir, args: args)
-  {:ok, pool} = Tinkex.CustomLoss.start_link(python: python, await_ready: true)
-  {:ok, output} = Tinkex.CustomLoss.compute(pool, nil, [[-0.5, -1.5]], base_loss: :l2)
-  IO.puts("gradients \#{inspect(output.gradients)}")
-  """
+  @notebook Path.join(@root, "docs/getting-started.livemd")
 
-  test "works in a script of Mix.install, which is no project", %{dir: dir, tmp_dir: tmp} do
-    script = Path.join(tmp, "script.exs")
-    File.write!(script, @project)
-    # Where a Python is found without asking for one.
-    path = Path.dirname(real_python()) <> ":" <> System.get_env("PATH")
+  # The cells of the notebook as a script that shows what Livebook would, for this clone.
+  defp script do
+    cells =
+      Regex.scan(~r/^```elixir\n(.*?)^```$/ms, File.read!(@notebook), capture: :all_but_first)
+
+    cells
+    |> Enum.map_join("\n", fn [cell] -> "IO.inspect((\n#{cell}))" end)
+    |> String.replace("path/to/tinker-custom-loss", @root)
+    |> String.replace("torch: :cpu", "args: #{inspect(@offline)}")
+  end
+
+  test "works in a script of Mix.install, which is no project: the notebook", %{tmp_dir: tmp} do
+    script = Path.join(tmp, "notebook.exs")
+    File.write!(script, script())
 
     env = [
+      {"HOME", tmp},
+      {"MIX_HOME", System.get_env("MIX_HOME", Path.expand("~/.mix"))},
       {"MIX_INSTALL_DIR", Path.join(tmp, "mix")},
       {"TINKEX_CUSTOM_LOSS_DEPS", "none"},
       {"HEX_OFFLINE", "1"},
-      {"PATH", path},
+      # Where a Python is found without asking for one.
+      {"PATH", Path.dirname(real_python()) <> ":" <> System.get_env("PATH")},
       {"MIX_ENV", nil},
       {"MIX_BUILD_ROOT", nil},
       {"TINKEX_PATH", nil} | packages()
     ]
 
-    args = [script, dir | @offline]
-    {output, status} = System.cmd("elixir", args, cd: tmp, env: env, stderr_to_stdout: true)
+    options = [cd: tmp, env: env, stderr_to_stdout: true]
+    {output, status} = System.cmd("elixir", [script], options)
     assert status == 0, output
-    assert output =~ "gradients [[-1.0, -3.0]]"
+    # Of the call, and of the first and last step.
+    assert output =~
+             ~r/#Tinkex.CustomLoss.Output<\n  loss_total: 6.2\d*, gradients: \[\[3\], \[2\]\]/
+
+    assert [_, losses] = Regex.run(~r/^\[([\d., \n]+)\]$/m, output)
+    losses = losses |> String.split(~r/[,\s]+/) |> Enum.map(&String.to_float/1)
+    assert length(losses) == 10 and List.last(losses) < hd(losses)
+    # Again, it is there.
+    {output, 0} = System.cmd("elixir", [script], options)
+    assert output =~ "setup: the environment in #{tmp}/.cache/custom_loss/python is complete"
   end
 
   test "leaves nothing behind where it fails", %{dir: dir} do

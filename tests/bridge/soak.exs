@@ -7,7 +7,7 @@ callers = 4
 {:ok, pool} = CustomLoss.start_link(await_ready: true)
 {:ok, %{workers: [%{os_pid: os_pid}]}} = CustomLoss.info(pool)
 
-term = %{name: "l2", fn: :l2, weight: 1, params: %{reduction: "sum"}}
+term = %{name: "l2", fn: :l2, weight: 1, params: %{reduction: "token_sum"}}
 
 run = fn count ->
   1..callers

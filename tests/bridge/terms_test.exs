@@ -60,7 +60,7 @@ defmodule Tinkex.CustomLoss.TermsTest do
       # l2 is the mean or the sum of squares, as its params say; both are linear in Σ x².
       l2 = output.telemetry["regularizers"]["l2"]
       assert_in_delta output.loss_total, 14.0 - 3.5 + l2["contribution"], 1.0e-5
-      assert output.telemetry["step"] == 7
+      assert output.telemetry["schedule_step"] == 7
       assert output.telemetry["base_loss"]["value"] == 14.0
 
       assert %{"value" => 14.0, "weight" => -0.25, "contribution" => -3.5, "skipped" => false} =
@@ -124,6 +124,23 @@ defmodule Tinkex.CustomLoss.TermsTest do
         start_supervised!({CustomLoss, load: [fixture("pathological.py")]}, id: :starting)
 
       assert unknown.(starting) == {:error, error}
+    end
+  end
+
+  describe "a module that ends Python when it is imported" do
+    @tag :tmp_dir
+    test "does so again where the error says that it would", %{tmp_dir: tmp} do
+      # A shell has to be told what is one word.
+      module = Path.join(tmp, "it's mine/ends_python.py")
+      File.mkdir_p!(Path.dirname(module))
+      File.cp!(fixture("ends_python.py"), module)
+      pool = start_supervised!({CustomLoss, load: [module], backoff: {60_000, 60_000}}, id: :ends)
+
+      assert {:error, %WorkerError{} = error} = compute(pool, base_loss: :l2)
+      assert [_, command] = Regex.run(~r/To see it again, run: (.*)$/, Exception.message(error))
+      {output, status} = System.cmd("/bin/sh", ["-c", command], stderr_to_stdout: true)
+      assert status == 3
+      assert output =~ "there is no room at the inn"
     end
   end
 

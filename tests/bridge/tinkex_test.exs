@@ -105,7 +105,7 @@ defmodule Tinkex.CustomLoss.TinkexTest do
 
           metrics = output.metrics
           assert metrics["loss:sum"] == metrics["loss_total"]
-          assert metrics["step"] == step
+          assert metrics["schedule_step"] == step
           assert %{"l2" => l2, "smoothness" => _, "rarity" => _} = metrics["regularizers"]
           assert_in_delta l2["contribution"], 0.02 * l2["value"], 1.0e-9
           metrics["loss:sum"]
@@ -334,8 +334,8 @@ defmodule Tinkex.CustomLoss.TinkexTest do
       end)
 
     assert CustomLoss.Telemetry.detach(id) == :ok
-    assert log =~ ~s(regularizer "l2": value 5.0000, weight 0.50000, contribution 2.5000)
-    assert log =~ "loss 2.5000, of which 1 regularizers contribute 2.5000"
+    assert log =~ ~s(regularizer "l2": value 5.0, weight 0.5, contribution 2.5)
+    assert log =~ "loss 2.5, of which 1 regularizers contribute 2.5"
     assert log =~ ~r/\[warning\] Tinkex.CustomLoss #PID<.*>: no loss after/
   end
 

@@ -184,7 +184,7 @@ def compute(fn: str, logprobs: TensorBatch | None = None, **fields: Any) -> dict
 
 
 def l2(**fields: Any) -> dict[str, Any]:
-    return compute("l2", params={"reduction": "sum"}, **fields)
+    return compute("l2", params={"reduction": "token_sum"}, **fields)
 
 
 def gradients(reply: dict[str, Any]) -> list[torch.Tensor]:

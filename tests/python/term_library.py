@@ -51,8 +51,12 @@ def returns_vector(data, logprobs):
     return logprobs[0], {}
 
 
-def returns_float(data, logprobs):
-    return logprobs[0].sum().item(), {}
+def returns(data, logprobs, *, loss):
+    return loss, {}
+
+
+def returns_text(data, logprobs):
+    return "low", {}
 
 
 def returns_bare_loss(data, logprobs):

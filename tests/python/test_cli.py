@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 def test_doctor_prints_a_line_a_check(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 7
+    assert len(lines) == 8
     assert all(line.startswith("ok    ") for line in lines)
     assert re.match(r"ok    torch \d", lines[4])
     assert lines[-1] == "ok    a round trip: the gradient of l2 is 2 · logprobs"
@@ -62,8 +62,15 @@ def test_terms_lists_builtin_and_loaded_terms(
     )
     assert main(["terms", "--load", str(tmp_path / "listed_losses.py")]) == 0
     listed = capsys.readouterr().out
-    assert "l2(weights: str | None = None, reduction: str = 'sum')\n    builtin: " in listed
-    assert "listed_losses:gap(margin: float, power = 2)\n    loaded, async: The gap.\n\n" in listed
+    assert (
+        "kl  (builtin, scope token; reads reference_logprobs)\n    ``KL(model ‖ reference)``"
+        in listed
+    )
+    assert "        estimator = 'k2'  (k1 | k2 | k3 | k3_weighted | exact)\n" in listed
+    assert (
+        "listed_losses:gap  (loaded, async, scope batch)\n    The gap.\n"
+        "        margin: float\n        power = 2\n\n" in listed
+    )
 
 
 def test_terms_of_a_module_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ import math
 import pickle
 import threading
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,8 +21,9 @@ from term_library import (
     infinite_loss,
     nan_gradient_in_datum_1,
     raises,
+    returns,
     returns_bare_loss,
-    returns_float,
+    returns_text,
     returns_text_metric,
     returns_vector,
     square,
@@ -76,7 +78,11 @@ class TestComposition:
         assert record["regularizer_total"] == pytest.approx(0.5 * 280 + 18)
         assert record["total_grad_norm"] == pytest.approx(float(gradient.norm()))
         assert record["total_grad_rms"] == pytest.approx(float(gradient.square().mean().sqrt()))
-        assert (record["step"], record["logprob_count"], record["datum_count"]) == (7, 7, 2)
+        assert (record["schedule_step"], record["logprob_count"], record["datum_count"]) == (
+            7,
+            7,
+            2,
+        )
 
         base = record["base_loss"]
         assert base["value"] == pytest.approx(-28)
@@ -183,6 +189,15 @@ class TestComposition:
         as_list, as_batch = composer.compute(DATA, logprobs), composer.compute(DATA, batch)
         assert torch.equal(as_list.gradient.flat, as_batch.gradient.flat)
 
+    @pytest.mark.parametrize("number", [-6.0, -6, np.float32(-6), np.array(-6.0)[()]])
+    @pytest.mark.parametrize("place", [False, True, "process"])
+    def test_a_plain_number_contributes_its_value_and_no_gradient(self, number, place, logprobs):
+        term = spec(returns, 2.0, "number", params={"loss": number}, run_in_executor=place)
+        composition = Composer(total, [term]).compute(DATA, logprobs)
+        record = composition.telemetry["regularizers"]["number"]
+        assert (record["contribution"], record["differentiable"]) == (-12, False)
+        assert composition.gradient.flat.tolist() == [1.0] * 7
+
     def test_a_constant_contributes_its_value_and_no_gradient(self, logprobs):
         composition = Composer(total, [spec(constant, 2.0, "constant")]).compute(DATA, logprobs)
         record = composition.telemetry["regularizers"]["constant"]
@@ -196,13 +211,12 @@ class TestComposition:
         composer = Composer(constant, [spec(constant, 1.0, "also constant")])
         with pytest.raises(TermError, match='no term is differentiable: "base_loss", "also const'):
             composer.compute(DATA, logprobs)
-        assert composer.compute(DATA, logprobs, gradients=False).loss_total == 6
+        assert composer.compute_loss(DATA, logprobs).loss_total == 6
 
     def test_evaluation_without_gradients_has_the_same_keys(self, logprobs):
         composer = Composer(total, [spec(square, 1.0, "square")])
         trained = composer.compute(DATA, logprobs).telemetry
-        evaluated = composer.compute(DATA, logprobs, gradients=False)
-        assert evaluated.gradients is None
+        evaluated = composer.compute_loss(DATA, logprobs)
         assert evaluated.loss_total == trained["loss_total"]
         assert evaluated.telemetry.keys() == trained.keys()
         squares = evaluated.telemetry["regularizers"]["square"]
@@ -297,7 +311,7 @@ class TestTermsThatFail:
             (raises, r"the term \"bad\" raised KeyError: 'no such reward'"),
             (exits, r'the term "bad" raised SystemExit: enough'),
             (returns_vector, r'the term "bad" returned a loss of shape \[3\]; expected a scalar'),
-            (returns_float, r'the term "bad" returned -6.0 \(float\) as its loss'),
+            (returns_text, r'the term "bad" returned .low. \(str\) as its loss; .* or a number'),
             (
                 returns_bare_loss,
                 r'the term "bad" returned a tensor of shape \[\]; a term returns a',

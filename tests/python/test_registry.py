@@ -156,7 +156,7 @@ class TestResolving:
     @pytest.mark.parametrize(
         ("name", "message"),
         [
-            ("L3", 'there is no term "L3"; known are: l2, kl, nll, '),
+            ("L3", 'there is no term "L3"; known are: kl, l1, l2, nll, '),
             (
                 "wrong_losses:topolgy",
                 '"wrong_losses" has no "topolgy"; known are: wrong_losses:top',
@@ -192,11 +192,25 @@ class TestDescribing:
             "kind": "loaded",
             "async": False,
             "doc": "How the logprobs hang together.\n\nMore about it.",
+            "scope": "batch",
+            "inputs": [],
             "params": [
-                {"name": "scale", "required": True, "default": None, "type": ""},
-                {"name": "order", "required": False, "default": 2, "type": "int"},
-                {"name": "keys", "required": False, "default": ["a"], "type": "list[str]"},
-                {"name": "mode", "required": False, "default": repr(len), "type": ""},
+                {"name": "scale", "required": True, "default": None, "type": "", "choices": []},
+                {"name": "order", "required": False, "default": 2, "type": "int", "choices": []},
+                {
+                    "name": "keys",
+                    "required": False,
+                    "default": ["a"],
+                    "type": "list[str]",
+                    "choices": [],
+                },
+                {
+                    "name": "mode",
+                    "required": False,
+                    "default": repr(len),
+                    "type": "",
+                    "choices": [],
+                },
             ],
         }
         assert terms["described_losses:remote"]["async"] is True
@@ -207,9 +221,15 @@ class TestDescribing:
         (kl,) = (term for term in Registry().describe() if term["name"] == "kl")
         assert kl["kind"] == "builtin"
         assert kl["doc"].startswith("``KL(model ‖ reference)``")
-        assert {
+        assert kl["scope"] == "token"
+        assert kl["inputs"] == ["reference_logprobs"]
+        params = {param["name"]: param for param in kl["params"]}
+        assert params["weights"] == {
             "name": "weights",
             "required": False,
-            "default": "weights",
+            "default": "auto",
             "type": "str | None",
-        } in (kl["params"])
+            "choices": [],
+        }
+        assert params["estimator"]["choices"] == ["k1", "k2", "k3", "k3_weighted", "exact"]
+        assert params["estimator"]["type"].startswith('Literal["k1", "k2"')

@@ -21,11 +21,34 @@ def refuse(**changes):
     return caught.value
 
 
-@pytest.mark.parametrize("name", ["", None, 3, b"square"])
+@pytest.mark.parametrize("name", ["", 3, b"square"])
 def test_a_name_is_a_non_empty_string(name):
     error = refuse(name=name)
     assert error.path == "regularizers[1].name"
     assert "expected a non-empty string" in str(error)
+
+
+@pytest.mark.parametrize("fn", [square, functools.partial(functools.partial(square), scale=2.0)])
+def test_a_name_is_by_default_that_of_the_function(fn):
+    assert Regularizer(fn, 0.1).name == "square"
+    assert Composer(None, [{"fn": fn, "weight": 0.1}]).regularizers[0].name == "square"
+    assert Regularizer(fn, 0.1, "mine").name == "mine"
+
+
+def test_what_has_no_name_must_be_given_one():
+    class Judge:
+        def __call__(self, data, logprobs):
+            return square(data, logprobs)
+
+    for nameless in (Judge(), lambda data, logprobs: square(data, logprobs)):
+        error = refuse(fn=nameless, name=...)
+        assert error.path == "regularizers[1].name"
+        assert "has no name of its own; give the regularizer one with name=" in str(error)
+
+
+def test_two_of_the_same_function_need_names():
+    with pytest.raises(RequestError, match='the name "square" is already taken by'):
+        Composer(None, [Regularizer(square, 0.1), Regularizer(square, 0.2)])
 
 
 @pytest.mark.parametrize("name", ["reward:mean", "kl/ref"])
@@ -53,7 +76,7 @@ def test_a_weight_is_a_finite_number_or_a_schedule(weight):
     )
 
 
-@pytest.mark.parametrize("missing", ["fn", "weight", "name"])
+@pytest.mark.parametrize("missing", ["fn", "weight"])
 def test_what_is_required_is_named(missing):
     error = refuse(**{missing: ...})
     assert error.path == f"regularizers[1].{missing}"

@@ -117,7 +117,7 @@ def test_the_linearized_gradient_is_checked_end_to_end(sandbox):
             "check_gradient",
             model=model,
             data=data(),
-            base_loss={"fn": "nll", "params": {"reduction": "sum"}},
+            base_loss={"fn": "nll", "params": {"reduction": "token_sum"}},
             regularizers=[
                 {
                     "name": "smooth",

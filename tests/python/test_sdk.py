@@ -128,7 +128,7 @@ class TestTraining:
         total = metrics["base_loss"]["value"] + sum(t["contribution"] for t in terms.values())
         assert metrics["loss_total"] == pytest.approx(total)
         assert metrics["loss:sum"] == metrics["loss_total"]
-        assert metrics["step"] == 3
+        assert metrics["schedule_step"] == 3
         assert metrics["surrogate_loss:sum"] != metrics["loss:sum"]
 
     def test_flat_metrics_are_the_same_numbers(self, new_face):
@@ -137,7 +137,7 @@ class TestTraining:
         nested = custom(data, weighted_nll, REGULARIZERS, step=0).result().metrics
         flat = custom(data, weighted_nll, REGULARIZERS, step=0, flat_metrics=True).result().metrics
         assert all(isinstance(value, float) for value in flat.values())
-        clocks = ("seconds",)
+        clocks = ("seconds", "compute_seconds")
         own = {k: v for k, v in nested.items() if ":" not in k}
         assert {k: v for k, v in flat.items() if ":" not in k and not k.endswith(clocks)} == {
             k: v for k, v in flatten(own).items() if not k.endswith(clocks)
@@ -236,7 +236,7 @@ class TestFailures:
 
         gradient = custom(data, None, [{"fn": nan_gradient, "weight": 1.0, "name": "root"}])
         loss = custom(data, None, [{"fn": infinite, "weight": 1.0, "name": "ratio"}])
-        after = custom(data, None, REGULARIZERS)
+        after = custom(data, None, REGULARIZERS, step=0)
         with pytest.raises(NonFiniteError) as info:
             gradient.result(60)
         assert (info.value.term, info.value.datum, info.value.token) == ("root", 1, (2,))
@@ -277,7 +277,7 @@ class TestFailures:
         for future in (first, second):
             with pytest.raises(TermError, match=interruption.__name__):
                 future.result(60)
-        assert custom(data, None, REGULARIZERS).result(60)
+        assert custom(data, None, REGULARIZERS, step=0).result(60)
 
     def test_a_withdrawn_step_contributes_nothing(self, new_face, sandbox):
         if SDK < (0, 38) and isinstance(new_face()[1], functools.partial):
@@ -299,7 +299,7 @@ class TestFailures:
             future.result(60)
         optim.result(60)
         assert torch.equal(sandbox.parameters(client.model_id), before)
-        assert custom(data, None, REGULARIZERS).result(60)
+        assert custom(data, None, REGULARIZERS, step=0).result(60)
 
     def test_to_stop_waiting_is_not_to_withdraw(self, new_face):
         if SDK < (0, 38) and isinstance(new_face()[1], functools.partial):
@@ -354,7 +354,7 @@ class TestArguments:
         with pytest.raises(RequestError) as info:
             custom(datums(), *arguments, **options)
         assert info.value.path == path
-        assert custom(datums(), None, REGULARIZERS).result(60)
+        assert custom(datums(), None, REGULARIZERS, step=0).result(60)
 
     @pytest.mark.parametrize("regularizers", [REGULARIZERS, None], ids=["composed", "plain"])
     @pytest.mark.parametrize(
@@ -444,7 +444,7 @@ class TestLossHandle:
         client, custom = new_face()
         data = datums(alternatives=False)
         alone = custom(data, handle(client)).result(60).metrics
-        metrics = custom(data, handle(client), REGULARIZERS).result(60).metrics
+        metrics = custom(data, handle(client), REGULARIZERS, step=0).result(60).metrics
         assert metrics["base_loss"]["value"] == pytest.approx(alone["loss:sum"])
         custom_metrics = {k: v for k, v in alone.items() if k.startswith("custom/")}
         assert metrics["base_loss"]["custom"] == pytest.approx(custom_metrics)
@@ -469,7 +469,7 @@ class TestLossHandle:
             weights = datum.loss_fn_inputs["weights"].to_torch()
             datum.loss_fn_inputs["weights"] = types.TensorData.from_torch(weights[:, None])
         with pytest.raises(RequestError, match="has rank 2, but loss 'loss' declared weights"):
-            custom(data, handle(client), REGULARIZERS)
+            custom(data, handle(client), REGULARIZERS, step=0)
 
     def test_that_of_another_session_is_refused(self, new_face, handle):
         client, custom = new_face()
@@ -477,7 +477,7 @@ class TestLossHandle:
         for regularizers in (REGULARIZERS, None):
             with pytest.raises(RequestError, match="was created in session"):
                 custom(datums(alternatives=False), handle(other), regularizers)
-        assert custom(datums(alternatives=False), handle(client), REGULARIZERS).result(60)
+        assert custom(datums(alternatives=False), handle(client), REGULARIZERS, step=0).result(60)
 
 
 def test_the_package_does_not_import_the_tinker_client():

@@ -1,28 +1,22 @@
-"""Built-in terms: what all of them promise, then each one's formula."""
+"""Terms as users name and write them: the mask, the reductions, what bad input is told."""
 
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tinker
 import torch
 
-from tinker_custom_loss import Composer, TensorBatch, TermError
-from tinker_custom_loss.terms import CATALOGUE, entropy, l2
+from tinker_custom_loss import Composer, Regularizer, TermError, term
+from tinker_custom_loss.terms import CATALOGUE, columns, entropy, kl, l2, nll
 
-SHAPES = {
-    "tokens": [(4,), (3,)],
-    "alternatives": [(3, 2), (2, 2)],
-    "mixed": [(4,), (2, 3), (1,)],
-}
-REDUCTIONS = ["sum", "mean", "sequence_mean"]
-every_term = pytest.mark.parametrize("name", sorted(CATALOGUE))
-every_shape = pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES.keys())
-every_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
+every_term = pytest.mark.parametrize("name", CATALOGUE)
 
 
 class Rows:
@@ -38,13 +32,7 @@ class Rows:
         self.weights = [(random(shape) < -1).float() * 0.5 for shape in shapes]
         self.references = [random(shape).float() for shape in shapes]
         self.data = [
-            tinker.Datum(
-                model_input=tinker.ModelInput.from_ints([1] * shape[0]),
-                loss_fn_inputs={
-                    "weights": tinker.TensorData.from_torch(w),
-                    "reference_logprobs": tinker.TensorData.from_torch(r),
-                },
-            )
+            datum(shape[0], weights=w, reference_logprobs=r)
             for shape, w, r in zip(shapes, self.weights, self.references, strict=True)
         ]
 
@@ -53,101 +41,121 @@ class Rows:
         return composer.compute(self.data, self.logprobs)
 
 
-@every_term
-@every_shape
-@every_reduction
-class TestPromisesOfEveryTerm:
-    def test_flat_and_list_form_agree(self, name, shapes, reduction):
-        rows = Rows(shapes)
-        leaves = [x.clone().requires_grad_() for x in rows.logprobs]
-        loss, metrics = CATALOGUE[name](rows.data, leaves, weights="weights", reduction=reduction)
-        loss.backward()
-        composition = rows.compute(name, weights="weights", reduction=reduction)
-        assert float(loss.detach()) == composition.loss_total
-        assert metrics == composition.telemetry["base_loss"]["custom"]
-        for leaf, gradient in zip(leaves, composition.gradients, strict=True):
-            assert torch.equal(leaf.grad, gradient)
+def datum(tokens, **inputs):
+    return tinker.Datum(
+        model_input=tinker.ModelInput.from_ints([1] * tokens),
+        loss_fn_inputs={
+            key: tinker.TensorData.from_torch(torch.as_tensor(value))
+            for key, value in inputs.items()
+        },
+    )
 
-    def test_masked_tokens_get_exactly_zero_even_at_minus_infinity(self, name, shapes, reduction):
-        rows = Rows(shapes)
-        for logprobs, weights in zip(rows.logprobs, rows.weights, strict=True):
-            logprobs[weights == 0] = -math.inf
-        composition = rows.compute(name, weights="weights", reduction=reduction)
-        for gradient, weights in zip(composition.gradients, rows.weights, strict=True):
-            assert (gradient[weights == 0] == 0).all()
-            assert torch.isfinite(gradient).all()
-        tokens = composition.telemetry["base_loss"]["custom"]["tokens"]
-        assert tokens == sum(int((w != 0).sum()) for w in rows.weights)
 
-    def test_permuting_datums_permutes_gradients(self, name, shapes, reduction):
-        rows = Rows(shapes)
-        forward = rows.compute(name, weights="weights", reduction=reduction)
-        rows.data.reverse()
-        rows.logprobs.reverse()
-        backward = rows.compute(name, weights="weights", reduction=reduction)
-        assert backward.loss_total == pytest.approx(forward.loss_total)
-        for one, other in zip(forward.gradients, reversed(backward.gradients), strict=True):
-            torch.testing.assert_close(one, other)
+class TestReductions:
+    @pytest.mark.parametrize(
+        ("reduction", "expected"),
+        [
+            ("token_sum", lambda sums: sum(sums)),
+            ("token_mean", lambda sums: sum(sums) / 8),
+            ("sequence_mean_token_mean", lambda sums: (sums[0] / 4 + sums[1] / 4) / 2),
+            ("sequence_mean_token_sum", lambda sums: sum(sums) / 2),
+        ],
+    )
+    def test_are_what_their_names_say(self, reduction, expected):
+        logprobs = [torch.tensor([-1.0, -2.0]), torch.tensor([-0.5, -3.0, -1.5])]
+        weights = [torch.tensor([1.0, 3.0]), torch.tensor([0.0, 2.0, 2.0])]
+        data = [datum(len(w), weights=w) for w in weights]
+        sums = [float(-(x * w).sum()) for x, w in zip(logprobs, weights, strict=True)]
+        loss, metrics = nll(data, logprobs, reduction=reduction)
+        assert float(loss) == pytest.approx(expected(sums))
+        assert metrics["tokens"] == 4
 
-    def test_a_batch_without_any_weight_is_zero(self, name, shapes, reduction):
-        rows = Rows(shapes)
-        rows.data = [
-            tinker.Datum(
-                model_input=datum.model_input,
-                loss_fn_inputs={
-                    **datum.loss_fn_inputs,
-                    "weights": tinker.TensorData.from_torch(torch.zeros(shape)),
-                },
-            )
-            for datum, shape in zip(rows.data, shapes, strict=True)
-        ]
-        composition = rows.compute(name, weights="weights", reduction=reduction)
+    @every_term
+    def test_an_unknown_one_lists_those_that_exist(self, name):
+        with pytest.raises(TermError, match="expected one of token_sum, token_mean, sequence_mean"):
+            Rows([(2,)]).compute(name, reduction="average")
+
+    @pytest.mark.parametrize("normalizer", [0, -1, math.nan, math.inf, "8", True])
+    def test_a_normalizer_is_a_positive_number(self, normalizer):
+        with pytest.raises(TermError, match="normalizer must be a positive number or None"):
+            Rows([(2,)]).compute("nll", normalizer=normalizer)
+
+
+class TestTheMask:
+    def test_is_the_mask_of_an_rl_datum_so_that_its_prompt_does_not_count(self):
+        """Sampler's logprobs of a prompt are 0 there; k2 would say ½·6² twice."""
+        data = [datum(3, mask=[0.0, 0.0, 1.0], reference_logprobs=[0.0, 0.0, -1.0])]
+        logprobs = [torch.tensor([-6.0, -6.0, -1.0])]
+        composition = Composer(kl).compute(data, logprobs)
         assert composition.loss_total == 0
-        assert composition.telemetry["total_grad_norm"] == 0
+        assert composition.telemetry["base_loss"]["custom"]["tokens"] == 1
+
+    def test_is_the_weights_where_a_datum_has_both(self):
+        data = [datum(2, weights=[1.0, 0.0], mask=[0.0, 1.0]), datum(1, mask=[0.5])]
+        loss, _ = nll(data, [torch.tensor([-1.0, -10.0]), torch.tensor([-4.0])])
+        assert float(loss) == 1 + 2
+
+    def test_is_1_where_there_is_neither_which_is_said_once(self, caplog):
+        columns._warn_of_ones.cache_clear()
+        logprobs = [torch.tensor([-1.0, -2.0])]
+        with caplog.at_level(logging.WARNING, logger="tinker_custom_loss"):
+            for _ in range(3):
+                assert float(nll([datum(2)], logprobs)[0]) == 3
+        (record,) = caplog.records
+        assert 'neither "weights" nor "mask"' in record.getMessage()
+
+    def test_is_left_alone_where_weights_is_none(self, caplog):
+        columns._warn_of_ones.cache_clear()
+        data = [datum(2, weights=[0.0, 0.0])]
+        assert float(nll(data, [torch.tensor([-1.0, -2.0])], weights=None)[0]) == 3
+        assert not caplog.records
+
+    def test_of_tokens_serves_their_alternatives(self):
+        data = [datum(3, weights=[0.0, 1.0, 0.5])]
+        gradient = Composer(nll).compute(data, [torch.zeros(3, 2)]).gradients[0]
+        assert gradient.tolist() == [[0, 0], [-1, -1], [-0.5, -0.5]]
+
+    def test_of_alternatives_serves_a_value_a_position_only_if_they_are_alike(self):
+        logprobs = [torch.full((2, 2), -1.0)]
+        alike = [datum(2, weights=[[2.0, 2.0], [0.0, 0.0]])]
+        assert float(entropy(alike, logprobs)[0]) == pytest.approx(-4 * math.exp(-1))
+        with pytest.raises(ValueError, match='"weights" of datum 0 differs between the alternat'):
+            entropy([datum(2, weights=[[2.0, 1.0], [0.0, 0.0]])], logprobs)
 
 
-# Terms whose gradient is that of their value; the others say in their docs what it is instead.
-TRUE_GRADIENT = [
-    ("nll", "mixed", {}),
-    ("l2", "mixed", {}),
-    ("l2", "mixed", {"weights": "weights"}),
-    ("kl", "mixed", {"estimator": "k2"}),
-    ("entropy", "alternatives", {}),
-]
+class TestInputs:
+    @pytest.mark.parametrize(
+        "array",
+        [
+            lambda x: tinker.TensorData.from_torch(torch.tensor(x)),
+            lambda x: np.array(x),
+            lambda x: np.array(x, dtype=np.float32),
+            lambda x: torch.tensor(x, dtype=torch.bfloat16),
+            lambda x: x,
+        ],
+        ids=["TensorData", "float64 array", "float32 array", "bfloat16 tensor", "list"],
+    )
+    def test_may_be_any_array(self, array):
+        data = [SimpleNamespace(loss_fn_inputs={"advantages": array([1.0, -2.0])})]
+        loss, _ = CATALOGUE["reinforce"](data, [torch.tensor([-1.0, -3.0])], weights=None)
+        assert float(loss) == 1 - 6
 
+    def test_of_one_number_serve_the_whole_datum(self):
+        data = [datum(2, advantages=2.0, weights=[1.0, 1.0])]
+        loss, _ = CATALOGUE["reinforce"](data, [torch.tensor([-1.0, -3.0])])
+        assert float(loss) == 8
 
-@every_reduction
-@pytest.mark.parametrize(("name", "kind", "params"), TRUE_GRADIENT)
-def test_gradients_equal_finite_differences(name, kind, params, reduction):
-    rows = Rows(SHAPES[kind])
-    shapes = tuple(tuple(x.shape) for x in rows.logprobs)
+    def test_have_any_key_under_the_name_of_their_argument(self):
+        rows = Rows([(3,)])
+        assert rows.compute("kl", reference="weights").loss_total > 0
 
-    def loss(flat):
-        batch = TensorBatch(flat, shapes)
-        return CATALOGUE[name].evaluate_flat(rows.data, batch, reduction=reduction, **params)[0]
+    def test_that_are_optional_must_be_there_once_they_are_named(self):
+        with pytest.raises(TermError, match='datum 0 has no "logprosb"'):
+            Rows([(2,)]).compute("kl", sampler="logprosb")
 
-    flat = TensorBatch.from_tensors(rows.logprobs).flat.requires_grad_()
-    assert torch.autograd.gradcheck(loss, (flat,))
-
-
-@every_reduction
-def test_reductions_are_what_their_names_say(reduction):
-    rows = Rows([(2,), (3,)])
-    weights = [torch.tensor([1.0, 3.0]), torch.tensor([0.0, 2.0, 2.0])]
-    rows.data = [
-        tinker.Datum(
-            model_input=tinker.ModelInput.empty(),
-            loss_fn_inputs={"weights": tinker.TensorData.from_torch(w)},
-        )
-        for w in weights
-    ]
-    sums = [float(-(x * w).sum()) for x, w in zip(rows.logprobs, weights, strict=True)]
-    expected = {
-        "sum": sum(sums),
-        "mean": sum(sums) / 8,
-        "sequence_mean": (sums[0] / 4 + sums[1] / 4) / 2,
-    }
-    assert rows.compute("nll", reduction=reduction).loss_total == pytest.approx(expected[reduction])
+    def test_that_are_optional_are_asked_for_when_they_are_needed(self):
+        with pytest.raises(TermError, match='"k3_weighted" needs the sampler\'s logprobs'):
+            Rows([(2,)]).compute("kl", estimator="k3_weighted")
 
 
 class TestKL:
@@ -178,10 +186,6 @@ class TestKL:
         composition = rows.compute("kl", weights=None)
         assert math.isfinite(composition.loss_total)
         assert composition.gradients[0][0, 1] == 0
-
-    def test_the_reference_may_have_any_key(self):
-        rows = Rows([(3,)])
-        assert rows.compute("kl", reference="weights").loss_total > 0
 
 
 def test_the_entropy_surrogate_has_the_gradient_of_the_entropy_in_expectation():
@@ -216,19 +220,8 @@ class TestWhatATermSaysOfBadInput:
         with pytest.raises(TermError, match=r'"weights" of datum 1 has shape \[3\], .* \[4\]'):
             rows.compute("nll")
 
-    def test_weights_of_tokens_serve_their_alternatives(self):
-        rows = Rows([(3,)])
-        rows.logprobs = [torch.zeros(3, 2)]
-        gradient = rows.compute("nll").gradients[0]
-        assert torch.equal(gradient, -rows.weights[0][:, None].expand(3, 2))
-
-    @every_term
-    def test_an_unknown_reduction_lists_those_that_exist(self, name):
-        with pytest.raises(TermError, match="expected one of sum, mean, sequence_mean"):
-            Rows([(2,)]).compute(name, reduction="average", weights="weights")
-
     def test_an_unknown_estimator_lists_those_that_exist(self):
-        with pytest.raises(TermError, match="expected one of k1, k2, k3"):
+        with pytest.raises(TermError, match="expected one of k1, k2, k3, k3_weighted, exact"):
             Rows([(2,)]).compute("kl", estimator="k4")
 
 
@@ -247,3 +240,125 @@ def test_l2_is_exact_to_float32_at_every_size():
     composition = Composer(l2).compute([None], [values])
     assert composition.loss_total == pytest.approx(want, rel=1e-6)
     assert torch.equal(composition.gradient.flat, 2 * values)
+
+
+@term(scope="token", inputs=("reference_logprobs",))
+def drift(logprob, reference, *, power: float = 2.0):
+    """How far the model is from its reference: ``|ℓ-r|^power``."""
+    distance = (logprob - reference).abs()
+    return distance**power, {"distance": distance}
+
+
+@term(scope="sequence")
+def shortness(logprob, *, sequences, target: float = 2.0):
+    """How far a datum's mean logprob is from a target."""
+    return (sequences.mean(logprob) - target).square()
+
+
+@term(scope="group", inputs=("reference_logprobs",))
+def preference(logprob, reference, *, groups):
+    """The logistic loss of the chosen answer against the rejected one."""
+    score = groups.sequences.sum(logprob - reference)
+    chosen, rejected = groups.pairs
+    return -torch.nn.functional.logsigmoid(score[chosen] - score[rejected])
+
+
+@term(scope="token", alternatives=True)
+def spread(logprob):
+    """The distance of the best and the worst alternative; of a token alone it is 0."""
+    if logprob.ndim == 1:
+        return 0 * logprob
+    return logprob.amax(-1) - logprob.amin(-1)
+
+
+class TestWritingOne:
+    def test_a_term_of_tokens(self):
+        data = [datum(3, reference_logprobs=[-1.0, -1.0, -1.0], mask=[1.0, 1.0, 0.0])]
+        logprobs = [torch.tensor([-3.0, -2.0, -9.0])]
+        regularizer = Regularizer(drift, 0.5, "drift", params={"power": 2.0})
+        composition = Composer(None, [regularizer]).compute(data, logprobs)
+        assert composition.loss_total == 2.5
+        assert composition.gradients[0].tolist() == [-2, -1, 0]
+        assert composition.telemetry["regularizers"]["drift"]["custom"] == {
+            "tokens": 2.0,
+            "distance": 3.0,
+        }
+
+    def test_a_term_of_sequences(self):
+        data = [datum(2, weights=[1.0, 1.0]), datum(3, weights=[1.0, 0.0, 1.0])]
+        logprobs = [torch.tensor([-1.0, -3.0]), torch.tensor([-1.0, math.nan, -2.0])]
+        loss, _ = shortness(data, logprobs, reduction="sequence_mean_token_sum")
+        assert float(loss) == pytest.approx((4**2 + 3.5**2) / 2)
+
+    def test_a_term_of_groups(self):
+        data = [
+            datum(1, reference_logprobs=[0.0], group=g, chosen=c, weights=[1.0])
+            for g, c in [(7, 0), (3, 1), (7, 1), (3, 0), (7, 0)]
+        ]
+        logprobs = [torch.tensor([x], requires_grad=True) for x in (-1.0, -2.0, -3.0, -4.0, -5.0)]
+        margins = [-3 + 1, -2 + 4, -3 + 5]
+        values = [math.log1p(math.exp(-m)) for m in margins]
+        loss, _ = preference(data, logprobs)
+        loss.backward()
+        assert loss.item() == pytest.approx(sum(values))
+        slopes = [1 / (1 + math.exp(m)) for m in margins]
+        expected = [slopes[0], -slopes[1], -slopes[0] - slopes[2], slopes[1], slopes[2]]
+        assert [x.grad.item() for x in logprobs] == pytest.approx(expected)
+        mean, _ = preference(data, logprobs, reduction="sequence_mean_token_mean")
+        assert mean.item() == pytest.approx(sum(values) / 3)
+
+    def test_a_torn_group_is_named(self):
+        data = [datum(1, reference_logprobs=[0.0], group=g, chosen=1) for g in (7, 8)]
+        with pytest.raises(ValueError, match="group 7 has no rejected datum in this call"):
+            preference(data, [torch.zeros(1), torch.zeros(1)], weights=None)
+
+    def test_a_term_of_alternatives_gives_one_value_a_position(self):
+        logprobs = [torch.tensor([-1.0]), torch.tensor([[-1.0, -3.0], [-2.0, -2.5]])]
+        data = [datum(1, weights=[1.0]), datum(2, weights=[1.0, 2.0])]
+        loss, metrics = spread(data, logprobs, reduction="token_mean")
+        assert float(loss) == pytest.approx((0 + 2 + 2 * 0.5) / 4)
+        assert metrics == {"tokens": 3}
+
+    def test_it_is_described_by_what_it_takes(self):
+        assert [*inspect.signature(drift).parameters] == [
+            "data",
+            "logprobs",
+            "reference",
+            "power",
+            "weights",
+            "reduction",
+            "normalizer",
+        ]
+        assert drift.scope == "token"
+        assert drift.inputs == {"reference": "reference_logprobs"}
+
+    def test_values_of_another_shape_are_refused(self):
+        @term(scope="token")
+        def total(logprob):
+            return logprob.sum()
+
+        message = r'a tensor of shape \[\]; a term of scope "token" must give \[2\]'
+        with pytest.raises(ValueError, match=message):
+            total([datum(2)], [torch.zeros(2)], weights=None)
+
+    def test_arguments_without_an_input_are_refused_at_once(self):
+        with pytest.raises(TypeError, match=r"takes 2 positional arguments \(logprob, reference\)"):
+
+            @term(scope="token")
+            def wrong(logprob, reference):
+                return logprob - reference
+
+    def test_a_derivative_that_takes_something_else_is_refused_at_once(self):
+        @term(scope="token")
+        def squares(logprob, *, power=2):
+            return logprob**power
+
+        with pytest.raises(TypeError, match=r"derivative of the term squares takes \(logprob\)"):
+
+            @squares.derivative
+            def _(logprob):
+                return 2 * logprob
+
+    def test_an_unknown_scope_is_refused_at_once(self):
+        with pytest.raises(TypeError, match="unknown scope 'tokens'; expected one of token, seq"):
+            term(scope="tokens")

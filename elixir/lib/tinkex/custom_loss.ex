@@ -48,8 +48,8 @@ defmodule Tinkex.CustomLoss do
     * **the caller dies**: the same, without a call to return.
     * **a term raises**: that call gets the error. Nothing else changes.
     * **a worker's process ends**, by a crash, the operating system, or because it was killed: another
-      one is started after a pause. Requests that it had are tried once more elsewhere, since a
-      computation is pure; one that was on two workers that ended is given up.
+      one is started after a pause. Requests that it had are tried once more, since a computation is
+      pure, while others go on; one that ends a second worker is given up.
     * **the BEAM ends**, in any way: so do the Python processes and their children.
 
   Calls may come from any process. From another node, say `{MyLoss, node}`; deadlines and errors are
@@ -62,7 +62,17 @@ defmodule Tinkex.CustomLoss do
 
   use Supervisor
 
-  alias Tinkex.CustomLoss.{Output, Pool, Regularizer, Setup, Telemetry, Training, WorkerError}
+  alias Tinkex.CustomLoss.{
+    Output,
+    Pool,
+    Regularizer,
+    Setup,
+    Telemetry,
+    TimeoutError,
+    Training,
+    WorkerError
+  }
+
   alias Tinkex.CustomLoss.Pool.{Call, Worker}
   alias Tinkex.CustomLoss.Training.LossFn
   alias Tinkex.CustomLoss.Wire.{Data, Tensor}
@@ -161,8 +171,13 @@ defmodule Tinkex.CustomLoss do
   @doc false
   def await_ready(supervisor, config) do
     # The worker's own clock starts later, and knows better what was the matter.
-    with :ok <- Pool.await_ready(Pool.whereis(supervisor).pool, config.start_timeout + 5_000),
-         do: :ignore
+    timeout = config.start_timeout + 5_000
+
+    case Pool.ask(Pool.whereis(supervisor).pool, :await_ready, timeout) do
+      :ok -> :ignore
+      :timeout -> {:error, %TimeoutError{timeout: timeout, stage: :queued}}
+      {:error, error} -> {:error, error}
+    end
   end
 
   @doc """

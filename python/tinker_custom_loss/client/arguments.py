@@ -9,7 +9,7 @@ from tinker import APIFuture, Datum, TrainingClient
 
 from ..composer import Composer
 from ..errors import RequestError
-from ..regularizer import BASE_LOSS, LossFn, Regularizer, regularizers_from, show
+from ..regularizer import BASE_LOSS, LossFn, Regularizer, check_step, regularizers_from, show
 from . import sdk
 
 if TYPE_CHECKING:
@@ -91,11 +91,8 @@ def checked_step(step: int | None) -> int | None:
     Raises:
         RequestError: it is no number of a step.
     """
-    if step is None or (isinstance(step, int) and not isinstance(step, bool) and step >= 0):
-        return step
-    raise RequestError(
-        f'invalid value for "step": expected a non-negative integer, got {show(step)}', path="step"
-    )
+    check_step(step)
+    return step
 
 
 def checked_defaults(

@@ -11,7 +11,7 @@ import concurrent.futures
 import contextlib
 import logging
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from tinker import APIFuture, Datum, ForwardBackwardOutput, TrainingClient
 from torch import Tensor
 
 from ..composer import Composer
+from ..record import StepRecord
 from ..tensors.gradients import surrogate
 from . import sdk
 from .arguments import (
@@ -132,6 +133,7 @@ def _checked(
     if not is_composed(base_loss_fn, regularizers):
         return client, datums, sdk_loss(base_loss_fn, datums, client)
     composer = composer_of(base_loss_fn, regularizers, datums, client)
+    composer.check_step(number)
     return client, datums, _SurrogateLoss(client, composer, number)
 
 
@@ -148,7 +150,7 @@ class _SurrogateLoss:
         self._composer = composer
         self._step = step
         self._cancelled = threading.Event()
-        self._record: Mapping[str, Any] = {}
+        self._record: StepRecord | None = None
         self._failure: BaseException | None = None
 
     def __call__(
@@ -157,7 +159,7 @@ class _SurrogateLoss:
         try:
             with computing(self._client), computing(_SDK_THREAD):
                 composition = self._composer.compute(
-                    data, logprobs, step=self._step or 0, cancelled=self._cancelled
+                    data, logprobs, step=self._step, cancelled=self._cancelled
                 )
         # This runs on the SDK's event loop: KeyboardInterrupt or SystemExit would end the loop,
         # and every client of the process would wait for ever.
@@ -166,7 +168,6 @@ class _SurrogateLoss:
             self._failure = failure
             return surrogate(0.0, [torch.zeros_like(t) for t in logprobs], logprobs), {}
         self._record = composition.telemetry
-        assert composition.gradients is not None
         return surrogate(composition.loss_total, composition.gradients, logprobs), {}
 
     @property
@@ -192,6 +193,7 @@ class _SurrogateLoss:
                 output = done.result()
             if self._failure is not None:
                 raise self._failure
+            assert self._record is not None
             return step_output(output, self._record, flat)
 
         concurrent_future(inner).add_done_callback(

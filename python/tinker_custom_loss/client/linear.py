@@ -18,8 +18,10 @@ import torch
 from tinker import Datum, ForwardBackwardOutput, TensorData
 from torch import Tensor
 
-from ..composer import Composer, Composition
+from ..composer import Composer
+from ..composition import Composition
 from ..errors import RequestError
+from ..record import StepRecord
 from ..tensors.batch import Shape, TensorBatch
 from .arguments import BaseLoss, Regularizers, checked_data, checked_step, composer_of
 
@@ -33,7 +35,7 @@ def linearize(
     regularizers: Regularizers | None = None,
     *,
     step: int | None = None,
-) -> tuple[list[Datum], dict[str, Any]]:
+) -> tuple[list[Datum], StepRecord]:
     """Turn the result of a forward pass into the datums of the backward pass.
 
     For those who call ``forward`` and ``forward_backward`` themselves::
@@ -64,7 +66,8 @@ def linearize(
     """
     datums = checked_data(data)
     composer = composer_of(base_loss_fn, regularizers, datums)
-    linear, composition = linearize_with(composer, datums, forward_output, checked_step(step))
+    composer.check_step(checked_step(step))
+    linear, composition = linearize_with(composer, datums, forward_output, step)
     return linear, composition.telemetry
 
 
@@ -77,8 +80,7 @@ def linearize_with(
 ) -> tuple[list[Datum], Composition]:
     """:func:`linearize` with a composer that exists already."""
     logprobs = _logprobs(data, forward_output)
-    composition = composer.compute(data, logprobs, step=step or 0, cancelled=cancelled)
-    assert composition.gradient is not None
+    composition = composer.compute(data, logprobs, step=step, cancelled=cancelled)
     return linear_data(data, composition.gradient), composition
 
 

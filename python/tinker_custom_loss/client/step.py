@@ -6,13 +6,12 @@ import concurrent.futures
 import dataclasses
 import math
 import threading
-from collections.abc import Mapping
 from typing import Any
 
 from tinker import APIFuture, Datum, ForwardBackwardOutput, TrainingClient
 
 from ..composer import Composer
-from ..record import flatten
+from ..record import StepRecord, metrics_of
 from . import sdk
 from .call_queue import computing, follow
 from .failures import Failures
@@ -27,24 +26,26 @@ class StepOutput(ForwardBackwardOutput):
     """What the future of a step with regularizers gives: the SDK's output, and the record.
 
     Attributes:
-        metrics: the SDK's, and the record of the step, nested or flat. ``loss:sum`` is the loss
-            itself, ``surrogate_loss:sum`` the server's linear one, with every version of the SDK.
-        record: what each term did, nested; see docs/telemetry.md.
+        metrics: the SDK's, the base loss's own, and the record of the step, nested or flat.
+            ``loss:sum`` is the loss itself, ``surrogate_loss:sum`` the server's linear one, with
+            every version of the SDK.
+        record: what each term did, nested; see docs/record.md.
     """
 
     metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
-    record: dict[str, Any] = dataclasses.field(default_factory=dict)
+    record: StepRecord = dataclasses.field(kw_only=True)
 
 
-def step_output(output: ForwardBackwardOutput, record: Mapping[str, Any], flat: bool) -> StepOutput:
+def step_output(output: ForwardBackwardOutput, record: StepRecord, flat: bool) -> StepOutput:
     """The result of the backward pass, with the step's record."""
     metrics: dict[str, Any] = dict(output.metrics)
     surrogate = metrics.pop("surrogate_loss:sum", metrics.get("loss:sum", math.nan))
+    metrics.update(metrics_of(record, flat=flat))
     if not math.isnan(surrogate):  # not every server tells
         metrics["surrogate_loss:sum"] = surrogate
-    metrics.update(flatten(record) if flat else record)
     metrics["loss:sum"] = record["loss_total"]
-    return StepOutput(output.loss_fn_output_type, output.loss_fn_outputs, metrics, dict(record))
+    kind, outputs = output.loss_fn_output_type, output.loss_fn_outputs
+    return StepOutput(kind, outputs, metrics, record=record)
 
 
 class CustomStep:
@@ -81,7 +82,7 @@ class CustomStep:
             self._report(error, ", whose forward pass the server refused,")
             raise
         failure: BaseException | None = None
-        record: Mapping[str, Any] = {}
+        record: StepRecord | None = None
         try:
             with computing(self._client):
                 linear, composition = linearize_with(
@@ -103,6 +104,7 @@ class CustomStep:
             except BaseException as error:
                 self._report(error, ", whose backward pass the server refused,")
                 raise
+            assert record is not None
             return step_output(output, record, self._flat)
 
         backward.add_done_callback(lambda _: settle(outer, outcome))

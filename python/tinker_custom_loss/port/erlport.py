@@ -6,9 +6,10 @@
     _ready = :python.call(py, :"tinker_custom_loss.port.erlport", :load, [["my_losses"]])
     reply = :python.call(py, :"tinker_custom_loss.port.erlport", :compute, [request])
 
-Requests and replies are frames of docs/protocol.md, without their length. Nothing here imports ErlPort.
-Each function returns bytes whatever happens, since an exception of Python's reaches an ErlPort host
-as an Erlang one and some values end its process: what is wrong comes as an ``error`` message.
+Requests and replies are frames of docs/protocol.md, without their length. Nothing here imports
+ErlPort. Each function returns bytes whatever happens, since an exception of Python's reaches an
+ErlPort host as an Erlang one and some values end its process: what is wrong comes as an ``error``
+message.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import msgpack
 import msgspec
 
 from ..composer import Composer
+from ..composition import ComposedLoss, Composition
 from ..errors import (
     CustomLossError,
     ProtocolError,
@@ -77,19 +78,17 @@ class Service:
             CustomLossError: whatever is at fault, see :mod:`tinker_custom_loss.errors`.
         """
         request = decode_compute(message)
-        composition = self._composer(message).compute(
-            request.data,
-            request.logprobs,
-            step=request.step,
-            gradients=request.gradients,
-            cancelled=cancelled,
+        composer = self._composer(message)
+        compute = composer.compute if request.gradients else composer.compute_loss
+        computed: ComposedLoss = compute(
+            request.data, request.logprobs, step=request.step, cancelled=cancelled
         )
-        gradient = composition.gradient
+        gradient = computed.gradient if isinstance(computed, Composition) else None
         return {
             "op": "result",
-            "loss_total": composition.loss_total,
+            "loss_total": computed.loss_total,
             "gradients": gradient,
-            "telemetry": composition.telemetry,
+            "telemetry": computed.telemetry,
         }
 
     def terms(self) -> dict[str, Any]:

@@ -24,7 +24,7 @@ class Evaluation:
     """
 
     value: float
-    metrics: dict[str, float]
+    metrics: dict[str, float | None]
     differentiable: bool
     gradient: Tensor | None
     seconds: float

@@ -121,7 +121,7 @@ class RemoteCall:
 class RemoteReply:
     """What came back: an evaluation with a numpy gradient, or the failure as text."""
 
-    evaluation: tuple[float, dict[str, float], bool, np.ndarray[Any, Any] | None, float] | None
+    evaluation: tuple[Any, ...] | None  # the fields of an Evaluation, in order
     failure: dict[str, Any] | None
 
 

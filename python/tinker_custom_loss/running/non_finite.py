@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError, TermError
-from ..record import TermRecord
+from ..record import RegularizerRecord, root_mean_square
 from ..regularizer import Regularizer
 from ..tensors import gradients as grad
 from ..tensors.batch import TensorBatch
@@ -95,42 +95,43 @@ def record_of(
     total: Tensor | None,
     total_norm: float | None,
     alone: bool,
-) -> TermRecord:
-    """The telemetry of one term. ``alone``: its gradient is the only one in ``total``."""
+    size: int,
+) -> RegularizerRecord:
+    """What is recorded of one term. ``alone``: its gradient is the only one in ``total``."""
     evaluation = part.evaluation
-    if evaluation is None:
-        return TermRecord(
-            value=None,
-            weight=weight,
-            contribution=0.0,
-            custom={},
-            grad_norm=None if total is None else 0.0,
-            cosine_to_total=None if total is None else 0.0,
-            differentiable=False,
-            seconds=None,
-            error=part.error,
-        )
-    cosine = None
-    if total is not None and total_norm is not None:
-        cosine = 0.0
-        if part.gradient is not None and weight != 0.0 and part.norm != 0.0:
-            cosine = (
-                1.0
-                if alone
-                else math.copysign(1.0, weight)
-                * grad.cosine(part.gradient, total, part.norm, total_norm)
-            )
-    return TermRecord(
-        value=evaluation.value,
-        weight=weight,
-        contribution=weight * evaluation.value if math.isfinite(evaluation.value) else 0.0,
-        custom=evaluation.metrics,
-        grad_norm=None if total is None else part.norm,
-        cosine_to_total=cosine,
-        differentiable=evaluation.differentiable,
-        seconds=evaluation.seconds,
-        non_finite_zeroed=part.zeroed,
-    )
+    norm = None if total is None else part.norm
+    value = None if evaluation is None else evaluation.value
+    return {
+        "value": value,
+        "weight": weight,
+        "contribution": weight * value if value is not None and math.isfinite(value) else 0.0,
+        "grad_norm": norm,
+        "grad_norm_weighted": None if norm is None else abs(weight) * norm,
+        "grad_rms": root_mean_square(norm, size),
+        "cosine_to_total": _cosine_to_total(part, weight, total, total_norm, alone),
+        "differentiable": evaluation is not None and evaluation.differentiable,
+        "seconds": None if evaluation is None else evaluation.seconds,
+        "skipped": part.error is not None,
+        "error": part.error,
+        "non_finite_zeroed": part.zeroed,
+        "custom": {} if evaluation is None else evaluation.metrics,
+    }
+
+
+def _cosine_to_total(
+    part: CheckedEvaluation,
+    weight: float,
+    total: Tensor | None,
+    total_norm: float | None,
+    alone: bool,
+) -> float | None:
+    if total is None or total_norm is None:
+        return None
+    if part.gradient is None or weight == 0.0 or part.norm == 0.0:
+        return 0.0
+    if alone:
+        return 1.0
+    return math.copysign(1.0, weight) * grad.cosine(part.gradient, total, part.norm, total_norm)
 
 
 def _index(token: tuple[int, ...]) -> str:

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..errors import TermError
-from ..regularizer import show
+from ..record import is_record_key
+from ..regularizer import BASE_LOSS, show
 
 __all__ = ["checked"]
 
 
-def checked(name: str, returned: object) -> tuple[Tensor, dict[str, float]]:
+def checked(name: str, returned: object) -> tuple[Tensor, dict[str, float | None]]:
+    """The loss and the metrics of what the term ``name`` returned.
+
+    A plain number is a loss without a graph, so it adds its value and no gradient.
+
+    Raises:
+        TermError: it is no such pair, with what it is and what is expected.
+    """
     if not isinstance(returned, (tuple, list)) or len(returned) != 2:
         raise TermError(
             f'the term "{name}" returned {_describe(returned)}; a term returns a pair '
@@ -22,10 +33,12 @@ def checked(name: str, returned: object) -> tuple[Tensor, dict[str, float]]:
             term=name,
         )
     loss, metrics = returned
+    if isinstance(loss, numbers.Real) and not isinstance(loss, bool):
+        loss = torch.tensor(float(loss), dtype=torch.float64, device="cpu")
     if not isinstance(loss, Tensor):
         raise TermError(
             f'the term "{name}" returned {_describe(loss)} as its loss; expected a scalar '
-            "torch.Tensor computed from the logprobs",
+            "torch.Tensor computed from the logprobs, or a number",
             term=name,
         )
     if loss.numel() != 1:
@@ -44,21 +57,37 @@ def checked(name: str, returned: object) -> tuple[Tensor, dict[str, float]]:
             "of numbers",
             term=name,
         )
-    return loss, {_key(name, key): _number(name, key, value) for key, value in metrics.items()}
+    for key in metrics:
+        _check_key(name, key, metrics)
+    return loss, {key: _number(name, key, value) for key, value in metrics.items()}
 
 
-def _key(name: str, key: object) -> str:
-    if isinstance(key, str):
-        return key
-    raise TermError(
-        f'the term "{name}" returned a metric whose name is {_describe(key)}; expected a string',
-        term=name,
-    )
+def _check_key(name: str, key: object, metrics: Mapping[Any, Any]) -> None:
+    if not isinstance(key, str):
+        raise TermError(
+            f'the term "{name}" returned a metric whose name is {_describe(key)}; expected a '
+            "string",
+            term=name,
+        )
+    if ":" in key and (dotted := key.replace(":", ".")) in metrics:
+        raise TermError(
+            f'the term "{name}" returned the metrics "{key}" and "{dotted}", which are the same '
+            'one for a logger, where "." stands for ":"; rename one of them',
+            term=name,
+        )
+    if name == BASE_LOSS and is_record_key(key):
+        raise TermError(
+            f'the base loss returned a metric "{key}", which would hide that key of the record '
+            "among the metrics of the step; rename it",
+            term=name,
+        )
 
 
-def _number(name: str, key: object, value: object) -> float:
-    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
-        return float(value.detach())
+def _number(name: str, key: str, value: object) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, (Tensor, np.ndarray)) and math.prod(value.shape) == 1:
+        value = value.item()
     if isinstance(value, (numbers.Real, np.bool_)):
         return float(value)
     raise TermError(

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,7 +45,7 @@ class TensorBatch:
         """Copy ``tensors`` (any shapes, one dtype and device) into one buffer."""
         shapes = tuple(tuple(t.shape) for t in tensors)
         if not tensors:
-            return cls(torch.empty(0), shapes)
+            return cls(torch.empty(0, device="cpu"), shapes)
         return cls(torch.cat([t.reshape(-1) for t in tensors]), shapes)
 
     @cached_property
@@ -76,7 +77,7 @@ class TensorBatch:
         """``(datum, token)`` of the value at ``flat[position]``; token indexes its shape."""
         for datum, size in enumerate(self.sizes):
             if position < size:
-                index = torch.unravel_index(torch.tensor(position), self.shapes[datum])
+                index = np.unravel_index(position, self.shapes[datum])
                 return datum, tuple(int(i) for i in index)
             position -= size
         raise IndexError(position)

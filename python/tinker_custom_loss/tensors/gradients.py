@@ -61,10 +61,19 @@ def weighted_sum(gradients: Sequence[tuple[float, Tensor]], like: Tensor) -> Ten
     (weight, first), *rest = gradients
     if not rest and weight == 1.0:
         return first
-    total = torch.mul(first, weight)
+    total = _scaled(first, weight)
     for weight, gradient in rest:
-        total.add_(gradient, alpha=weight)
+        if abs(weight) <= torch.finfo(total.dtype).max:
+            total.add_(gradient, alpha=weight)
+        else:
+            total.add_(_scaled(gradient, weight))
     return total
+
+
+def _scaled(gradient: Tensor, weight: float) -> Tensor:
+    if abs(weight) <= torch.finfo(gradient.dtype).max:
+        return torch.mul(gradient, weight)
+    return (gradient.double() * weight).to(gradient.dtype)  # 0·weight is 0, not 0·inf
 
 
 def surrogate(value: float, gradients: Sequence[Tensor], logprobs: Sequence[Tensor]) -> Tensor:
@@ -82,7 +91,7 @@ class _Surrogate(torch.autograd.Function):
     def forward(ctx: Any, value: float, gradients: Sequence[Tensor], *logprobs: Tensor) -> Tensor:
         ctx.gradients = gradients
         ctx.set_materialize_grads(False)
-        return torch.tensor(value, dtype=torch.float64)
+        return torch.tensor(value, dtype=torch.float64, device="cpu")
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> Any:

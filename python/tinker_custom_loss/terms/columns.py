@@ -2,47 +2,72 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..tensors.batch import TensorBatch
+from ..tensors.batch import Shape, TensorBatch
 
-__all__ = ["optional_column", "required_column"]
+__all__ = ["read", "read_if_present", "read_numbers", "read_weights"]
+
+_LOG = logging.getLogger(__name__)
 
 
-def required_column(key: str, data: Sequence[Any], logprobs: TensorBatch) -> Tensor:
+def read(key: str, data: Sequence[Any], logprobs: TensorBatch) -> Tensor:
     """``loss_fn_inputs[key]`` of every datum as one tensor [N], aligned with ``logprobs.flat``.
 
+    A TensorData, numpy array or torch tensor of the logprobs' shape. A [T] array serves [T,K]
+    logprobs: it is repeated for the K alternatives; a single number serves the whole datum.
+
     Raises:
-        ValueError: a datum lacks the key, or has it in a shape other than its logprobs'. A [T]
-            array serves [T,K] logprobs: it is repeated for the K alternatives.
+        ValueError: a datum lacks the key, or has it in another shape.
     """
-    column = _batch_column(key, data)
+    return _aligned(key, _column(key, data), logprobs.shapes, logprobs.flat)
+
+
+def read_if_present(key: str, data: Sequence[Any], logprobs: TensorBatch) -> Tensor | None:
+    """The same, or None if not every datum has the key."""
+    if _batch_column(key, data) is None and not all(key in _inputs(datum) for datum in data):
+        return None
+    return read(key, data, logprobs)
+
+
+def read_weights(
+    weights: str | None, data: Sequence[Any], shapes: tuple[Shape, ...], like: Tensor
+) -> Tensor | None:
+    """The weight of every entry of ``shapes`` as one tensor [N]; None if all are 1.
+
+    ``"auto"``: a datum's ``weights``, else its ``mask``, else 1, which is said once in the log.
+    None: 1. Any other key was named on purpose, and every datum must have it.
+    """
+    if weights is None:
+        return None
+    column = _auto_weights(data, shapes) if weights == "auto" else _column(weights, data)
     if column is None:
-        column = _column_from_datums(key, data)
-    aligned = column.shapes == logprobs.shapes
-    flat = column.flat if aligned else _broadcast(key, column, logprobs)
-    return flat.to(logprobs.flat.device, logprobs.flat.dtype)
-
-
-def optional_column(key: str | None, data: Sequence[Any], logprobs: TensorBatch) -> Tensor | None:
-    """The same, or None if ``key`` is None.
-
-    No datum at all need have ``"weights"``, which every term looks for unasked; any other key was
-    named on purpose, and a misspelt one must not mean that everything counts.
-    """
-    if key is None:
         return None
-    if key == "weights" and not _present(key, data):
-        return None
-    return required_column(key, data, logprobs)
+    flat = _aligned("weights" if weights == "auto" else weights, column, shapes, like)
+    return None if bool((flat == 1).all()) else flat
 
 
-def _present(key: str, data: Sequence[Any]) -> bool:
-    return _batch_column(key, data) is not None or any(key in d.loss_fn_inputs for d in data)
+def read_numbers(key: str, data: Sequence[Any]) -> Tensor:
+    """One number a datum, [B]: ``loss_fn_inputs[key]`` is a scalar, or an array of one entry."""
+    column = _column(key, data)
+    for index, size in enumerate(column.sizes):
+        if size != 1:
+            raise ValueError(
+                f'"{key}" of datum {index} has shape {list(column.shapes[index])}; expected one '
+                "number a datum"
+            )
+    return column.flat
+
+
+def _inputs(datum: Any) -> Any:
+    return getattr(datum, "loss_fn_inputs", {})
 
 
 def _batch_column(key: str, data: Sequence[Any]) -> TensorBatch | None:
@@ -51,28 +76,89 @@ def _batch_column(key: str, data: Sequence[Any]) -> TensorBatch | None:
     return None if column is None else column(key)
 
 
-def _column_from_datums(key: str, data: Sequence[Any]) -> TensorBatch:
+def _column(key: str, data: Sequence[Any]) -> TensorBatch:
+    column = _batch_column(key, data)
+    if column is not None:
+        return column
     tensors = []
     for index, datum in enumerate(data):
-        value = datum.loss_fn_inputs.get(key)
-        if value is None:
-            has = ", ".join(sorted(datum.loss_fn_inputs)) or "nothing"
+        inputs = _inputs(datum)
+        if key not in inputs:
+            has = ", ".join(sorted(inputs)) or "nothing"
             raise ValueError(f'datum {index} has no "{key}" in its loss_fn_inputs; it has: {has}')
-        tensors.append(value.to_torch())
+        tensors.append(_tensor(inputs[key]))
+    return _joined(tensors)
+
+
+def _auto_weights(data: Sequence[Any], shapes: tuple[Shape, ...]) -> TensorBatch | None:
+    for key in ("weights", "mask"):
+        column = _batch_column(key, data)
+        if column is not None:
+            return column
+    tensors, without = [], 0
+    for datum, shape in zip(data, shapes, strict=True):
+        inputs = _inputs(datum)
+        found = next((inputs[key] for key in ("weights", "mask") if key in inputs), None)
+        without += found is None
+        tensors.append(torch.ones(shape) if found is None else _tensor(found))
+    if without:
+        _warn_of_ones()
+    return None if without == len(tensors) else _joined(tensors)
+
+
+@functools.cache  # once for a run
+def _warn_of_ones() -> None:
+    _LOG.warning(
+        'a datum has neither "weights" nor "mask" in its loss_fn_inputs: every one of its tokens '
+        "counts with weight 1, those of its prompt too; give it one of them, or say weights=None"
+    )
+
+
+def _tensor(value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach()
+    to_torch = getattr(value, "to_torch", None)
+    if to_torch is not None:
+        return to_torch()  # type: ignore[no-any-return]  # a view of the TensorData's own memory
+    return torch.from_numpy(np.array(value))
+
+
+def _joined(tensors: Sequence[Tensor]) -> TensorBatch:
+    if len({tensor.dtype for tensor in tensors}) > 1:
+        tensors = [tensor.to(torch.float64) for tensor in tensors]
     return TensorBatch.from_tensors(tensors)
 
 
-def _broadcast(key: str, column: TensorBatch, logprobs: TensorBatch) -> Tensor:
+def _aligned(key: str, column: TensorBatch, shapes: tuple[Shape, ...], like: Tensor) -> Tensor:
+    flat = column.flat if column.shapes == shapes else _reshaped(key, column, shapes)
+    return flat.to(like.device, like.dtype)
+
+
+def _reshaped(key: str, column: TensorBatch, shapes: tuple[Shape, ...]) -> Tensor:
     parts = []
-    shapes = zip(column.tensors(), column.shapes, logprobs.shapes, strict=True)
-    for index, (part, have, want) in enumerate(shapes):
+    pairs = zip(column.tensors(), column.shapes, shapes, strict=True)
+    for index, (part, have, want) in enumerate(pairs):
         if have == want:
             parts.append(part.reshape(-1))
+        elif have in ((), (1,)):
+            parts.append(part.reshape(1).expand(int(np.prod(want))))
         elif len(want) == 2 and have == want[:1]:
             parts.append(part.repeat_interleave(want[1]))
+        elif len(have) == 2 and have[:1] == want:
+            parts.append(_one_a_position(key, index, part))
         else:
             raise ValueError(
                 f'"{key}" of datum {index} has shape {list(have)}, but its logprobs have '
                 f"{list(want)}"
             )
     return torch.cat(parts)
+
+
+def _one_a_position(key: str, index: int, part: Tensor) -> Tensor:
+    if bool((part != part[:, :1]).any()):
+        raise ValueError(
+            f'"{key}" of datum {index} differs between the alternatives of a position, but this '
+            "term has one value a position: give it weights of shape [T], under a key that the "
+            "parameter weights names, or say weights=None"
+        )
+    return part[:, 0]

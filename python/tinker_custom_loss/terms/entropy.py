@@ -2,59 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
-import torch
 from torch import Tensor
 
-from ..tensors.batch import TensorBatch
-from .columns import optional_column
-from .reduction import by_rank, reduce
+from .pieces import is_sampled, p_times, straight_through
 from .term import term
 
 __all__ = ["entropy"]
 
 
-@term
-def entropy(
-    data: Sequence[Any],
-    logprobs: TensorBatch,
-    *,
-    weights: str | None = "weights",
-    reduction: str = "sum",
-) -> tuple[Tensor, dict[str, float]]:
+@term(scope="token", alternatives=True)
+def entropy(logprob: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Negative entropy ``-H``: with a positive weight, training keeps the entropy up.
 
-    For [T] logprobs of tokens sampled from the model, ``-H = E[log p]``. Its value is estimated
-    by ``Σ w_t·logprob_t``; but the gradient of that estimate has mean zero (``E[∇log p] = 0``),
-    so what is differentiated is the surrogate ``Σ w_t·½·logprob_t²``, whose gradient
-    ``logprob_t·∇logprob_t`` is an unbiased estimate of ``-∇H`` (the score function estimator,
-    Williams 1992, applied to ``-E[log p]``).
+    For sampled tokens ([T], and [T,1]) ``-H = E[ℓ]`` is estimated by ``ℓ``. The gradient of that
+    estimate has mean zero (``E[∇ℓ] = 0``) and would train nothing; what is differentiated is the
+    surrogate ``½ℓ²``, whose gradient ``ℓ·∇ℓ`` is an unbiased estimate of ``-∇H`` on tokens that
+    the model itself sampled (the score function estimator, Williams 1992, applied to ``-E[ℓ]``).
+    Off-policy it is biased by the ratio ρ, which is missing.
 
-    For [T,K] logprobs of K alternatives, the part of the entropy that they hold is exact:
-    ``Σ_t Σ_k w·p·log p`` with ``p = exp(logprob)``, and so is its gradient. ``0·log 0`` is 0.
+    For [T,K] the part of the entropy that the K alternatives hold is exact: ``Σ_k p·ℓ`` with
+    ``p = exp(ℓ)``, one value a position, and so is its gradient ``p·(ℓ+1)``.
 
-    Args:
-        weights: key of ``loss_fn_inputs`` with per-token weights ([T] or [T,K]); if no datum has
-            it, or it is None, every weight is 1.
-        reduction: ``"sum"`` (default), ``"mean"`` or ``"sequence_mean"``.
-
-    Unit: nats. Sampled tokens must come from the model being trained, or nearly so.
+    The metric ``entropy`` is +H. Unit: nats. At ℓ = 0 all is 0; at ℓ = -inf an alternative adds
+    0, and a sampled token has the value -inf.
     """
-    mask = optional_column(weights, data, logprobs)
-    log_p = logprobs.flat
-    if mask is not None:
-        log_p = torch.where(mask != 0, log_p, 0.0)
-    return reduce(by_rank(logprobs, [log_p], _sampled, _exact), mask, logprobs, reduction)
+    if is_sampled(logprob):
+        ell = logprob.reshape(-1)
+        values = straight_through(ell, ell.square() / 2)
+    else:
+        values = p_times(logprob, logprob).sum(-1)
+    return values, {"entropy": -values}
 
 
-def _sampled(log_p: Tensor) -> Tensor:
-    surrogate = log_p.square() / 2
-    return log_p.detach() + (surrogate - surrogate.detach())
-
-
-def _exact(log_p: Tensor) -> Tensor:
-    possible = log_p != -torch.inf
-    safe = torch.where(possible, log_p, 0.0)
-    return torch.where(possible, safe.exp() * safe, 0.0)
+@entropy.derivative
+def _(logprob: Tensor) -> Tensor:
+    return logprob if is_sampled(logprob) else p_times(logprob, logprob + 1)

@@ -2,86 +2,107 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ..tensors.batch import TensorBatch
-from .columns import optional_column, required_column
-from .reduction import by_rank, reduce
+from .pieces import is_sampled, p_times, straight_through
 from .term import term
 
 __all__ = ["kl"]
 
+Estimator = Literal["k1", "k2", "k3", "k3_weighted", "exact"]
 
-@term
+
+@term(scope="token", inputs=("reference_logprobs",), optional=("logprobs",), alternatives=True)
 def kl(
-    data: Sequence[Any],
-    logprobs: TensorBatch,
+    logprob: Tensor,
+    reference: Tensor,
+    sampler: Tensor | None,
     *,
-    reference: str = "reference_logprobs",
-    estimator: str = "k2",
-    weights: str | None = "weights",
-    reduction: str = "sum",
-) -> tuple[Tensor, dict[str, float]]:
+    estimator: Estimator = "k2",
+) -> tuple[Tensor, dict[str, Tensor]]:
     """``KL(model ‖ reference)``, the reverse KL, against logprobs that ride in the datum.
 
-    For [T] logprobs of tokens sampled from the model, with ``d = logprob - reference``:
+    For sampled tokens ([T], and [T,1]), with ``d = ℓ-r``:
 
-    - ``"k2"`` (default): ``½·d²``. On-policy, its gradient ``d·∇logprob`` is an unbiased estimate
-      of the reverse KL's gradient. Its value is biased, but low in variance.
+    - ``"k2"`` (default): ``½d²``. On-policy, its gradient ``d·∇ℓ`` is an unbiased estimate of the
+      reverse KL's gradient. Its value is biased, but low in variance.
     - ``"k3"``: the value ``exp(-d) - 1 + d``, unbiased and never negative, with the gradient of
       k2 (straight through). The gradient of k3 itself would be the *forward* KL's.
     - ``"k1"``: the value ``d``, unbiased, may be negative; also with the gradient of k2, since
       on-policy the gradient of d itself has mean zero and trains nothing.
+    - ``"k3_weighted"``: ``ρ·(exp(-d) - 1 + d)`` with ``ρ = exp(ℓ-μ)`` differentiated too: value
+      and gradient, ``ρ·d·∇ℓ``, are unbiased off-policy as well. Needs the sampler's logprobs.
 
-    The estimators are J. Schulman's, "Approximating KL Divergence" (2020).
+    The first three are biased off-policy, by the ratio ρ that is missing.
 
-    For [T,K] logprobs of K alternatives the sum over the support is exact, value and gradient:
-    ``Σ_k p_k·(logprob_k - reference_k)`` with ``p = exp(logprob)``; ``estimator`` plays no part.
+    For [T,K], K at least 2, the sum over the alternatives is exact whatever the estimator, value
+    and gradient: ``Σ_k p·(ℓ-r)`` with ``p = exp(ℓ)``, one value a position. ``"exact"`` insists
+    on it and refuses sampled tokens.
 
     Args:
-        reference: key of ``loss_fn_inputs`` with the reference logprobs, of the logprobs' shape.
+        reference: key of r, the reference logprobs.
+        sampler: key of μ, the sampler's logprobs; only k3_weighted looks at them.
         estimator: see above.
-        weights: key of ``loss_fn_inputs`` with per-token weights; if no datum has it, or it is
-            None, every weight is 1.
-        reduction: ``"sum"`` (default), ``"mean"`` or ``"sequence_mean"``.
 
-    Unit: nats. A token of weight 0 gets a gradient of exactly 0, whatever its logprobs are.
+    Unit: nats. The metric ``kl`` is the value. At ℓ = -inf an alternative adds 0, and a sampled
+    token has an infinite value (with k3_weighted ``exp(r-μ)``, and the gradient 0).
+    J. Schulman, "Approximating KL Divergence" (2020).
     """
-    if estimator not in _VALUES:
-        raise ValueError(
-            f"unknown estimator {estimator!r}; expected one of {', '.join(sorted(_VALUES))}"
-        )
-    mask = optional_column(weights, data, logprobs)
-    log_p, log_q = logprobs.flat, required_column(reference, data, logprobs)
-    if mask is not None:
-        log_p = torch.where(mask != 0, log_p, 0.0)
-        log_q = torch.where(mask != 0, log_q, 0.0)
-    values = by_rank(logprobs, [log_p, log_q], functools.partial(_sampled, estimator), _exact)
-    return reduce(values, mask, logprobs, reduction)
-
-
-_VALUES: dict[str, Callable[[Tensor], Tensor]] = {
-    "k1": lambda d: d,
-    "k2": lambda d: d.square() / 2,
-    "k3": lambda d: torch.exp(-d) - 1 + d,
-}
-
-
-def _sampled(estimator: str, log_p: Tensor, log_q: Tensor) -> Tensor:
-    d = log_p - log_q
+    if not is_sampled(logprob):
+        values = p_times(logprob, logprob - reference).sum(-1)
+        return values, {"kl": values}
+    d = (logprob - reference).reshape(-1)
     k2 = d.square() / 2
     if estimator == "k2":
-        return k2
-    return _VALUES[estimator](d.detach()) + (k2 - k2.detach())
+        values = k2
+    elif estimator == "k1":
+        values = straight_through(d, k2)
+    elif estimator == "k3":
+        values = straight_through(_k3(d), k2)
+    else:
+        mu = _sampler(sampler, estimator).reshape(-1)
+        x = logprob.reshape(-1) - mu
+        near = d > -20  # beyond, exp(-d) overflows before the product with ρ brings it back
+        values = torch.where(
+            near,
+            p_times(x, _k3(torch.where(near, d, 0.0))),
+            torch.exp(reference.reshape(-1) - mu) + p_times(x, d - 1),
+        )
+    return values, {"kl": values}
 
 
-def _exact(log_p: Tensor, log_q: Tensor) -> Tensor:
-    possible = log_p != -torch.inf  # p = 0 adds 0, and its gradient must not be 0·inf
-    safe_p = torch.where(possible, log_p, 0.0)
-    safe_q = torch.where(possible, log_q, 0.0)
-    return safe_p.exp() * (safe_p - safe_q)
+@kl.derivative
+def _(
+    logprob: Tensor,
+    reference: Tensor,
+    sampler: Tensor | None,
+    *,
+    estimator: Estimator = "k2",
+) -> Tensor:
+    if not is_sampled(logprob):
+        return p_times(logprob, logprob - reference + 1)
+    d = logprob - reference
+    if estimator in ("k1", "k2", "k3"):
+        return d
+    return p_times(logprob - _sampler(sampler, estimator), d)
+
+
+def _k3(d: Tensor) -> Tensor:
+    return torch.where(d == -torch.inf, torch.inf, torch.expm1(-d) + d)
+
+
+def _sampler(sampler: Tensor | None, estimator: str) -> Tensor:
+    if estimator == "exact":
+        raise ValueError(
+            'estimator "exact" sums over the alternatives of [T,K] logprobs, but here are tokens '
+            "sampled one at a position; use k1, k2, k3 or k3_weighted for them"
+        )
+    if sampler is None:
+        raise ValueError(
+            'estimator "k3_weighted" needs the sampler\'s logprobs, which not every datum has '
+            'under "logprobs"; name their key by the parameter sampler, or use k2'
+        )
+    return sampler

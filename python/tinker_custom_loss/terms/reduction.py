@@ -1,76 +1,141 @@
-"""From one number per token to one number: always by name, never by habit."""
+"""From many numbers to one: always by name, never by habit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from ..tensors.batch import TensorBatch
+__all__ = ["REDUCTIONS", "Reduction", "ReductionName", "Sequences"]
 
-__all__ = ["by_rank", "reduce"]
+ReductionName = Literal[
+    "token_sum", "token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum"
+]
+REDUCTIONS: tuple[str, ...] = get_args(ReductionName)
 
-REDUCTIONS = ("sum", "mean", "sequence_mean")
 
+@dataclass(frozen=True, eq=False)
+class Sequences:
+    """Which entries of a flat buffer [N] belong to which datum, and how much each one weighs.
 
-def reduce(
-    values: Tensor, mask: Tensor | None, logprobs: TensorBatch, reduction: str
-) -> tuple[Tensor, dict[str, float]]:
-    """Reduce per-token values [N] to a scalar, weighted by ``mask`` [N] (1 everywhere if None).
-
-    - ``"sum"``: ``Σ m·v``, as Tinker's own losses do: a longer batch weighs more.
-    - ``"mean"``: ``Σ m·v / Σ m``: every token of the batch weighs the same.
-    - ``"sequence_mean"``: the mean over sequences of each one's mean over its tokens: every
-      sequence weighs the same. A sequence whose mask is all zero counts as 0.
-
-    Entries with mask 0 have no part in the result: they get a gradient of exactly 0, even where
-    the value is infinite. The metrics hold ``tokens``, the number of entries with a nonzero mask.
+    What a term of scope ``sequence`` uses to look at a whole datum, with no loop over datums.
     """
-    if reduction not in REDUCTIONS:
-        raise ValueError(
-            f"unknown reduction {reduction!r}; expected one of {', '.join(REDUCTIONS)}"
-        )
-    if mask is None:
-        tokens = values.numel()
-        weighted = values
-    else:
-        kept = mask != 0
-        tokens = int(kept.sum())
-        weighted = torch.where(kept, values, 0.0) * mask
-    metrics = {"tokens": float(tokens)}
-    if reduction == "sum":
-        return weighted.sum(), metrics
-    if reduction == "mean":
-        total = float(tokens) if mask is None else mask.sum()
-        return weighted.sum() / (total if total != 0 else 1.0), metrics
-    sums = torch.stack([part.sum() for part in torch.split(weighted, list(logprobs.sizes))])
-    if mask is None:
-        totals = sums.new_tensor(logprobs.sizes)
-    else:
-        totals = torch.stack([part.sum() for part in torch.split(mask, list(logprobs.sizes))])
-    return (sums / totals.masked_fill(totals == 0, 1.0)).mean(), metrics
+
+    sizes: Sequence[int]
+    mask: Tensor | None
+    like: Tensor
+
+    @property
+    def weights(self) -> Tensor:
+        """The weight of every token, [N]."""
+        return self.like.new_ones(sum(self.sizes)) if self.mask is None else self.mask
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """Σ of the weights of every datum's tokens, [B]: their number, if they are 0 and 1."""
+        return self._sums(self.weights.detach())
+
+    @cached_property
+    def shares(self) -> Tensor:
+        """``w_t / Σ w`` of every token, [N]: what it counts in its datum's mean."""
+        return self.weights * self.spread(1 / _never_zero(self.lengths))
+
+    def sum(self, values: Tensor) -> Tensor:
+        """``Σ_t w_t·values_t`` of every datum: [N] -> [B]."""
+        return self._sums(self._weighted(values))
+
+    def mean(self, values: Tensor) -> Tensor:
+        """``Σ_t w_t·values_t / Σ_t w_t`` of every datum: [N] -> [B]. 0 where no token counts."""
+        return self.sum(values) / _never_zero(self.lengths)
+
+    def spread(self, per_datum: Tensor) -> Tensor:
+        """Each datum's number for each of its tokens: [B] -> [N]."""
+        if self._regular:
+            return per_datum.repeat_interleave(self.sizes[0])
+        return torch.repeat_interleave(per_datum, self._sizes, output_size=sum(self.sizes))
+
+    def _weighted(self, values: Tensor) -> Tensor:
+        if self.mask is None:
+            return values
+        return torch.where(self.mask != 0, values, 0.0) * self.mask
+
+    def _sums(self, values: Tensor) -> Tensor:
+        if self._regular:
+            return values.view(len(self.sizes), self.sizes[0]).sum(1)
+        return torch.segment_reduce(values, "sum", lengths=self._sizes, unsafe=True, initial=0.0)
+
+    @cached_property
+    def _regular(self) -> bool:
+        return len(set(self.sizes)) == 1
+
+    @cached_property
+    def _sizes(self) -> Tensor:
+        return torch.tensor(self.sizes, dtype=torch.int64, device=self.like.device)
 
 
-def by_rank(
-    logprobs: TensorBatch,
-    tensors: Sequence[Tensor],
-    sampled: Callable[..., Tensor],
-    alternatives: Callable[..., Tensor],
-) -> Tensor:
-    """Per-token values [N] of a batch in which [T] and [T,K] may be mixed.
+@dataclass(frozen=True)
+class Reduction:
+    """How values become one number. With w_t the weights of the tokens, and B datums:
 
-    ``sampled`` computes the values of datums that are [T], ``alternatives`` of those that are
-    [T,K]; each is called with its part of the flat ``tensors`` and never sees the other's.
+    - ``"token_sum"``: ``Σ w·v``, as Tinker's own losses do: a longer batch weighs more.
+    - ``"token_mean"``: ``Σ w·v / Σ w``: every token of the batch weighs the same.
+    - ``"sequence_mean_token_mean"``: the mean over datums of each one's mean over its tokens:
+      every datum weighs the same. A datum whose weights are all zero counts as 0.
+    - ``"sequence_mean_token_sum"``: the mean over datums of each one's sum.
+
+    Each divided by the constant ``normalizer``, if there is one.
+
+    The value of a datum (scope ``sequence``) is taken for the sum over its tokens. A value of
+    scope ``group`` already looks at several datums: ``token_sum`` is the sum of such values,
+    ``sequence_mean_…`` their mean.
     """
-    ranks = {len(shape) for shape in logprobs.shapes}
-    if ranks == {1}:
-        return sampled(*tensors)
-    if ranks == {2}:
-        return alternatives(*tensors)
-    is_sampled = torch.tensor([len(shape) == 1 for shape in logprobs.shapes])
-    mask = is_sampled.repeat_interleave(torch.tensor(logprobs.sizes)).to(logprobs.flat.device)
-    parts = [sampled(*(t[mask] for t in tensors)), alternatives(*(t[~mask] for t in tensors))]
-    order = torch.cat([mask.nonzero(), (~mask).nonzero()]).reshape(-1)
-    values = torch.cat(parts)
-    return torch.empty_like(values).index_copy(0, order, values)
+
+    name: str
+    normalizer: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in REDUCTIONS:
+            raise ValueError(
+                f"unknown reduction {self.name!r}; expected one of {', '.join(REDUCTIONS)}"
+            )
+        number = self.normalizer
+        if number is None:
+            return
+        real = isinstance(number, (int, float)) and not isinstance(number, bool)
+        if not real or not math.isfinite(number) or number <= 0:
+            raise ValueError(f"normalizer must be a positive number or None, got {number!r}")
+
+    def of_tokens(self, sequences: Sequences, totals: Any) -> tuple[float, Tensor | None]:
+        """A factor for all tokens, and one for each [N] (None: all 1), weights included."""
+        if self.name != "sequence_mean_token_mean":
+            return self._scale(totals), sequences.mask
+        return self._scale(totals), sequences.shares
+
+    def of_sequences(self, sequences: Sequences, totals: Any) -> tuple[float, Tensor | None]:
+        """A factor for all datums, and one for each [B] (None: all 1)."""
+        if self.name != "sequence_mean_token_mean":
+            return self._scale(totals), None
+        return self._scale(totals), 1 / _never_zero(sequences.lengths)
+
+    def of_groups(self, totals: Any) -> float:
+        """A factor for all values of groups."""
+        if self.name.startswith("sequence_mean"):
+            return 1 / self._divisor(totals["values"])
+        return self._scale(totals)
+
+    def _scale(self, totals: Any) -> float:
+        if self.name == "token_sum":
+            return 1 / self._divisor(1.0)
+        return 1 / self._divisor(totals["tokens" if self.name == "token_mean" else "sequences"])
+
+    def _divisor(self, total: float) -> float:
+        return (total or 1.0) * (self.normalizer or 1.0)
+
+
+def _never_zero(lengths: Tensor) -> Tensor:
+    return lengths.masked_fill(lengths == 0, 1.0)

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from ..errors import CustomLossError, RequestError
 from ..regularizer import is_coroutine_function, nearest
-from . import CATALOGUE
+from . import CATALOGUE, Term
 
 __all__ = ["LoadError", "Registry"]
 
@@ -185,6 +185,8 @@ def _describe(name: str, fn: Callable[..., Any]) -> dict[str, Any]:
         "kind": "loaded" if ":" in name else "builtin",
         "async": is_coroutine_function(fn),
         "doc": inspect.getdoc(fn) or "",
+        "scope": fn.scope if isinstance(fn, Term) else "batch",
+        "inputs": [*fn.inputs.values()] if isinstance(fn, Term) else [],
         "params": list(_params(fn)),
     }
 
@@ -208,6 +210,7 @@ def _params(fn: Callable[..., Any]) -> Iterator[dict[str, Any]]:
             "required": required,
             "default": None if required else _plain(parameter.default),
             "type": inspect.formatannotation(parameter.annotation).strip("'") if annotated else "",
+            "choices": [*fn.choices.get(parameter.name, ())] if isinstance(fn, Term) else [],
         }
 
 

@@ -1,34 +1,105 @@
-"""What a built-in term is: a function over the whole batch as one flat buffer.
+"""What a term is: an equation over tensors of one shape. The library does the rest.
 
-Written once for the flat form, it is callable like any user's ``fn(data, logprobs, **params)``
-too, so that a built-in term works wherever a function of that shape does.
+A term says how far one of its summands looks (its *scope*) and which arrays of the datums it
+reads. From that follow the reading, the mask, the reduction, the metrics, and, where the
+derivative is known, a gradient in one pass, without an autograd graph.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+import inspect
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, get_args, get_origin
 
+import torch
 from torch import Tensor
 
+from ..tensors import gradients as grad
 from ..tensors.batch import TensorBatch
+from .on_batch import Evaluated, TermOnBatch
+from .reduction import ReductionName
 
-__all__ = ["FlatFn", "Term", "term"]
+__all__ = ["Evaluated", "Scope", "Term", "ValueFn", "term"]
 
-FlatFn = Callable[..., tuple[Tensor, dict[str, float]]]
-"""``fn(data, logprobs: TensorBatch, **params) -> (loss, metrics)``"""
+Scope = Literal["token", "sequence", "group"]
+ValueFn = Callable[..., Tensor | tuple[Tensor, Mapping[str, Tensor]]]
+"""``fn(logprob, *inputs, **params) -> values``, or ``-> (values, metrics)``."""
+
+_SEEN_BY = {"token": (), "sequence": ("sequences",), "group": ("groups",)}
 
 
 class Term:
-    """A loss function over a :class:`TensorBatch`, callable with a list of tensors as well."""
+    """A loss function made by :func:`term`: ``(data, logprobs, **params) -> (loss, metrics)``.
+
+    Its parameters are those of its function, the keys of its inputs under the names of the
+    function's arguments, and, alike for all terms:
+
+    - ``weights``: key of ``loss_fn_inputs`` with the weight of every token ([T] or [T,K]).
+      ``"auto"``: the datum's ``weights``, else its ``mask``, else 1. None: 1. A token of weight 0
+      adds exactly 0 to value and gradient, whatever it holds, nan and infinity included.
+    - ``reduction`` and ``normalizer``: see :class:`~.reduction.Reduction`.
+
+    The metrics are ``tokens``, the number of tokens with a weight, and the function's own.
+    """
 
     __name__: str
     __qualname__: str
-    __wrapped__: FlatFn
+    __wrapped__: ValueFn
 
-    def __init__(self, fn: FlatFn) -> None:
+    def __init__(
+        self,
+        fn: ValueFn,
+        scope: Scope,
+        inputs: Sequence[str],
+        optional: Sequence[str],
+        alternatives: bool,
+    ) -> None:
         functools.update_wrapper(self, fn)
+        self.scope: Scope = scope
+        self.alternatives = alternatives
+        self._derivative: Callable[..., Tensor] | None = None
+        parameters = [*inspect.signature(fn).parameters.values()]
+        positional = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
+        if len(positional) != 1 + len(inputs) + len(optional):
+            raise TypeError(
+                f"the term {fn.__name__} takes {len(positional)} positional arguments "
+                f"({', '.join(positional)}); expected the logprobs, then one for each of its "
+                f"inputs ({', '.join([*inputs, *optional]) or 'it has none'})"
+            )
+        self.inputs: dict[str, str] = dict(zip(positional[1:], inputs, strict=False))
+        self.optional: dict[str, str] = dict(
+            zip(positional[1 + len(inputs) :], optional, strict=True)
+        )
+        hints = typing.get_type_hints(fn) | {"reduction": ReductionName}
+        self.choices: dict[str, tuple[Any, ...]] = {
+            name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal
+        }
+        own = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in _SEEN_BY[scope]]
+        self.__signature__ = inspect.Signature(_public_parameters(self, own))
+
+    def derivative(self, fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Give the closed form of ``∂value/∂logprob``, of the logprobs' shape. A decorator.
+
+        ``fn`` takes what the term's function takes. In scope ``token`` it differentiates the
+        value of that token (of a position, where alternatives have one value); in the other
+        scopes the values' sum, and there the tokens' weights are part of it, since they are part
+        of ``sequences.sum`` and ``mean``. It must agree with what autograd makes of the function.
+        """
+        value, closed = inspect.signature(self.__wrapped__), inspect.signature(fn)
+        if [*value.parameters] != [*closed.parameters]:
+            raise TypeError(
+                f"the derivative of the term {self.__name__} takes {closed}, but its function "
+                f"takes {value}"
+            )
+        self._derivative = fn
+        return fn
+
+    @property
+    def has_derivative(self) -> bool:
+        """Whether the gradient is known in closed form, so that no autograd graph is needed."""
+        return self._derivative is not None
 
     def __call__(
         self, data: Sequence[Any], logprobs: Sequence[Tensor], **params: Any
@@ -38,8 +109,66 @@ class Term:
     def evaluate_flat(
         self, data: Sequence[Any], logprobs: TensorBatch, **params: Any
     ) -> tuple[Tensor, dict[str, float]]:
-        """The term itself. The composer calls this form."""
-        return self.__wrapped__(data, logprobs, **params)
+        """The same over the batch as one buffer. The composer calls this form."""
+        wanted = torch.is_grad_enabled() and logprobs.flat.requires_grad
+        if not wanted or self._derivative is None:
+            evaluated = TermOnBatch(self, data, logprobs, params).reduced(gradient=False)
+            return evaluated.loss, evaluated.metrics
+        evaluated = self.value_and_gradient(data, logprobs, **params)
+        assert evaluated.gradient is not None
+        return grad.surrogate(
+            float(evaluated.loss), [evaluated.gradient], [logprobs.flat]
+        ), evaluated.metrics
+
+    def value_and_gradient(
+        self,
+        data: Sequence[Any],
+        logprobs: TensorBatch,
+        *,
+        totals: Mapping[str, float] | None = None,
+        **params: Any,
+    ) -> Evaluated:
+        """Loss, metrics and ``∂loss/∂logprobs`` [N], without a graph where the derivative is known.
+
+        ``totals`` has the denominators of a whole step, of which ``data`` is a part. The gradient
+        is None if the loss does not depend on the logprobs.
+        """
+        if self._derivative is not None:
+            with torch.no_grad():
+                batch = logprobs.with_flat(logprobs.flat.detach())
+                return TermOnBatch(self, data, batch, params, totals).reduced(gradient=True)
+        with torch.enable_grad():
+            leaf = logprobs.with_flat(logprobs.flat.detach().requires_grad_())
+            evaluated = TermOnBatch(self, data, leaf, params, totals).reduced(gradient=False)
+            if not evaluated.loss.requires_grad:
+                return evaluated
+            (gradient,) = torch.autograd.grad(evaluated.loss, leaf.flat, allow_unused=True)
+        return Evaluated(evaluated.loss.detach(), evaluated.metrics, gradient)
+
+    def contributions(
+        self, data: Sequence[Any], logprobs: Sequence[Tensor] | TensorBatch, **params: Any
+    ) -> list[Tensor]:
+        """What every token added to the loss: a tensor a datum, whose sum over all is the loss.
+
+        [T] or [T,K], or [T] where the alternatives of a position have one value. Of scope
+        ``sequence`` it is a scalar a datum, and of scope ``group`` one for each value.
+        """
+        if not isinstance(logprobs, TensorBatch):
+            logprobs = TensorBatch.from_tensors(logprobs)
+        with torch.no_grad():
+            return TermOnBatch(self, data, logprobs, params).contributions()
+
+    def totals(
+        self, data: Sequence[Any], logprobs: Sequence[Tensor] | TensorBatch, **params: Any
+    ) -> dict[str, float]:
+        """The denominators of these datums: ``tokens``, ``sequences``, and ``values`` of groups.
+
+        They add up over the parts of a step. Of ``logprobs`` only the shapes matter.
+        """
+        if not isinstance(logprobs, TensorBatch):
+            logprobs = TensorBatch.from_tensors(logprobs)
+        with torch.no_grad():
+            return dict(TermOnBatch(self, data, logprobs, params).totals)
 
     def __reduce__(self) -> str:
         return self.__qualname__  # pickled by name, like a function
@@ -48,6 +177,63 @@ class Term:
         return f"<term {self.__name__}>"
 
 
-def term(fn: FlatFn) -> Term:
-    """Make a :class:`Term` of a function over the flat form. Use as a decorator."""
-    return Term(fn)
+def term(
+    *,
+    scope: Scope,
+    inputs: Sequence[str] = (),
+    optional: Sequence[str] = (),
+    alternatives: bool = False,
+) -> Callable[[ValueFn], Term]:
+    """Make a term of a pure function of tensors of one common shape. A decorator.
+
+        @term(scope="token", inputs=("reference_logprobs",))
+        def drift(logprob, reference, *, power: float = 2.0):
+            \"""How far the model is from its reference: ``|logprob - reference|^power``.\"""
+            return (logprob - reference).abs() ** power
+
+    and then ``drift(data, logprobs, power=1.0)``, or ``Regularizer(drift, 0.1)``.
+
+    Args:
+        scope: the smallest piece of a batch that one summand looks at.
+            ``"token"``: ``fn(logprob, *inputs, **params)`` gives one value a token.
+            ``"sequence"``: it also gets ``sequences`` (:class:`~.reduction.Sequences`) and gives
+            one value a datum, taken for a sum over its tokens.
+            ``"group"``: it also gets ``groups`` (:class:`~.groups.Groups`), read from the keys
+            ``group`` and ``chosen``, and gives one value for each comparison.
+        inputs: keys of ``loss_fn_inputs``, one for each argument after the first; another key is
+            named by the parameter of that argument's name.
+        optional: keys of further arguments, which are None unless every datum has them.
+        alternatives: False: [T,K] logprobs are so many tokens, and the function sees tensors
+            [N]. True (scope ``token`` only): it is called once with [N] for the datums of shape
+            [T], and once with [N,K] for those of [T,K], and gives one value a position, [N].
+    """
+    if scope not in get_args(Scope):
+        raise TypeError(f"unknown scope {scope!r}; expected one of {', '.join(get_args(Scope))}")
+    if alternatives and scope != "token":
+        raise TypeError(f'alternatives=True is for terms of scope "token", not "{scope}"')
+
+    def decorate(fn: ValueFn) -> Term:
+        return Term(fn, scope, inputs, optional, alternatives)
+
+    return decorate
+
+
+def _public_parameters(made: Term, own: Sequence[inspect.Parameter]) -> list[inspect.Parameter]:
+    def keyword(name: str, default: object, annotation: object) -> inspect.Parameter:
+        if name in made.choices:
+            allowed = ", ".join(repr(choice) for choice in made.choices[name])
+            annotation = f"Literal[{allowed}]".replace("'", '"')
+        kind = inspect.Parameter.KEYWORD_ONLY
+        return inspect.Parameter(name, kind, default=default, annotation=annotation)
+
+    positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return [
+        inspect.Parameter("data", positional),
+        inspect.Parameter("logprobs", positional),
+        *(keyword(name, key, "str") for name, key in (made.inputs | made.optional).items()),
+        *(keyword(p.name, p.default, p.annotation) for p in own),
+        *(keyword(name, name, "str") for name in ("group", "chosen") if made.scope == "group"),
+        keyword("weights", "auto", "str | None"),
+        keyword("reduction", "token_sum", ""),
+        keyword("normalizer", None, "float | None"),
+    ]

@@ -261,9 +261,9 @@ class CheckedTerm:
         if seeded:
             torch.manual_seed(self._seed)
         with modes_restored():
-            composition = composer.compute(
-                data, logprobs, gradients=gradients, term_gradients=gradients
-            )
+            if not gradients:
+                return _Evaluated(composer.compute_loss(data, logprobs).loss_total, None)
+            composition = composer.compute(data, logprobs, term_gradients=True)
         gradient = composition.term_gradients.get(term.name)
         return _Evaluated(composition.loss_total, None if gradient is None else gradient.flat)
 

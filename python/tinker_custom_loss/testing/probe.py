@@ -32,7 +32,7 @@ class Probe:
         self._earlier: set[Any] = set()
         self.fn = _around(fn, self)
 
-    def call(self, fn: LossFn, data: Any, logprobs: Sequence[Tensor], **params: Any) -> Any:
+    def call(self, fn: LossFn, data: Any, logprobs: list[Tensor], **params: Any) -> Any:
         """Call a function; what it returns may have to be awaited."""
         given = [x.detach().clone() for x in logprobs]
         modes = _modes()
@@ -86,10 +86,10 @@ class Probe:
 def _around(fn: LossFn, probe: Probe) -> LossFn:
     """A function that calls ``fn`` through the probe, with its parameters, and async if it is."""
 
-    def call(data: Any, logprobs: Sequence[Tensor], **params: Any) -> Any:
+    def call(data: Any, logprobs: list[Tensor], **params: Any) -> Any:
         return probe.call(fn, data, logprobs, **params)
 
-    async def call_async(data: Any, logprobs: Sequence[Tensor], **params: Any) -> Any:
+    async def call_async(data: Any, logprobs: list[Tensor], **params: Any) -> Any:
         return await probe.call(fn, data, logprobs, **params)
 
     around: Any = call_async if is_coroutine_function(fn) else call

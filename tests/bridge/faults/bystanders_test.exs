@@ -41,6 +41,19 @@ defmodule Tinkex.CustomLoss.Faults.BystandersTest do
     end
   end
 
+  @tag :tmp_dir
+  test "who was lost twice, but never alone, is not given up", %{tmp_dir: dir} do
+    env = %{"SEEN" => dir}
+    opts = [env: env, workers: 2, backoff: {2_000, 2_000}]
+    pool = start_peers!("dies_of_company.py", opts)
+    await_all(pool)
+    lost = Task.async(fn -> ask(pool, 1) end)
+    eventually(fn -> File.exists?(Path.join(dir, "another")) end)
+    joins = Task.async(fn -> ask(pool, 2) end)
+    assert Task.await_many([lost, joins], 30_000) == [{:ok, 1.0}, {:ok, 2.0}]
+    assert_serving(pool)
+  end
+
   describe "a pipe that is full" do
     @tag :tmp_dir
     test "is not sent what was withdrawn, and a cancel comes after its request", %{tmp_dir: dir} do
@@ -85,12 +98,6 @@ defmodule Tinkex.CustomLoss.Faults.BystandersTest do
       assert_serving(pool)
       assert os_pids(pool) == before
       assert {:ok, %{workers: [%{restarts: 0}, %{restarts: 0}]}} = CustomLoss.info(pool)
-    end
-
-    defp processes(supervisor) do
-      for {_, pid, type, _} <- Supervisor.which_children(supervisor),
-          process <- if(type == :supervisor, do: processes(pid), else: [pid]),
-          do: process
     end
   end
 

@@ -124,7 +124,7 @@ defmodule Tinkex.CustomLoss.Bridge do
 
   @doc "Three calls of the real Python succeed."
   def assert_squaring(pool),
-    do: for(_ <- 1..3, do: assert(square(pool, {:l2, %{reduction: "sum"}}) == {:ok, 5.0}))
+    do: for(_ <- 1..3, do: assert(square(pool, {:l2, %{reduction: "token_sum"}}) == {:ok, 5.0}))
 
   @doc "Waits until every worker of the pool is ready, and for nothing."
   def await_all(pool) do
@@ -164,6 +164,52 @@ defmodule Tinkex.CustomLoss.Bridge do
   def os_pids(pool) do
     {:ok, info} = CustomLoss.info(pool)
     for %{os_pid: os_pid} when os_pid != nil <- info.workers, do: os_pid
+  end
+
+  @doc "The Erlang processes of a pool, but for its supervisors."
+  def processes(supervisor) do
+    for {_, pid, type, _} <- Supervisor.which_children(supervisor),
+        process <- if(type == :supervisor, do: processes(pid), else: [pid]),
+        is_pid(process),
+        do: process
+  end
+
+  @doc """
+  Calls `handler` for the events of `:telemetry`, by a stand-in where the library is not there: that
+  knows one handler, and of no events in particular. Returns what ends it.
+  """
+  def handle_telemetry(events, handler) do
+    id = {__MODULE__, make_ref()}
+
+    if function_exported?(:telemetry, :attach_many, 4) do
+      apply(:telemetry, :attach_many, [id, events, handler, nil])
+      fn -> apply(:telemetry, :detach, [id]) end
+    else
+      unless Code.ensure_loaded?(:telemetry), do: create_telemetry()
+      :persistent_term.put(__MODULE__, {events, handler})
+
+      fn ->
+        :persistent_term.erase(__MODULE__)
+        :code.purge(:telemetry)
+        :code.delete(:telemetry)
+      end
+    end
+  end
+
+  defp create_telemetry do
+    Module.create(
+      :telemetry,
+      quote do
+        def execute(event, measurements, metadata) do
+          with {events, handler} <- :persistent_term.get(unquote(__MODULE__), nil) do
+            if event in events, do: handler.(event, measurements, metadata, nil)
+          end
+
+          :ok
+        end
+      end,
+      Macro.Env.location(__ENV__)
+    )
   end
 
   @doc "Whether the process runs: one that ended but was not yet waited for does not."

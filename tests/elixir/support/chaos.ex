@@ -25,7 +25,8 @@ defmodule Tinkex.CustomLoss.Test.Chaos do
     writes_to_the_stream: 4,
     sleeps: 4,
     swallows_interrupts: 4,
-    killed_from_outside: 4
+    killed_from_outside: 4,
+    reloads: 8
   ]
   @others [
     raises: 300,
@@ -37,7 +38,11 @@ defmodule Tinkex.CustomLoss.Test.Chaos do
     prints: 300,
     logs: 300,
     squares_async: 1_000,
-    large: 50
+    large: 50,
+    withdraws_large: 50,
+    strays: 100,
+    forks: 50,
+    returns_twice: 50
   ]
 
   @doc """
@@ -51,6 +56,7 @@ defmodule Tinkex.CustomLoss.Test.Chaos do
     seed = Keyword.fetch!(opts, :seed)
     mark = "chaos-#{System.pid()}-#{System.unique_integer([:positive])}"
     stop_at = System.monotonic_time(:second) + Keyword.get(opts, :seconds, 540)
+    handle_telemetry = Bridge.handle_telemetry(CustomLoss.Telemetry.events(), &slow_handler/4)
     {:ok, supervisor} = Supervisor.start_link([pool_spec(mark)], strategy: :one_for_one)
     [{_id, pool, _, _}] = Supervisor.which_children(supervisor)
 
@@ -59,6 +65,7 @@ defmodule Tinkex.CustomLoss.Test.Chaos do
     later = weigh(pool)
     {:ok, info} = CustomLoss.info(pool)
     Supervisor.stop(supervisor)
+    handle_telemetry.()
 
     %{
       calls: Enum.sum(for {_fault, count} <- answers.asked, do: count),
@@ -83,6 +90,13 @@ defmodule Tinkex.CustomLoss.Test.Chaos do
       "orphans #{result.orphans}, beam MiB #{beam} -> #{beam_later}, " <>
       "python MiB #{python} -> #{python_later}, restarts #{result.restarts}"
   end
+
+  # Of what happens to a pool, which it must not wait for.
+  defp slow_handler([:tinkex_custom_loss, event | _], _measurements, _metadata, _config)
+       when event != :compute,
+       do: Process.sleep(50)
+
+  defp slow_handler(_event, _measurements, _metadata, _config), do: :ok
 
   defp pool_spec(mark) do
     {:ok, python} = Python.find(nil)
@@ -150,7 +164,7 @@ defmodule Tinkex.CustomLoss.Test.Chaos do
 
   # One call, and what it came to: :right, {:wrong, answer}, or an exception.
 
-  defp call(pool, :none), do: compute(pool, {:l2, %{reduction: "sum"}}, @long)
+  defp call(pool, :none), do: compute(pool, {:l2, %{reduction: "token_sum"}}, @long)
   defp call(pool, :large), do: compute(pool, "pathological:squares", @long, 100_000)
 
   defp call(pool, fault) when fault in [:sleeps, :swallows_interrupts, :loops, :never_resolves],
@@ -167,6 +181,22 @@ defmodule Tinkex.CustomLoss.Test.Chaos do
     with [_ | _] = os_pids <- Bridge.os_pids(pool),
          do: Bridge.signal(Enum.random(os_pids), "KILL")
 
+    call(pool, :none)
+  end
+
+  defp call(pool, :withdraws_large) do
+    rows = [{:binary.copy(<<0::32>>, 4_194_304), [4_194_304]}]
+    opts = [base_loss: "pathological:loops", timeout: :rand.uniform(100)]
+    with {:error, error} <- CustomLoss.compute(pool, nil, rows, opts), do: error
+  end
+
+  defp call(pool, :strays) do
+    for process <- Bridge.processes(pool), do: send(process, {make_ref(), :stray})
+    call(pool, :none)
+  end
+
+  defp call(pool, :reloads) do
+    spawn(fn -> CustomLoss.reload(pool) end)
     call(pool, :none)
   end
 
@@ -192,24 +222,29 @@ defmodule Tinkex.CustomLoss.Test.Chaos do
   defp eighth, do: (:rand.uniform(1 <<< 7) - (1 <<< 6)) / 8
 
   # What each fault may come to. Whoever was on a worker that somebody else ended is tried again.
-  defp allowed?(fault, :right) when fault in [:none, :large, :caller_dies, :killed_from_outside],
-    do: true
+  defp allowed?(fault, :right)
+       when fault in [:none, :large, :caller_dies, :killed_from_outside, :strays, :reloads],
+       do: true
 
-  defp allowed?(fault, :right) when fault in [:prints, :logs, :squares_async], do: true
+  defp allowed?(fault, :right)
+       when fault in [:prints, :logs, :squares_async, :forks, :returns_twice],
+       do: true
 
   defp allowed?(fault, %TermError{}) when fault in [:raises, :calls_sys_exit, :returns_nan],
     do: true
 
-  defp allowed?(fault, %WorkerError{reason: {:lost, [_, _]}})
+  defp allowed?(fault, %WorkerError{reason: {:lost, [_, _ | _]}})
        when fault in [:segfaults, :calls_os_exit, :is_killed, :writes_to_the_stream],
        do: true
 
   defp allowed?(fault, %TimeoutError{})
-       when fault in [:sleeps, :swallows_interrupts, :loops, :never_resolves],
+       when fault in [:sleeps, :swallows_interrupts, :loops, :never_resolves, :withdraws_large],
        do: true
 
   # A bystander is lost only if it was tried again, alone, and that worker was killed from outside.
-  defp allowed?(_any, %WorkerError{reason: {:lost, [_first, {:exited, 137}]}}), do: true
+  defp allowed?(_any, %WorkerError{reason: {:lost, reasons}}),
+    do: List.last(reasons) == {:exited, 137}
+
   defp allowed?(_fault, _outcome), do: false
 
   defp kind(:right), do: :right

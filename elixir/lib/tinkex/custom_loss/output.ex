@@ -6,7 +6,7 @@ defmodule Tinkex.CustomLoss.Output do
     * `gradients` - ∂loss_total/∂logprobs: one tensor a datum, `[T]` or `[T, K]`, in the form in which
       its logprobs were given; nil if the call said `gradients: false`. Not negated: a training
       client is sent `weights = -gradient`.
-    * `telemetry` - the record of the step, a map with string keys (docs/telemetry.md):
+    * `telemetry` - the record of the step, a map with string keys (docs/record.md):
       `telemetry["regularizers"]["kl"]["contribution"]`. Its gradient norms are with respect to
       logprobs.
 
@@ -23,11 +23,11 @@ defmodule Tinkex.CustomLoss.Output do
         }
 
   @doc """
-  The telemetry in flat form, for loggers that take names and numbers.
+  The record in flat form, for loggers that take names and numbers.
 
   Keys such as `"regularizers/kl/value"`, all values floats: true and false are 1.0 and 0.0; nil,
   text and non-finite numbers are left out. A `:` in the name of a metric becomes `.`, since Tinker
-  splits metric names there.
+  splits metric names there. With the option `:prefix`, every key begins with it and a `/`.
 
       iex> output = %Tinkex.CustomLoss.Output{
       ...>   loss_total: 1.5,
@@ -36,10 +36,18 @@ defmodule Tinkex.CustomLoss.Output do
       ...> }
       iex> Tinkex.CustomLoss.Output.flat(output)
       %{"base_loss/value" => 1.0, "loss_total" => 1.5}
+      iex> Tinkex.CustomLoss.Output.flat(output, prefix: "train")
+      %{"train/base_loss/value" => 1.0, "train/loss_total" => 1.5}
   """
-  @spec flat(t() | map()) :: %{String.t() => float()}
-  def flat(%__MODULE__{telemetry: telemetry}), do: flat(telemetry)
-  def flat(telemetry) when is_map(telemetry), do: Map.new(flatten(telemetry, []))
+  @spec flat(t() | map(), prefix: String.t()) :: %{String.t() => float()}
+  def flat(record, options \\ [])
+  def flat(%__MODULE__{telemetry: record}, options), do: flat(record, options)
+
+  def flat(record, options) when is_map(record) do
+    prefix = options |> Keyword.validate!(prefix: "") |> Keyword.fetch!(:prefix)
+    path = if prefix == "", do: [], else: [String.trim_trailing(prefix, "/")]
+    Map.new(flatten(record, path))
+  end
 
   defp flatten(map, path) when is_map(map),
     do: Enum.flat_map(map, fn {key, value} -> flatten(value, [key | path]) end)
@@ -52,9 +60,17 @@ defmodule Tinkex.CustomLoss.Output do
   defp key(path), do: path |> Enum.reverse() |> Enum.join("/") |> String.replace(":", ".")
 
   @doc false
-  # For people to read.
+  # A number for people to read, to five digits.
   def figure(zero) when zero == 0, do: "0.0"
-  def figure(float) when is_float(float), do: "~.5g" |> :io_lib.format([float]) |> to_string()
+
+  def figure(number) when is_number(number) do
+    magnitude = number |> abs() |> :math.log10() |> floor()
+
+    if magnitude in -4..5,
+      do: :erlang.float_to_binary(number * 1.0, [:compact, decimals: max(1, 4 - magnitude)]),
+      else: :erlang.float_to_binary(number * 1.0, scientific: 4)
+  end
+
   def figure(other), do: to_string(other)
 
   defimpl Inspect do

@@ -13,16 +13,13 @@ defmodule Tinkex.CustomLoss.Pool do
   # replacement, or one of the others, which newcomers may still join if nobody else serves them. So
   # healthy workers never wait for it. Whoever ends a worker alone is the cause, and is given up.
   #
-  # A worker is
-  #
-  #     down ──▶ starting ──▶ ready ──▶ down
-  #
-  # and one at a time is closed: it is given no more requests, and started anew once it has none.
+  # A worker that is to be started anew is given no more requests, and ended once it has none; one worker
+  # at a time is. See Slot for its states.
 
   use GenServer
 
-  alias Tinkex.CustomLoss.{OverloadedError, TimeoutError, WorkerError}
-  alias Tinkex.CustomLoss.Pool.{Log, Reaper, Worker}
+  alias Tinkex.CustomLoss.{OverloadedError, WorkerError}
+  alias Tinkex.CustomLoss.Pool.{Log, Reaper, Slot, Worker}
 
   @type handle :: %{
           supervisor: pid(),
@@ -105,13 +102,6 @@ defmodule Tinkex.CustomLoss.Pool do
     :exit, {reason, _call} -> {:error, %WorkerError{reason: {:stopped, reason}}}
   end
 
-  @doc "Waits for the first worker that is ready, or the reason why none can be."
-  @spec await_ready(pid(), timeout()) :: :ok | {:error, Exception.t()}
-  def await_ready(pool, timeout) do
-    with :timeout <- ask(pool, :await_ready, timeout),
-         do: {:error, %TimeoutError{timeout: timeout, stage: :queued}}
-  end
-
   @impl true
   def init({supervisor, config}) do
     # The shell may end, which is no reason to.
@@ -122,7 +112,7 @@ defmodule Tinkex.CustomLoss.Pool do
       handle: %{supervisor: supervisor, pool: self(), config: config, terms: nil},
       config: config,
       reaper: Reaper.open(),
-      slots: Map.new(1..config.workers, &{&1, slot()}),
+      slots: Map.new(1..config.workers, &{&1, Slot.new()}),
       # pid of a worker => index of its slot
       workers: %{},
       # id => a request, with its place: :waiting, :retrying or the index of a slot
@@ -135,32 +125,11 @@ defmodule Tinkex.CustomLoss.Pool do
       reloading: [],
       # ... the slots that are to be started anew, and why. The first one is closed.
       renewals: [],
-      started: now()
+      started: System.monotonic_time(:millisecond)
     }
 
     {:ok, publish(state)}
   end
-
-  # A slot without a Python process, and why.
-  defp down(reason) do
-    %{
-      state: :down,
-      reason: reason,
-      since: now(),
-      load: 0,
-      # Of a request that was retried: :open to newcomers, or :closed.
-      alone: nil,
-      port: nil,
-      os_pid: nil,
-      ready: nil,
-      alive: nil
-    }
-  end
-
-  # What outlives its processes.
-  defp slot, do: Map.merge(down(nil), %{worker: nil, starts: 0, renewal: nil})
-
-  defp now, do: System.monotonic_time(:millisecond)
 
   @impl true
   def handle_call(:info, _from, state), do: {:reply, {:ok, describe(state)}, state}
@@ -302,29 +271,20 @@ defmodule Tinkex.CustomLoss.Pool do
   defp place(request, index, state) do
     slot = Map.fetch!(state.slots, index)
     Worker.request(slot.worker, slot.port, request)
-    slot = %{slot | load: slot.load + 1, alone: alone(request, index)}
-    keep(put_in(state.slots[index], slot), %{request | place: index})
+    state = put_in(state.slots[index], Slot.take(slot, index, request.losses))
+    keep(state, %{request | place: index})
   end
-
-  # Nobody joins what may have ended several, or is alone where its own replacement serves nobody else.
-  defp alone(%{losses: []}, _index), do: nil
-  defp alone(%{losses: [{other, _reason}]}, index) when other != index, do: :open
-  defp alone(_request, _index), do: :closed
 
   defp keep(state, request), do: put_in(state.requests[request.id], request)
 
-  defp idle(state), do: Enum.find_value(state.slots, fn {i, slot} -> open?(slot, 1) && i end)
+  defp idle(state), do: Enum.find_value(state.slots, fn {i, slot} -> Slot.open?(slot, 1) && i end)
 
   defp roomiest(state) do
-    for {index, slot} <- state.slots, open?(slot, state.config.max_in_flight) do
+    for {index, slot} <- state.slots, Slot.open?(slot, state.config.max_in_flight) do
       {slot.alone != nil, slot.load, index}
     end
     |> Enum.min(fn -> {nil, nil, nil} end)
     |> elem(2)
-  end
-
-  defp open?(slot, limit) do
-    slot.state == :ready and slot.load < limit and slot.alone != :closed and slot.renewal == nil
   end
 
   defp withdraw(state, id) do
@@ -342,7 +302,7 @@ defmodule Tinkex.CustomLoss.Pool do
   defp release(state, id) do
     case state.requests do
       %{^id => %{place: index}} when is_integer(index) ->
-        drop(update_in(state.slots[index], &%{&1 | load: &1.load - 1, alone: nil}), id)
+        drop(update_in(state.slots[index], &Slot.release/1), id)
 
       _unknown ->
         state
@@ -403,22 +363,21 @@ defmodule Tinkex.CustomLoss.Pool do
 
   defp news(state, index, {:starting, os_pid}) do
     if os_pid, do: Reaper.watch(state.reaper, os_pid)
-    change(state, index, %{state: :starting, os_pid: os_pid, since: now()})
+    update_in(state.slots[index], &Slot.starting(&1, os_pid))
   end
 
   defp news(state, index, {:ready, port, ready}) do
     state
-    |> change(index, %{state: :ready, port: port, ready: ready, since: now()})
-    |> update_in([:slots, index, :starts], &(&1 + 1))
+    |> update_in([:slots, index], &Slot.ready(&1, port, ready))
     |> put_in([:handle, :terms], Map.new(ready.terms, &{&1.name, &1}))
     |> publish()
     |> renewed(index, :ok)
   end
 
-  defp news(state, index, {:alive, %{rss: rss} = pong}) do
+  defp news(state, index, {:alive, %{rss: rss}}) do
     # Of the frames that passed.
     :erlang.garbage_collect()
-    state = change(state, index, %{alive: pong})
+    state = put_in(state.slots[index].rss, rss)
 
     if rss > state.config.max_rss and not List.keymember?(state.renewals, index, 0),
       do: %{state | renewals: state.renewals ++ [{index, {:max_rss, rss}}]},
@@ -430,14 +389,13 @@ defmodule Tinkex.CustomLoss.Pool do
 
     requests = for {_id, %{place: ^index} = request} <- state.requests, do: request
 
-    Enum.sort_by(requests, & &1.id)
+    requests
+    |> Enum.sort_by(& &1.id)
     |> Enum.reduce(state, &lose(&1, &2, index, reason, begun))
-    |> change(index, down(reason))
+    |> update_in([:slots, index], &Slot.down(&1, reason))
     |> renewed(index, {:down, reason})
     |> give_up()
   end
-
-  defp change(state, index, changes), do: update_in(state.slots[index], &Map.merge(&1, changes))
 
   # A changed handle costs every process of the node a scan, and most workers have the same terms.
   defp publish(%{handle: handle} = state) do
@@ -477,7 +435,7 @@ defmodule Tinkex.CustomLoss.Pool do
 
   defp drained(state), do: state
 
-  # The first slot to be started anew: nil ──▶ :closed ──no requests left──▶ :ending ──▶ :starting ──▶ nil
+  # Rolling restarts: of the first slot in `renewals`, one step further
 
   defp renew(%{renewals: [{index, reason} | _]} = state) do
     case state.slots[index] do
@@ -519,26 +477,11 @@ defmodule Tinkex.CustomLoss.Pool do
   defp renewed(state, _index, _news), do: state
 
   defp describe(state) do
-    workers =
-      for {index, slot} <- Enum.sort(state.slots) do
-        %{
-          index: index,
-          state: slot.state,
-          os_pid: slot.os_pid,
-          in_flight: slot.load,
-          restarts: max(0, slot.starts - 1),
-          since_ms: now() - slot.since,
-          reason: slot.reason,
-          versions: slot.ready && Map.take(slot.ready, [:package, :python, :torch, :tinker]),
-          rss: slot.alive && slot.alive.rss
-        }
-      end
-
     %{
-      workers: workers,
+      workers: for({index, slot} <- Enum.sort(state.slots), do: Slot.describe(slot, index)),
       in_flight: in_flight(state),
       queued: queued(state),
-      uptime_ms: now() - state.started,
+      uptime_ms: System.monotonic_time(:millisecond) - state.started,
       max_queue: state.config.max_queue,
       max_in_flight: state.config.max_in_flight
     }

@@ -71,17 +71,27 @@ defmodule Tinkex.CustomLoss.Training do
 
   defp sent(datum), do: datum
 
-  @doc "The metrics of a training client with those of the custom loss."
+  @doc """
+  The metrics of a training client with those of the custom loss: the record of the step, and the
+  base loss's own metrics under their own names, where a client without regularizers has them.
+  """
   def metrics(metrics, output, form) do
-    telemetry = if form == :flat, do: Output.flat(output), else: output.telemetry
     metrics = metrics || %{}
+    own = get_in(output.telemetry, ["base_loss", "custom"]) || %{}
+
+    {own, record} =
+      case form do
+        :flat -> {Map.filter(own, fn {_, value} -> is_number(value) end), Output.flat(output)}
+        :nested -> {own, output.telemetry}
+      end
 
     surrogate =
       Map.take(metrics, ["loss:sum"]) |> Map.new(fn {_, v} -> {"surrogate_loss:sum", v} end)
 
     metrics
+    |> Map.merge(own)
     |> Map.merge(surrogate)
-    |> Map.merge(telemetry)
+    |> Map.merge(record)
     |> Map.put("loss:sum", output.loss_total)
   end
 end

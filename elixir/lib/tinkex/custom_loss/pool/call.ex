@@ -28,8 +28,16 @@ defmodule Tinkex.CustomLoss.Pool.Call do
     with_pool(server, {:run, [request]}, timeout, deadline, fn call ->
       with :ok <- check(call, request),
            {:ok, frame} <- encode(call, request),
-           {:ok, result} <- request(call, frame, :again),
-           do: {:ok, Map.put(result, :async, async(request.regularizers, terms(call)))}
+           {:ok, result} <- request(call, frame, :again) do
+        {:ok, Map.put(result, :async, async(request.regularizers, terms(call)))}
+      else
+        # Until the first worker was ready, only Python could tell; the sentence is the same.
+        {:error, %RequestError{} = error} ->
+          with :ok <- check(call, request), do: {:error, error}
+
+        error ->
+          error
+      end
     end)
   end
 
@@ -141,7 +149,7 @@ defmodule Tinkex.CustomLoss.Pool.Call do
     apply(__MODULE__, function, args ++ [timeout, deadline(left)])
   end
 
-  # Until the first worker is ready nobody knows the terms, and Python refuses what there is not.
+  # Until the first worker is ready nobody knows the terms.
   defp check(call, request) do
     case terms(call) do
       nil -> :ok
@@ -158,7 +166,7 @@ defmodule Tinkex.CustomLoss.Pool.Call do
   defp async(_regularizers, nil), do: []
 
   defp async(regularizers, terms),
-    do: for(%{name: name, fn: fun} <- regularizers, terms[fun].async, do: name)
+    do: for(%{name: name, fn: fun} <- regularizers, terms[fun][:async], do: name)
 
   # As few binaries as its tensors allow, which messages only refer to.
   defp encode(call, request) do
@@ -186,13 +194,12 @@ defmodule Tinkex.CustomLoss.Pool.Call do
     Pool.request(call.handle.pool, request)
     answer = await(call, ref, :computing)
     Process.demonitor(ref, [:flush])
-    flush(ref)
 
     case answer do
       {:ok, result} -> {:ok, result}
       {:error, %{__exception__: true} = error} -> {:error, error}
       {:error, error} -> {:error, exception(error)}
-      {:late, stage} -> late(call, stage)
+      {:late, stage} -> call |> late(stage) |> flushed(ref)
       {:down, reason} when if_the_pool_ends == :again -> again(call, {id, frame}, reason)
       {:down, reason} -> {:error, %WorkerError{reason: {:stopped, reason}}}
     end
@@ -222,12 +229,12 @@ defmodule Tinkex.CustomLoss.Pool.Call do
     end
   end
 
-  # What came before the alias was given up.
-  defp flush(ref) do
+  # Of what came before the alias was given up. An answer is the last of it.
+  defp flushed(result, ref) do
     receive do
-      {^ref, _message} -> flush(ref)
+      {^ref, _message} -> flushed(result, ref)
     after
-      0 -> :ok
+      0 -> result
     end
   end
 

@@ -170,7 +170,7 @@ defmodule Tinkex.CustomLoss.Pool.Python do
       print("version", sys.version.split()[0])
   else:
       from importlib.util import find_spec
-      names = ("tinker_custom_loss", "torch", "tinker", "msgpack", "numpy")
+      names = ("tinker_custom_loss", "torch", "tinker", "msgpack", "msgspec", "numpy")
       missing = [name for name in names if find_spec(name) is None]
       print("missing" if missing else "complete", *missing)
   """
@@ -185,13 +185,30 @@ defmodule Tinkex.CustomLoss.Pool.Python do
       {:error, error} =
         not_started(
           "#{python} exited with status #{status} before it was ready; what it said is on the " <>
-            "standard error of the BEAM. To see it again, run: #{python} -m #{@module}"
+            "standard error of the BEAM. To see it again, run: #{doctor(python, config)}"
         )
 
       error
     else
       {:error, error} -> error
     end
+  end
+
+  # Python's own doctor imports all that a worker does, in this environment but for what :env sets,
+  # which may be secret.
+  defp doctor(python, config) do
+    {_, path} = List.keyfind(env(config), ~c"PYTHONPATH", 0)
+    load = Enum.flat_map(config.load, &["--load", quoted(&1)])
+    command = [quoted(python), "-m", "tinker_custom_loss", "doctor" | load]
+    command = Enum.join(["PYTHONPATH=#{quoted(to_string(path))}" | command], " ")
+    if config.cd, do: "cd #{quoted(config.cd)} && #{command}", else: command
+  end
+
+  # For a shell.
+  defp quoted(text) do
+    if text =~ ~r{\A[\w./:@%+,=-]+\z}u,
+      do: text,
+      else: "'" <> String.replace(text, "'", "'\\''") <> "'"
   end
 
   @doc "Whether a Python is new enough and has the packages, without importing them."

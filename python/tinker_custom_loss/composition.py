@@ -1,0 +1,235 @@
+"""From what each term computed to one loss, one gradient and one record."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .errors import NonFiniteError, TermError
+from .record import RegularizerRecord, StepRecord, flatten, step_record
+from .regularizer import BASE_LOSS, Regularizer
+from .running.differentiation import Evaluation
+from .running.non_finite import CheckedEvaluation, check_finite, record_of
+from .tensors import gradients as grad
+from .tensors.batch import TensorBatch
+
+__all__ = ["ComposedLoss", "Composition", "Step"]
+
+
+@dataclass(frozen=True)
+class ComposedLoss:
+    """The loss of one step, without its gradient.
+
+    Attributes:
+        loss_total: the composed loss, in double precision.
+        telemetry: the record of the step, see :mod:`tinker_custom_loss.record`.
+    """
+
+    loss_total: float
+    telemetry: StepRecord
+
+    @property
+    def flat_telemetry(self) -> dict[str, float]:
+        """The record under flat keys such as ``regularizers/<name>/value``."""
+        return flatten(self.telemetry)
+
+    def __repr__(self) -> str:
+        return f"ComposedLoss(loss_total={self.loss_total:.6g}, {self._regularizers})"
+
+    @property
+    def _regularizers(self) -> str:
+        return f"regularizers=[{', '.join(self.telemetry['regularizers'])}]"
+
+
+@dataclass(frozen=True, repr=False)
+class Composition(ComposedLoss):
+    """The loss of one step and its gradient.
+
+    Attributes:
+        gradient: ``∂loss_total/∂logprobs`` over one buffer (not negated), in the dtype and on the
+            device of the logprobs; if those differ, in float32 or float64, on the first's device.
+        term_gradients: each differentiable term's own unweighted gradient by name (the base loss
+            under ``"base_loss"``), if asked for; else empty.
+    """
+
+    gradient: TensorBatch
+    term_gradients: Mapping[str, TensorBatch] = field(default_factory=dict)
+    _gradients: Sequence[Tensor] | None = None  # where no single buffer can hold them
+
+    @property
+    def gradients(self) -> list[Tensor]:
+        """``∂loss_total/∂logprobs``, one tensor a datum: of its logprobs' shape [T] or [T,K], in
+        their dtype and on their device."""
+        return self.gradient.tensors() if self._gradients is None else list(self._gradients)
+
+    def cosines(self) -> tuple[list[str], Tensor]:
+        """Names, and the [n,n] matrix of cosines between the terms' own gradients.
+
+        A negative entry is a conflict: to first order, a step that lowers one term raises the
+        other. Needs ``term_gradients=True``.
+        """
+        names = list(self.term_gradients)
+        flats = [batch.flat for batch in self.term_gradients.values()]
+        norms = [grad.norm(flat) for flat in flats]
+        matrix = [
+            [grad.cosine(a, b, norms[i], norms[j]) for j, b in enumerate(flats)]
+            for i, a in enumerate(flats)
+        ]
+        cosines = torch.tensor(matrix, dtype=torch.float64, device="cpu")
+        return names, cosines.reshape(len(names), len(names))
+
+    def __repr__(self) -> str:
+        return (
+            f"Composition(loss_total={self.loss_total:.6g}, gradient={self.gradient!r}, "
+            f"{self._regularizers})"
+        )
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a composer: its terms, and what they were given.
+
+    ``given`` are the logprobs as the caller has them, ``batch`` the same in one buffer.
+    ``schedule_step`` is the step for weight schedules, ``started`` a ``time.perf_counter()``.
+    """
+
+    terms: Sequence[Regularizer]
+    weights: Sequence[float]
+    given: Sequence[Tensor] | TensorBatch
+    batch: TensorBatch
+    schedule_step: int | None
+    started: float
+
+    def composed_loss(self, results: Sequence[Evaluation | TermError]) -> ComposedLoss:
+        """The loss and its record.
+
+        Raises:
+            NonFiniteError: a term's loss, or the sum of all, is not finite.
+        """
+        return ComposedLoss(*self._recorded(self._checked(results), None, None))
+
+    def composition(
+        self, results: Sequence[Evaluation | TermError], keep_term_gradients: bool
+    ) -> Composition:
+        """The loss, its gradient and the record.
+
+        Raises:
+            NonFiniteError: a loss or gradient, or the sum of all, is not finite.
+            TermError: no term is differentiable.
+        """
+        checked = self._checked(results)
+        if not any(part.gradient is not None or part.error for part in checked):
+            names = ", ".join(f'"{term.name}"' for term in self.terms)
+            raise TermError(
+                f"no term is differentiable: {names} returned constants, without a graph back to "
+                "the logprobs, so there is no gradient to train with; compute the loss from the "
+                "logprobs without .item(), .detach() or numpy",
+                term=self.terms[0].name,
+            )
+        weighted = [
+            (weight, part.gradient)
+            for weight, part in zip(self.weights, checked, strict=True)
+            if part.gradient is not None
+        ]
+        total = grad.weighted_sum(weighted, self.batch.flat)
+        loss_total, record = self._recorded(checked, total, self._total_norm(total, checked))
+        kept = {
+            term.name: self.batch.with_flat(part.gradient)
+            for term, part in zip(self.terms, checked, strict=True)
+            if keep_term_gradients and part.gradient is not None
+        }
+        gradient, gradients = self._bring_home(total)
+        return Composition(loss_total, record, gradient, kept, gradients)
+
+    def _checked(self, results: Sequence[Evaluation | TermError]) -> list[CheckedEvaluation]:
+        return [
+            check_finite(term, result, self.batch)
+            for term, result in zip(self.terms, results, strict=True)
+        ]
+
+    def _recorded(
+        self,
+        checked: Sequence[CheckedEvaluation],
+        total: Tensor | None,
+        total_norm: float | None,
+    ) -> tuple[float, StepRecord]:
+        alone = sum(part.gradient is not None for part in checked) == 1
+        size = self.batch.flat.numel()
+        records = {
+            term.name: record_of(part, weight, total, total_norm, alone, size)
+            for term, part, weight in zip(self.terms, checked, self.weights, strict=True)
+        }
+        loss_total = self._sum_of_contributions(records)
+        base_loss = records.pop(BASE_LOSS, None)
+        return loss_total, step_record(
+            loss_total=loss_total,
+            regularizer_total=self._sum_of_contributions(records),
+            base_loss=base_loss,
+            regularizers=records,
+            total_grad_norm=total_norm,
+            size=size,
+            datums=len(self.batch),
+            schedule_step=self.schedule_step,
+            compute_seconds=time.perf_counter() - self.started,
+        )
+
+    @staticmethod
+    def _sum_of_contributions(records: Mapping[str, RegularizerRecord]) -> float:
+        contributions = {name: record["contribution"] for name, record in records.items()}
+        try:
+            total = math.fsum(contributions.values())
+        except (OverflowError, ValueError):  # it raises where a float would be inf or nan
+            total = math.nan
+        if math.isfinite(total):
+            return total
+        terms = ", ".join(f'"{name}": {value:.6g}' for name, value in contributions.items())
+        raise NonFiniteError(
+            "the sum of the weighted losses overflows, although each loss is finite; lower the "
+            f"weights (the contributions are {terms})",
+            term=", ".join(contributions),
+        )
+
+    def _total_norm(self, total: Tensor, checked: Sequence[CheckedEvaluation]) -> float:
+        norms = [
+            abs(weight) * part.norm
+            for weight, part in zip(self.weights, checked, strict=True)
+            if part.gradient is not None
+        ]
+        value = norms[0] if len(norms) == 1 else grad.norm(total)
+        if not value < torch.finfo(total.dtype).max:
+            raise NonFiniteError(
+                "the sum of the weighted gradients overflows, although each one is finite; "
+                "lower the weights",
+                term=self._names,
+            )
+        return value
+
+    def _bring_home(self, total: Tensor) -> tuple[TensorBatch, list[Tensor] | None]:
+        """The gradient in the dtype and on the device given; and as a list, if those are many."""
+        given = self.given
+        homes = [given.flat] if isinstance(given, TensorBatch) else given
+        if len({(home.dtype, home.device) for home in homes}) == 1:
+            return self.batch.with_flat(self._fitting(total, homes[0])), None
+        widest = self.batch.with_flat(total)
+        pairs = zip(widest.tensors(), homes, strict=True)
+        return widest, [self._fitting(gradient, home) for gradient, home in pairs]
+
+    def _fitting(self, gradient: Tensor, like: Tensor) -> Tensor:
+        home = gradient.to(like.device, like.dtype)
+        if like.element_size() < gradient.element_size() and not home.isfinite().all():
+            dtype = str(like.dtype).removeprefix("torch.")
+            raise NonFiniteError(
+                f"the gradient is finite, but does not fit into {dtype}, the type of the logprobs; "
+                "give them as float32, or lower the weights",
+                term=self._names,
+            )
+        return home
+
+    @property
+    def _names(self) -> str:
+        return ", ".join(term.name for term in self.terms)

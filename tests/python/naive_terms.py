@@ -1,0 +1,237 @@
+"""Every term of the catalogue once more, written for a single datum in Python floats.
+
+Each function takes a datum's logprobs twice: ``now``, which is differentiated, and ``then``, the
+same numbers for whatever the term's formula holds fixed (a stopped gradient). The finite difference
+over ``now`` alone is then the term's gradient, surrogates and straight-through estimates included.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+TOKENS = [(4,), (3,), (1,)]
+ALTERNATIVES = [(3, 2), (2, 4), (1, 3)]
+MIXED = [(4,), (2, 3), (1,), (2, 1), (3, 3)]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A term with parameters, the shapes that it is asked on, and its naive form.
+
+    ``naive(now, then, inputs, weights, **params)`` gives a value a token ([T] or [T,K], or [T] of
+    a term that has one a position), or a datum's total.
+    """
+
+    name: str
+    naive: Callable[..., Any]
+    params: Mapping[str, Any] = field(default_factory=dict)
+    shapes: list[tuple[int, ...]] = field(default_factory=lambda: MIXED)
+
+    def __str__(self):
+        return "-".join([self.name, *(f"{key}={value}" for key, value in self.params.items())])
+
+
+def entrywise(fn):
+    """A naive term of one token, for a datum of [T] or [T,K]."""
+
+    def of_datum(now, then, inputs, weights, **params):
+        if isinstance(now, list):
+            rows = [{key: column[t] for key, column in inputs.items()} for t in range(len(now))]
+            return [of_datum(*each, None, **params) for each in zip(now, then, rows, strict=True)]
+        return fn(now, then, **inputs, **params)
+
+    return of_datum
+
+
+def positionwise(fn):
+    """A naive term of one position: ``fn`` gets a number for [T], a list of K for [T,K]."""
+
+    def of_datum(now, then, inputs, weights, **params):
+        rows = [{key: column[t] for key, column in inputs.items()} for t in range(len(now))]
+        return [fn(a, b, row, **params) for a, b, row in zip(now, then, rows, strict=True)]
+
+    return of_datum
+
+
+def _flat(nested):
+    return [y for x in nested for y in _flat(x)] if isinstance(nested, list) else [nested]
+
+
+def sequencewise(fn):
+    """A naive term of one datum, over its tokens with a weight."""
+
+    def of_datum(now, then, inputs, weights, **params):
+        columns = [_flat(now), _flat(inputs["logprobs"]), _flat(inputs["advantages"])]
+        rows = [row for row in zip(*columns, _flat(weights), strict=True) if row[3] != 0]
+        return fn(rows, **params) if rows else 0.0
+
+    return of_datum
+
+
+@entrywise
+def nll(now, then, **_):
+    return -now
+
+
+@entrywise
+def dft(now, then, **_):
+    return -math.exp(then) * now
+
+
+@entrywise
+def focal(now, then, gamma=2.0, **_):
+    return -((1 - math.exp(now)) ** gamma) * now
+
+
+@entrywise
+def unlikelihood(now, then, **_):
+    return -math.log(1 - math.exp(now))
+
+
+@positionwise
+def label_smoothing(now, then, row, epsilon=0.1, label=0):
+    return -(1 - epsilon) * now[label] - epsilon / len(now) * sum(now)
+
+
+@positionwise
+def margin(now, then, row, margin=1.0, label=0):
+    rivals = [x for k, x in enumerate(now) if k != label]
+    return max(0.0, margin - now[label] + max(rivals)) if rivals else 0.0
+
+
+@entrywise
+def importance_sampling(now, then, logprobs, advantages, **_):
+    return -math.exp(now - logprobs) * advantages
+
+
+@entrywise
+def ppo(now, then, logprobs, advantages, clip_low=0.2, clip_high=0.2, dual_clip=None, **_):
+    ratio = math.exp(now - logprobs)
+    clipped = min(max(ratio, 1 - clip_low), 1 + clip_high)
+    objective = min(ratio * advantages, clipped * advantages)
+    if dual_clip is not None and advantages < 0:
+        objective = max(objective, dual_clip * advantages)
+    return -objective
+
+
+@entrywise
+def cispo(now, then, logprobs, advantages, low=0.0, high=4.0, **_):
+    return -min(max(math.exp(then - logprobs), low), high) * advantages * now
+
+
+@entrywise
+def dro(now, then, logprobs, advantages, beta=0.05, **_):
+    return -(now * advantages - beta / 2 * (now - logprobs) ** 2)
+
+
+@entrywise
+def reinforce(now, then, advantages, **_):
+    return -advantages * now
+
+
+@entrywise
+def sapo(now, then, logprobs, advantages, tau_positive=1.0, tau_negative=1.05, **_):
+    tau = tau_positive if advantages > 0 else tau_negative
+    return -4 / tau / (1 + math.exp(-tau * (math.exp(now - logprobs) - 1))) * advantages
+
+
+@sequencewise
+def gspo(rows, clip_low=3e-4, clip_high=4e-4):
+    total = sum(w for *_, w in rows)
+    ratio = math.exp(sum(w * (now - mu) for now, mu, _, w in rows) / total)
+    clipped = min(max(ratio, 1 - clip_low), 1 + clip_high)
+    return sum(-w * min(ratio * a, clipped * a) for *_, a, w in rows)
+
+
+@sequencewise
+def gmpo(rows, clip_low=0.4, clip_high=0.4):
+    mean = 0.0
+    for now, mu, a, w in rows:
+        x = now - mu
+        mean += w * (min(x, clip_high) if a >= 0 else max(x, -clip_low))
+    mean /= sum(w for *_, w in rows)
+    return -math.exp(mean) * sum(w * a for *_, a, w in rows)
+
+
+@positionwise
+def kl(now, then, row, estimator="k2"):
+    r, mu = row["reference_logprobs"], row["logprobs"]
+    if isinstance(now, list) and len(now) > 1:
+        return sum(math.exp(x) * (x - y) for x, y in zip(now, r, strict=True))
+    (now,), (then,), (r,), (mu,) = _flat([now]), _flat([then]), _flat([r]), _flat([mu])
+    d, fixed = now - r, then - r
+    moved = (d**2 - fixed**2) / 2
+    return {
+        "k1": fixed + moved,
+        "k2": d**2 / 2,
+        "k3": math.exp(-fixed) - 1 + fixed + moved,
+        "k3_weighted": math.exp(now - mu) * (math.exp(-d) - 1 + d),
+    }[estimator]
+
+
+@positionwise
+def entropy(now, then, row):
+    if isinstance(now, list) and len(now) > 1:
+        return sum(x * math.exp(x) for x in now)
+    (now,), (then,) = _flat([now]), _flat([then])
+    return then + (now**2 - then**2) / 2
+
+
+@entrywise
+def proximal(now, then, logprobs, **_):
+    return (now - logprobs) ** 2 / 2
+
+
+@entrywise
+def l1(now, then, **_):
+    return abs(now)
+
+
+@entrywise
+def l2(now, then, **_):
+    return now**2
+
+
+@entrywise
+def elastic_net(now, then, l1_ratio=0.5, **_):
+    return l1_ratio * abs(now) + (1 - l1_ratio) * now**2
+
+
+CASES = [
+    Case("nll", nll),
+    Case("dft", dft),
+    Case("focal", focal),
+    Case("focal", focal, {"gamma": 0.5}),
+    Case("focal", focal, {"gamma": 0.0}),
+    Case("unlikelihood", unlikelihood),
+    Case("label_smoothing", label_smoothing, shapes=ALTERNATIVES),
+    Case("label_smoothing", label_smoothing, {"epsilon": 0.3, "label": 1}, ALTERNATIVES),
+    Case("margin", margin, {"margin": 0.5}, shapes=[*ALTERNATIVES, (2, 1)]),
+    Case("margin", margin, {"margin": 3.0, "label": 1}, ALTERNATIVES),
+    Case("importance_sampling", importance_sampling),
+    Case("ppo", ppo),
+    Case("ppo", ppo, {"clip_low": 0.5, "clip_high": 0.3, "dual_clip": 1.5}),
+    Case("cispo", cispo),
+    Case("cispo", cispo, {"low": 0.5, "high": 1.5}),
+    Case("dro", dro),
+    Case("dro", dro, {"beta": 0.0}),
+    Case("reinforce", reinforce),
+    Case("sapo", sapo),
+    Case("gspo", gspo),
+    Case("gspo", gspo, {"clip_low": 0.9, "clip_high": 3.0}),
+    Case("gmpo", gmpo),
+    Case("kl", kl),
+    Case("kl", kl, {"estimator": "k1"}),
+    Case("kl", kl, {"estimator": "k3"}),
+    Case("kl", kl, {"estimator": "k3_weighted"}),
+    Case("kl", kl, {"estimator": "exact"}, ALTERNATIVES),
+    Case("entropy", entropy),
+    Case("proximal", proximal),
+    Case("l1", l1),
+    Case("l2", l2),
+    Case("elastic_net", elastic_net),
+    Case("elastic_net", elastic_net, {"l1_ratio": 1.0}),
+]

@@ -1,0 +1,183 @@
+"""The record of a step: where its keys and a loss's own metrics stand, nested and flat."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from term_library import square, total
+from tinker_custom_loss import Composer, NonFiniteError, RequestError, TermError, flatten
+
+DATA = ["datum"]
+
+
+@pytest.fixture
+def logprobs():
+    return [torch.tensor([-1.0, -2.0, -3.0])]
+
+
+def returning(metrics):
+    return lambda data, logprobs: (logprobs[0].sum(), metrics)
+
+
+def term(fn, weight=1.0, name="term", **options):
+    return {"fn": fn, "weight": weight, "name": name, **options}
+
+
+class TestMetrics:
+    def test_the_base_losss_own_stay_at_the_top_level_and_are_in_the_record(self, logprobs):
+        base = returning({"dpo_loss": 0.5, "reward:mean": 2})
+        leaves = [t.clone().requires_grad_() for t in logprobs]
+        _, alone = Composer(base)(DATA, leaves)
+        _, metrics = Composer(base, [term(square)])(DATA, leaves)
+        assert alone.items() <= metrics.items()
+        assert metrics["base_loss"]["custom"] == {"dpo_loss": 0.5, "reward:mean": 2.0}
+        assert metrics["loss_total"] == -6 + 14
+
+    @pytest.mark.parametrize("key", ["loss_total", "regularizers", "base_loss/value"])
+    def test_a_metric_that_would_hide_a_key_of_the_record_is_refused(self, logprobs, key):
+        with pytest.raises(TermError, match=f'base loss returned a metric "{key}", which would'):
+            Composer(returning({key: 1.0}), [term(square)]).compute(DATA, logprobs)
+        regularizer = term(returning({key: 1.0}))  # its metrics never stand at the top level
+        composition = Composer(total, [regularizer]).compute(DATA, logprobs)
+        assert composition.telemetry["regularizers"]["term"]["custom"] == {key: 1.0}
+
+    def test_a_loggers_own_keys_are_not_among_those_of_the_record(self, logprobs):
+        record = Composer(total).compute(DATA, logprobs, step=7).telemetry
+        assert not {"step", "seconds", "epoch", "time", "_step"} & record.keys()
+        assert record["schedule_step"] == 7
+        assert record["compute_seconds"] > 0
+
+    def test_two_that_are_one_in_the_flat_form_are_refused(self, logprobs):
+        metrics = {"a:b": 1.0, "a.b": 2.0}
+        with pytest.raises(TermError, match=r'metrics "a:b" and "a\.b", which are the same one'):
+            Composer(total, [term(returning(metrics))]).compute(DATA, logprobs)
+
+    @pytest.mark.parametrize(
+        ("value", "recorded"),
+        [
+            (None, None),
+            (np.array(1.5), 1.5),
+            (np.float32(1.5), 1.5),
+            (np.int64(2), 2.0),
+            (np.array([True]), 1.0),
+            (torch.tensor([[1.5]]), 1.5),
+        ],
+        ids=repr,
+    )
+    def test_numbers_come_in_many_types_and_none_is_no_number(self, logprobs, value, recorded):
+        record = Composer(total, [term(returning({"m": value}))]).compute(DATA, logprobs).telemetry
+        assert record["regularizers"]["term"]["custom"] == {"m": recorded}
+        assert flatten(record).get("regularizers/term/custom/m") == recorded
+
+    @pytest.mark.parametrize("value", ["1.5", 1j, np.array(1j), np.zeros(2), [1.0]], ids=repr)
+    def test_what_is_no_number_is_refused(self, logprobs, value):
+        with pytest.raises(TermError, match=r'the metric "m" of the term "term" is .*; expected a'):
+            Composer(total, [term(returning({"m": value}))]).compute(DATA, logprobs)
+
+
+RECORD = {"loss_total": 2, "base_loss": None, "regularizers": {"kl": {"custom": {"a:b": 1.0}}}}
+
+
+class TestFlatten:
+    def test_every_key_begins_with_the_prefix(self):
+        expected = {"train/loss_total": 2.0, "train/regularizers/kl/custom/a.b": 1.0}
+        assert flatten(RECORD, prefix="train") == expected
+        assert flatten(RECORD, prefix="train/") == expected
+
+    def test_it_loses_no_key(self):
+        with pytest.raises(RequestError, match=r'two keys of the record are "x/a\.b"'):
+            flatten({"x": {"a:b": 1.0, "a.b": 2.0}})
+
+
+class TestSchedules:
+    def test_one_is_refused_where_nobody_says_the_step(self, logprobs):
+        composer = Composer(total, [term(square, lambda step: step / 10)])
+        leaves = [t.clone().requires_grad_() for t in logprobs]
+        for compute in (composer, composer.compute, composer.compute_loss):
+            with pytest.raises(RequestError, match=r'"term" is a schedule.*give step='):
+                compute(DATA, leaves)
+        assert composer.compute(DATA, logprobs, step=0).loss_total == -6
+
+    def test_without_one_no_step_need_be_known(self, logprobs):
+        disabled = term(square, lambda step: 1.0, "off", enabled=False)
+        composition = Composer(total, [term(square), disabled]).compute(DATA, logprobs)
+        assert composition.telemetry["schedule_step"] is None
+
+    @pytest.mark.parametrize("step", [-1, True, "3", 1.0])
+    def test_a_step_is_counted_from_0(self, logprobs, step):
+        with pytest.raises(RequestError, match='"step": expected a non-negative integer'):
+            Composer(total).compute(DATA, logprobs, step=step)
+
+
+class TestOverflow:
+    """Each loss and gradient is finite; what their sum comes to is not."""
+
+    @pytest.mark.parametrize("weights", [(1e308, -1e308), (1e308, 1e308), (1e308, 0.0)])
+    def test_of_the_weighted_losses_names_the_terms(self, logprobs, weights):
+        def large(data, logprobs):  # its gradient is 0
+            return 1e6 + 0 * logprobs[0].sum(), {}
+
+        terms = [term(large, weight, f"term {i}") for i, weight in enumerate(weights)]
+        composer = Composer(None, terms)
+        for compute in (composer.compute, composer.compute_loss):
+            with pytest.raises(NonFiniteError, match=r'weighted losses overflows.*"term 0": ') as e:
+                compute(DATA, logprobs)
+            assert e.value.term == "term 0, term 1"
+
+    @pytest.mark.parametrize("weights", [(3e38, 3e38), (1e300, -1e300), (1e300, 0.0)])
+    def test_of_the_weighted_gradients_names_the_terms(self, logprobs, weights):
+        def centred(data, logprobs):  # its loss is 0, its gradient is not
+            return (logprobs[0] - logprobs[0].detach()).sum(), {}
+
+        terms = [term(centred, weight, f"term {i}") for i, weight in enumerate(weights)]
+        with pytest.raises(NonFiniteError, match="weighted gradients overflows") as caught:
+            Composer(None, terms).compute(DATA, logprobs)
+        assert caught.value.term == "term 0, term 1"
+
+    def test_a_single_gradient_is_no_exception(self, logprobs):
+        with pytest.raises(NonFiniteError, match="weighted gradients overflows"):
+            Composer(None, [term(total, 1e300)]).compute(DATA, logprobs)
+
+
+class TestDtypes:
+    def test_each_datums_gradient_is_in_the_dtype_of_its_logprobs(self):
+        dtypes = [torch.bfloat16, torch.float64, torch.float32]
+        logprobs = [torch.tensor([-1 / 3], dtype=dtype) for dtype in dtypes]
+        composer = Composer(total, [term(square)])
+        composition = composer.compute([None] * 3, logprobs)
+        assert [g.dtype for g in composition.gradients] == dtypes
+        exact = 1 - 2 * torch.tensor(1 / 3, dtype=torch.float64)
+        assert composition.gradients[1].item() == pytest.approx(exact.item(), rel=1e-15)
+        assert composition.gradient.flat.dtype == torch.float64
+
+        leaves = [t.requires_grad_() for t in logprobs]
+        composer([None] * 3, leaves)[0].backward()
+        assert all(
+            torch.equal(leaf.grad, gradient)
+            for leaf, gradient in zip(leaves, composition.gradients, strict=True)
+        )
+
+    def test_one_that_does_not_fit_its_dtype_is_an_error(self):
+        logprobs = [torch.zeros(2), torch.zeros(2).half()]
+        with pytest.raises(NonFiniteError, match="does not fit into float16"):
+            Composer(None, [term(total, 1e6)]).compute([None] * 2, logprobs)
+
+    def test_a_default_device_is_not_ours(self, logprobs):
+        leaves = [t.clone().requires_grad_() for t in logprobs]
+        torch.set_default_device("meta")
+        try:
+            composer = Composer(total, [term(square)])
+            composition = composer.compute(DATA, logprobs, term_gradients=True)
+            loss, _ = composer(DATA, leaves)
+            loss.backward()
+            _, cosines = composition.cosines()
+        finally:
+            torch.set_default_device(None)
+        assert (loss.item(), loss.device.type) == (-6 + 14, "cpu")
+        assert leaves[0].grad.tolist() == [-1, -3, -5]
+        assert cosines[0, 0].item() == pytest.approx(1.0)
+        assert math.isfinite(composition.loss_total)
