@@ -27,15 +27,20 @@ demo: setup ## train a small language model from Elixir (TEXT=path for another t
 demo-python: setup ## the same with the official SDK, over HTTP
 	@$(BIN)/python docs/examples/demo.py
 
-.PHONY: test test-elixir test-python
+.PHONY: test test-elixir test-python test-sdk-lowest
 test: setup ## run all tests, Elixir's and Python's
-	@$(MAKE) --keep-going test-elixir test-python
+	@$(MAKE) --keep-going test-elixir test-python test-sdk-lowest
 
 test-elixir: setup ## run the Elixir tests, and those of both languages through the port
 	mix test
 
 test-python: setup ## run the Python tests
 	$(BIN)/pytest
+
+# The newest is .venv's own.
+test-sdk-lowest: setup ## run the tests of the training client with the oldest tinker that is supported
+	PYTHONPATH=.venv/tinker-lowest $(BIN)/pytest --no-header -q $(addprefix tests/python/test_, \
+		call_queue.py client_defaults.py failed_steps.py linear.py sdk.py training_client.py)
 
 .PHONY: chaos fuzz soak
 chaos: setup ## make ten thousand calls under faults of every kind (CHAOS_SEED repeats a run)
@@ -84,11 +89,3 @@ bench: setup ## measure: one line a figure, NAME VALUE (target T) ok|short
 .PHONY: clean
 clean: ## remove all that make made
 	rm -rf .venv .make _build .mypy_cache .ruff_cache .pytest_cache .hypothesis
-
-# The oldest SDK that pyproject.toml allows, over the one of .venv; the newest is .venv's own.
-.PHONY: test-sdk-lowest
-test-sdk-lowest: setup ## run the tests of the native face with the oldest tinker
-	@test -d .make/tinker-lowest || $(BIN)/python -m pip install --quiet --no-deps \
-		--disable-pip-version-check --target .make/tinker-lowest 'tinker==0.30.0'
-	PYTHONPATH=.make/tinker-lowest $(BIN)/pytest tests/python/test_sdk.py tests/python/test_linear.py \
-		tests/python/test_losses.py tests/python/test_training_client.py

@@ -80,7 +80,7 @@ defmodule TinkexCustomLoss.MixProject do
       links: %{},
       files: [
         "elixir/lib",
-        "python/tinker_custom_loss/**/*.{py,typed}",
+        "python/tinker_custom_loss/**/*.{py,typed,css,js}",
         "pyproject.toml",
         "docs/**/*.{md,livemd}",
         "mix.exs",

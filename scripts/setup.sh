@@ -117,6 +117,11 @@ rm -f "$stamp"
 step "installing the package into .venv (the first time some minutes, for PyTorch is large)"
 quietly .venv/bin/python -m pip install --disable-pip-version-check \
     --constraint constraints.txt --editable '.[dev]'
+# The oldest SDK that pyproject.toml allows, to be laid over the one of .venv by PYTHONPATH.
+lowest=$(sed -n 's/^ *"tinker>=\(.*\)",$/\1/p' pyproject.toml)
+rm -rf .venv/tinker-lowest
+quietly .venv/bin/python -m pip install --disable-pip-version-check --no-deps \
+    --target .venv/tinker-lowest "tinker==$lowest"
 printf '%s\n' "$PWD" "$python" "$(inputs)" >"$stamp.part"
 mv "$stamp.part" "$stamp"
 step "done in $SECONDS s: $(elixir --version | tail -n 1), $(.venv/bin/python --version)"

@@ -2,6 +2,8 @@
 
     python docs/examples/demo.py [TEXT]
 
+The run is recorded in runs/demo; python -m tinker_custom_loss report runs/demo makes a page of it.
+
 Every step's loss is composed of a base loss and three regularizers: a built-in one, a user's own,
 and an async one. At the end the parameter gradient of the linearized loss, which is what a Tinker
 server computes, is compared with autograd from end to end.
@@ -19,13 +21,13 @@ import tinker
 import torch
 from demo_terms import rarity, smoothness
 
-from tinker_custom_loss import Regularizer, forward_backward_custom
+from tinker_custom_loss import Recorder, Regularizer, flatten, live, with_regularizers
 from tinker_custom_loss.sandbox import SandboxServer
 from tinker_custom_loss.sandbox.examples import Examples
 from tinker_custom_loss.sandbox.gradient_check import check_gradient
 from tinker_custom_loss.terms import l2, nll
 
-STEPS, SECONDS, SHOW_EVERY = 120, 40, 10
+STEPS, SECONDS = 120, 40
 SEQUENCES, LENGTH = 16, 64
 TOLERANCE = 1e-5
 
@@ -54,29 +56,6 @@ def batch_of(text: bytes, rng: random.Random) -> list[tinker.Datum]:
     ]
 
 
-def show(step: int, metrics: dict) -> None:
-    base = metrics["base_loss"]
-    cells = [f"nll {base['value']:.3f} |∇| {base['grad_norm']:.3f}"]
-    cells += [
-        f"{name} {term['value']:.3f} → {term['contribution']:.3f} |∇| {term['grad_norm']:.3f}"
-        for name, term in metrics["regularizers"].items()
-    ]
-    print(f"{step:4} {metrics['loss_total']:8.4f} = " + " + ".join(cells), flush=True)
-
-
-def table(first: dict, last: dict) -> None:
-    print(f"\n{'term':12}{'weight':>8}{'first':>10}{'last':>10}{'contribution':>14}{'|∇|':>10}")
-    weights = {"nll": 1.0} | {n: term["weight"] for n, term in last["regularizers"].items()}
-    start = {"nll": first["base_loss"]} | first["regularizers"]
-    end = {"nll": last["base_loss"]} | last["regularizers"]
-    for name, weight in weights.items():
-        value, norm = end[name]["value"], end[name]["grad_norm"]
-        print(
-            f"{name:12}{weight:8.3f}{start[name]['value']:10.4f}{value:10.4f}"
-            f"{weight * value:14.4f}{norm:10.4f}"
-        )
-
-
 def main() -> int:
     license_text = Path(__file__).parents[2] / "LICENSE"
     path = Path(sys.argv[1] if len(sys.argv) > 1 else os.environ.get("TEXT") or license_text)
@@ -88,33 +67,35 @@ def main() -> int:
     if len(text) <= LENGTH:
         print(f"{path} is too short: more than {LENGTH} bytes are needed", file=sys.stderr)
         return 2
-    print(f"{path.name}: {len(text)} bytes; {SEQUENCES} pieces of {LENGTH} bytes a step")
-    print("step, loss_total = value → contribution (weight · value), |∇| w.r.t. the logprobs\n")
+    print(f"{path.name}: {len(text)} bytes; {SEQUENCES} pieces of {LENGTH} bytes a step\n")
 
     rng = random.Random(0)
+    losses: list[float] = []
     with SandboxServer(seed=0) as server:
         service = tinker.ServiceClient(base_url=server.url, api_key="tml-sandbox")
-        client = service.create_lora_training_client("sandbox").result()
-        seen: list[dict] = []
+        client = with_regularizers(
+            service.create_lora_training_client("sandbox").result(),
+            base_loss=base_loss,
+            regularizers=REGULARIZERS,
+        )
         started = time.monotonic()
-        while len(seen) < STEPS and time.monotonic() - started < SECONDS:
-            batch = batch_of(text, rng)
-            step = forward_backward_custom(client, batch, base_loss, REGULARIZERS, step=len(seen))
-            client.optim_step(tinker.AdamParams(learning_rate=0.01))
-            seen.append(step.result().metrics)
-            if len(seen) % SHOW_EVERY == 1:
-                show(len(seen) - 1, seen[-1])
+        with Recorder("runs/demo", overwrite=True) as recorder, live(recorder, total=STEPS):
+            while len(losses) < STEPS and time.monotonic() - started < SECONDS:
+                step = client.forward_backward_custom(batch_of(text, rng))
+                client.optim_step(tinker.AdamParams(learning_rate=0.01))
+                metrics = step.result().metrics
+                recorder.log(flatten(metrics), len(losses))
+                losses.append(metrics["loss_total"])
         client.optim_step(tinker.AdamParams(learning_rate=0.0)).result()  # all steps are done
-        table(seen[0], seen[-1])
 
         data = batch_of(text, rng)
         check = check_gradient(
             server.model(client.model_id), Examples.from_datums(data), data, base_loss, REGULARIZERS
         )
 
-    first, last = seen[0]["loss_total"], seen[-1]["loss_total"]
+    first, last = losses[0], losses[-1]
     difference = check.max_abs_difference
-    print(f"\nloss {first:.4f} -> {last:.4f}, {len(seen)} steps, gradient check {difference:.1e}")
+    print(f"\nloss {first:.4f} -> {last:.4f}, {len(losses)} steps, gradient check {difference:.1e}")
     return 0 if last < first and difference <= TOLERANCE else 1
 
 

@@ -15,6 +15,7 @@ from .errors import (
     NonFiniteError,
     ProtocolError,
     RequestError,
+    StaleGraphError,
     StoppedError,
     TermError,
     TermTimeoutError,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
         linearize,
         with_regularizers,
     )
+    from .insight import Recorder, diagnose, live, watch
     from .terms.term import term
 
 __version__ = "0.1.0"
@@ -47,21 +49,26 @@ __all__ = [
     "LossFn",
     "NonFiniteError",
     "ProtocolError",
+    "Recorder",
     "RegularizedTrainingClient",
     "Regularizer",
     "RegularizerRecord",
     "RequestError",
+    "StaleGraphError",
     "StepOutput",
     "StepRecord",
     "StoppedError",
     "TensorBatch",
     "TermError",
     "TermTimeoutError",
+    "diagnose",
     "flatten",
     "forward_backward_custom",
     "forward_backward_custom_async",
     "linearize",
+    "live",
     "term",
+    "watch",
     "with_regularizers",
 ]
 
@@ -76,6 +83,8 @@ _SDK = frozenset(
         "with_regularizers",
     }
 )
+# And rich a tenth of one.
+_INSIGHT = frozenset({"Recorder", "diagnose", "live", "watch"})
 
 
 def __getattr__(name: str) -> Any:
@@ -83,6 +92,10 @@ def __getattr__(name: str) -> Any:
         from . import client
 
         return getattr(client, name)
+    if name in _INSIGHT:
+        from . import insight
+
+        return getattr(insight, name)
     if name == "term":  # the catalogue comes along, which not everyone needs
         from .terms.term import term
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from . import __version__
 from .cli.doctor import examine
+from .cli.report import add_report, report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,7 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             metavar="MODULE_OR_FILE",
             help="a module, or a .py file, whose functions are terms too (repeatable)",
         )
+    summary = "make one HTML page, with charts, of recorded runs"
+    add_report(commands.add_parser("report", help=summary, description=summary))
     options = parser.parse_args(arguments)
+    if options.command == "report":
+        return report(options)
     return _doctor(options.load) if options.command == "doctor" else _terms(options.load)
 
 

@@ -28,7 +28,7 @@ from .running import places, processes
 from .running.differentiation import Evaluation
 from .running.evaluation import Call
 from .running.event_loop import CallersLoop
-from .running.threads import THREADS
+from .running.threads import THREADS, on_this_thread
 from .tensors.batch import TensorBatch, checked_batch
 from .tensors.gradients import surrogate
 
@@ -109,6 +109,11 @@ class Composer:
     ) -> Composition:
         """Evaluate every term on one batch, differentiate each, and compose them.
 
+        Where a loss has parameters of its own, such as a head, their gradient is added to their
+        ``.grad``, times the term's weight, once every term has succeeded: a step that fails
+        leaves them alone, and so does a term that is skipped. :meth:`__call__` leaves that to
+        the caller's ``loss.backward()``.
+
         Args:
             data: the datums; handed to the terms as it is.
             logprobs: one float tensor a datum, [T] or [T,K]. They are not modified, and no
@@ -125,7 +130,9 @@ class Composer:
             CancelledError: ``cancelled`` was set.
         """
         here = places.Surroundings.here()
-        return self._compute(data, logprobs, step, term_gradients, cancelled, here)
+        composition = self._compute(data, logprobs, step, term_gradients, cancelled, here)
+        _accumulate(composition)
+        return composition
 
     def compute_loss(
         self,
@@ -140,7 +147,7 @@ class Composer:
         The record has the same keys; its gradient figures are None.
         """
         here = places.Surroundings.here()
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), on_this_thread():
             composing = self._begin(data, logprobs, step)
             results = self._evaluate(data, composing.batch, False, cancelled, here)
             return composing.composed_loss(results)
@@ -169,7 +176,8 @@ class Composer:
             except asyncio.CancelledError:
                 cancelled.set()
                 raise
-            return composition
+        _accumulate(composition)
+        return composition
 
     def _compute(
         self,
@@ -180,7 +188,7 @@ class Composer:
         cancelled: threading.Event | None,
         surroundings: places.Surroundings,
     ) -> Composition:
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), on_this_thread():
             composing = self._begin(data, logprobs, step)
             results = self._evaluate(data, composing.batch, True, cancelled, surroundings)
             return composing.composition(results, term_gradients)
@@ -220,8 +228,14 @@ class Composer:
             returned: Any = self._base.fn(data, logprobs, **self._base.params)
             loss, metrics = returned
             return loss, metrics
-        composition = self.compute(data, logprobs)
-        loss = surrogate(composition.loss_total, composition.gradients, logprobs)
+        here = places.Surroundings.here()
+        composition = self._compute(data, logprobs, None, False, None, here)
+        loss = surrogate(
+            composition.loss_total,
+            composition.gradients,
+            logprobs,
+            composition.parameter_gradients,
+        )
         return loss, metrics_of(composition.telemetry)
 
     def __repr__(self) -> str:
@@ -296,6 +310,11 @@ def _check_no_composer(fn: object) -> None:
             "its terms to one Composer",
             path="fn",
         )
+
+
+def _accumulate(composition: Composition) -> None:
+    for gradient in composition.parameter_gradients:
+        gradient.accumulate()
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from .running.differentiation import Evaluation
 from .running.non_finite import CheckedEvaluation, check_finite, record_of
 from .tensors import gradients as grad
 from .tensors.batch import TensorBatch
+from .tensors.gradients import ParameterGradient
 
 __all__ = ["ComposedLoss", "Composition", "Step"]
 
@@ -55,10 +56,13 @@ class Composition(ComposedLoss):
             device of the logprobs; if those differ, in float32 or float64, on the first's device.
         term_gradients: each differentiable term's own unweighted gradient by name (the base loss
             under ``"base_loss"``), if asked for; else empty.
+        parameter_gradients: ``∂loss_total`` with respect to leaves of the terms' own, such as the
+            weights of a head. :meth:`Composer.compute` has added them to their ``.grad``.
     """
 
     gradient: TensorBatch
     term_gradients: Mapping[str, TensorBatch] = field(default_factory=dict)
+    parameter_gradients: Sequence[ParameterGradient] = ()
     _gradients: Sequence[Tensor] | None = None  # where no single buffer can hold them
 
     @property
@@ -144,7 +148,8 @@ class Step:
             if keep_term_gradients and part.gradient is not None
         }
         gradient, gradients = self._bring_home(total)
-        return Composition(loss_total, record, gradient, kept, gradients)
+        parameters = self._parameter_gradients(checked)
+        return Composition(loss_total, record, gradient, kept, parameters, gradients)
 
     def _checked(self, results: Sequence[Evaluation | TermError]) -> list[CheckedEvaluation]:
         return [
@@ -208,6 +213,17 @@ class Step:
                 term=self._names,
             )
         return value
+
+    def _parameter_gradients(self, checked: Sequence[CheckedEvaluation]) -> list[ParameterGradient]:
+        parts = [part.parameter_gradients for part in checked]
+        sums = grad.sum_parameter_gradients(zip(self.weights, parts, strict=True))
+        if not all(part.is_finite() for part in sums):
+            raise NonFiniteError(
+                "the sum of the weighted gradients of a parameter overflows, although each one is "
+                "finite; lower the weights",
+                term=self._names,
+            )
+        return sums
 
     def _bring_home(self, total: Tensor) -> tuple[TensorBatch, list[Tensor] | None]:
         """The gradient in the dtype and on the device given; and as a list, if those are many."""

@@ -5,6 +5,7 @@
     ├── TermError         the user's term: it raised, or returned what no term may return
     │   ├── NonFiniteError    its loss or gradient is nan or infinite
     │   ├── ChangedLogprobsError  it changed the logprobs in place
+    │   ├── StaleGraphError   its loss leads back to the logprobs of another step
     │   └── TermTimeoutError  it outlived its own timeout
     ├── CancelledError    the caller withdrew the request
     ├── StoppedError      a step failed before, and the training client was told to stop then
@@ -27,6 +28,7 @@ __all__ = [
     "NonFiniteError",
     "ProtocolError",
     "RequestError",
+    "StaleGraphError",
     "StoppedError",
     "TermError",
     "TermTimeoutError",
@@ -137,7 +139,11 @@ class NonFiniteError(TermError):
 
 
 class ChangedLogprobsError(TermError):
-    """A term changed the logprobs in place. Never skipped: what the others computed is wrong."""
+    """A term changed the logprobs in place. Never skipped: that is a bug, not a step's bad luck."""
+
+
+class StaleGraphError(TermError):
+    """A loss depends on the logprobs of another step, through something that was kept."""
 
 
 class TermTimeoutError(TermError):

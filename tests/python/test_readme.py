@@ -92,6 +92,9 @@ def test_python_blocks_run_in_order(document: Path, tmp_path: Path) -> None:
     printed = run(document, tmp_path)
     if document == README:
         assert "regularizers/smoothness/contribution" in printed
+        losses = [float(line.split()[0]) for line in printed.splitlines()[:5]]
+        assert losses == sorted(losses, reverse=True)  # a first example that learns
+        assert losses[-1] < losses[0] / 2
 
 
 def test_telemetry_is_the_documented_record() -> None:

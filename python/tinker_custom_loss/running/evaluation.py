@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,9 @@ from .context import running
 from .differentiation import Evaluation, check_unchanged, differentiate, leaf_of
 from .event_loop import OWN_LOOP, Waiting
 from .modes import Modes
+from .threads import on_this_thread
+
+_CATALOGUE = f"{__package__.removesuffix('.running')}.terms."
 
 __all__ = ["Call", "RemoteCall", "RemoteReply", "evaluate"]
 
@@ -41,6 +46,11 @@ class Call:
     name: str
     fn: LossFn
     params: Mapping[str, Any]
+
+    def leaf(self, logprobs: TensorBatch) -> TensorBatch:
+        """What it is to be called with. The terms of the catalogue change nothing."""
+        home = getattr(self.fn, "__module__", None) or ""
+        return leaf_of(logprobs, shares_memory=home.startswith(_CATALOGUE))
 
     def __call__(self, data: Sequence[Any], logprobs: TensorBatch) -> Any:
         evaluate_flat = getattr(self.fn, "evaluate_flat", None)
@@ -64,12 +74,13 @@ def evaluate(
         TermError: it raised, or returned what no term may return.
     """
     started = time.perf_counter()
-    leaf = leaf_of(logprobs)
-    with running(call.name), modes.entered(), guarding(call.name, leaf):
-        returned = call(data, leaf)
-        if inspect.isawaitable(returned):
-            returned = waiting.wait(returned, modes)
-    return differentiate(call.name, returned, leaf, gradients, started)
+    leaf = call.leaf(logprobs)
+    with on_this_thread():
+        with running(call.name), modes.entered(), guarding(call.name, leaf):
+            returned = call(data, leaf)
+            if inspect.isawaitable(returned):
+                returned = waiting.wait(returned, modes)
+        return differentiate(call.name, returned, leaf, gradients, started)
 
 
 @contextmanager
@@ -79,7 +90,7 @@ def guarding(
     """Whatever a term raises becomes a TermError that names it.
 
     ``sys.exit`` in a term ends that term, not the process. A term that changed its ``leaf`` in
-    place changed everyone's logprobs. ``awaiting``: this is a task, which may be cancelled.
+    place is refused. ``awaiting``: this is a task, which may be cancelled.
     """
     try:
         yield
@@ -105,6 +116,14 @@ def _is_for_others(error: BaseException, awaiting: bool) -> bool:
 # What crosses a process boundary is numpy and plain values: torch would send file descriptors.
 
 
+_IMPORT = uuid.uuid4().hex
+
+
+def _this_process() -> tuple[int, str]:
+    """A fork has the same import, another machine may have the same process id."""
+    return os.getpid(), _IMPORT
+
+
 @dataclass(frozen=True)
 class RemoteCall:
     """One term's work, ready to be pickled."""
@@ -115,6 +134,7 @@ class RemoteCall:
     shapes: tuple[Shape, ...]
     gradients: bool
     modes: Modes
+    home: tuple[int, str] = field(default_factory=_this_process)
 
 
 @dataclass(frozen=True)
@@ -133,12 +153,28 @@ def evaluate_remote(remote: RemoteCall) -> RemoteReply:
         done = evaluate(
             remote.call, remote.data, batch, remote.gradients, remote.modes, Waiting(OWN_LOOP)
         )
+        if done.parameter_gradients and remote.home != _this_process():
+            shapes = [list(part.parameter.shape) for part in done.parameter_gradients]
+            raise TermError(
+                f'the loss of the term "{remote.call.name}" depends on parameters of its own (of '
+                f"shapes {shapes}), but it runs in another process, on copies of them that nobody "
+                "trains; run it inline or in a thread (run_in_executor=True), or detach them",
+                term=remote.call.name,
+            )
     except TermError as error:
         failure = {"message": str(error), "term": error.term, "error_type": error.error_type}
         return RemoteReply(None, {**failure, "traceback": error.traceback})
     gradient = None if done.gradient is None else done.gradient.contiguous().numpy()
     return RemoteReply(
-        (done.value, done.metrics, done.differentiable, gradient, done.seconds), None
+        (
+            done.value,
+            done.metrics,
+            done.differentiable,
+            gradient,
+            done.seconds,
+            done.parameter_gradients,
+        ),
+        None,
     )
 
 
@@ -148,9 +184,9 @@ def evaluation_from(reply: RemoteReply, like: Tensor) -> Evaluation:
         failure = dict(reply.failure)
         raise TermError(failure.pop("message"), **failure)
     assert reply.evaluation is not None
-    value, metrics, differentiable, gradient, seconds = reply.evaluation
+    value, metrics, differentiable, gradient, seconds, parameters = reply.evaluation
     tensor = None
     if gradient is not None:
         tensor = torch.from_numpy(gradient if gradient.flags.writeable else gradient.copy())
         tensor = tensor.to(like.device, like.dtype)
-    return Evaluation(value, metrics, differentiable, tensor, seconds)
+    return Evaluation(value, metrics, differentiable, tensor, seconds, parameters)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from ..record import RegularizerRecord, root_mean_square
 from ..regularizer import Regularizer
 from ..tensors import gradients as grad
 from ..tensors.batch import TensorBatch
+from ..tensors.gradients import ParameterGradient
 from .differentiation import Evaluation
 
 __all__ = ["CheckedEvaluation", "check_finite", "record_of"]
@@ -25,6 +27,7 @@ class CheckedEvaluation:
     evaluation: Evaluation | None
     gradient: Tensor | None
     norm: float
+    parameter_gradients: Sequence[ParameterGradient] = ()
     zeroed: int = 0
     error: str | None = None
 
@@ -43,8 +46,10 @@ def check_finite(
     if gradient is not None:
         gradient = gradient.contiguous()
         norm = grad.norm(gradient)
-    if math.isfinite(result.value) and math.isfinite(norm):
-        return CheckedEvaluation(result, gradient, norm)
+    parameters = result.parameter_gradients
+    finite = all(part.is_finite() for part in parameters)
+    if math.isfinite(result.value) and math.isfinite(norm) and finite:
+        return CheckedEvaluation(result, gradient, norm, parameters)
     if term.on_non_finite == "zero":
         zeroed = int(not math.isfinite(result.value))
         if gradient is not None:
@@ -52,7 +57,14 @@ def check_finite(
             zeroed += int(bad.sum())
             gradient = gradient.masked_fill(bad, 0.0)
             norm = grad.norm(gradient)
-        return CheckedEvaluation(result, gradient, norm, zeroed=zeroed)
+        zeroed_parameters = []
+        for part in parameters:
+            dense = part.gradient.to_dense()
+            bad = ~torch.isfinite(dense)
+            zeroed += int(bad.sum())
+            finite_part = ParameterGradient(part.parameter, dense.masked_fill(bad, 0.0))
+            zeroed_parameters.append(finite_part)
+        return CheckedEvaluation(result, gradient, norm, zeroed_parameters, zeroed)
     error = _non_finite_error(term.name, result, gradient, batch)
     if term.on_non_finite == "skip":
         return CheckedEvaluation(None, None, 0.0, error=str(error))
@@ -83,6 +95,14 @@ def _non_finite_error(
             datum=datum,
             token=token,
         )
+    for part in evaluation.parameter_gradients if math.isfinite(evaluation.value) else ():
+        if not part.is_finite():
+            return NonFiniteError(
+                f'the gradient of the term "{name}" with respect to a parameter of shape '
+                f"{list(part.parameter.shape)} is not finite; its loss is {evaluation.value}"
+                f"{upstream}",
+                term=name,
+            )
     return NonFiniteError(
         f'the loss of the term "{name}" is {evaluation.value}, not a finite number{upstream}',
         term=name,

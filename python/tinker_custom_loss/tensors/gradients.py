@@ -1,20 +1,36 @@
 """The arithmetic on gradients: one buffer, norms, cosines, and the surrogate loss.
 
-All norms and cosines are with respect to *logprobs*, not to the model's parameters.
+All norms and cosines are with respect to *logprobs*, not to any parameters.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
-__all__ = ["cosine", "dot", "norm", "surrogate", "weighted_sum"]
+from ..errors import RequestError
+
+__all__ = [
+    "ParameterGradient",
+    "cosine",
+    "dot",
+    "norm",
+    "sum_parameter_gradients",
+    "surrogate",
+    "weighted_sum",
+]
 
 _BLOCK = 1 << 16
+_PRODUCT_MIN, _PRODUCT_MAX = (
+    1e-25,
+    1e300,
+)  # of two norms: in between, no product that counts is lost
 
 
 def dot(a: Tensor, b: Tensor) -> float:
@@ -45,8 +61,9 @@ def cosine(a: Tensor, b: Tensor, norm_a: float, norm_b: float) -> float:
     """Cosine of the angle between two flat gradients; 0 where either is zero."""
     if norm_a == 0.0 or norm_b == 0.0:
         return 0.0
-    value = dot(a, b) / (norm_a * norm_b)
-    if not math.isfinite(value):
+    scale = norm_a * norm_b
+    value = dot(a, b) / scale if _PRODUCT_MIN < scale < _PRODUCT_MAX else math.nan
+    if not math.isfinite(value):  # products over- or underflow
         value = float(torch.dot(a.double() / norm_a, b.double() / norm_b))
     return max(-1.0, min(1.0, value))
 
@@ -76,29 +93,90 @@ def _scaled(gradient: Tensor, weight: float) -> Tensor:
     return (gradient.double() * weight).to(gradient.dtype)  # 0·weight is 0, not 0·inf
 
 
-def surrogate(value: float, gradients: Sequence[Tensor], logprobs: Sequence[Tensor]) -> Tensor:
-    """A scalar whose value is ``value`` and whose backward hands ``gradients`` to ``logprobs``.
+@dataclass(frozen=True, eq=False)
+class ParameterGradient:
+    """The gradient of a loss with respect to a leaf other than the logprobs: of a head, say."""
+
+    parameter: Tensor
+    gradient: Tensor
+
+    def scaled(self, weight: float) -> ParameterGradient:
+        return ParameterGradient(self.parameter, _scaled(self.gradient, weight))
+
+    def plus(self, other: ParameterGradient) -> ParameterGradient:
+        return ParameterGradient(self.parameter, self.gradient + other.gradient)
+
+    def is_finite(self) -> bool:
+        values = self.gradient.coalesce().values() if self.gradient.is_sparse else self.gradient
+        return bool(torch.isfinite(values).all())
+
+    def accumulate(self) -> None:
+        """Add it to the parameter's ``.grad``, as ``backward()`` does, with the same hooks."""
+        accumulates: Any = get_gradient_edge(self.parameter).node
+        with torch.no_grad():
+            accumulates(self.gradient)
+
+    def __repr__(self) -> str:
+        return f"ParameterGradient({list(self.parameter.shape)})"
+
+
+def sum_parameter_gradients(
+    weighted: Iterable[tuple[float, Iterable[ParameterGradient]]],
+) -> list[ParameterGradient]:
+    """``Σ weight·gradient`` of each parameter, in list order."""
+    sums: dict[int, ParameterGradient] = {}
+    for weight, gradients in weighted:
+        for gradient in gradients:
+            scaled, key = gradient.scaled(weight), id(gradient.parameter)
+            sums[key] = sums[key].plus(scaled) if key in sums else scaled
+    return list(sums.values())
+
+
+def surrogate(
+    value: float,
+    gradients: Sequence[Tensor],
+    logprobs: Sequence[Tensor],
+    parameter_gradients: Sequence[ParameterGradient] = (),
+) -> Tensor:
+    """A scalar whose value is ``value`` and whose backward hands ``gradients`` to ``logprobs``,
+    and adds ``parameter_gradients`` to the ``.grad`` of their parameters.
 
     This is how a gradient that is already known travels through an API that wants to call
     ``loss.backward()`` itself. The scalar is float64, so that the value arrives as it is.
     """
-    loss: Tensor = _Surrogate.apply(value, gradients, *logprobs)  # type: ignore[no-untyped-call]
+    loss: Tensor = _Surrogate.apply(value, gradients, parameter_gradients, *logprobs)  # type: ignore[no-untyped-call]
     return loss
 
 
 class _Surrogate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, value: float, gradients: Sequence[Tensor], *logprobs: Tensor) -> Tensor:
-        ctx.gradients = gradients
+    def forward(
+        ctx: Any,
+        value: float,
+        gradients: Sequence[Tensor],
+        parameter_gradients: Sequence[ParameterGradient],
+        *logprobs: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(*gradients)  # a second backward() is refused, as of any graph
+        ctx.parameter_gradients = parameter_gradients
         ctx.set_materialize_grads(False)
         return torch.tensor(value, dtype=torch.float64, device="cpu")
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            raise RequestError(
+                "a composed loss cannot be differentiated twice (create_graph=True): its terms "
+                "have been differentiated already, and the second derivative would be 0; give "
+                "the terms to torch.autograd yourself, without a Composer"
+            )
+        gradients: Sequence[Tensor] = ctx.saved_tensors
         (grad_output,) = grad_outputs
         if grad_output is None:
-            return (None, None, *(None for _ in ctx.gradients))
+            return (None, None, None, *(None for _ in gradients))
         scale = float(grad_output)
-        scaled = ctx.gradients if scale == 1.0 else [g * scale for g in ctx.gradients]
+        for gradient in ctx.parameter_gradients:
+            gradient.scaled(scale).accumulate()
+        scaled = gradients if scale == 1.0 else [g * scale for g in gradients]
         # Clones: `.grad` belongs to the caller, who may scale it in place.
-        return (None, None, *(g.clone() for g in scaled))
+        return (None, None, None, *(g.clone() for g in scaled))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..composer import Composer
-from ..errors import ChangedLogprobsError, CustomLossError
+from ..errors import ChangedLogprobsError, CustomLossError, StaleGraphError
 from ..regularizer import LossFn, Regularizer
 from .probe import Probe, modes_restored
 
@@ -88,6 +88,10 @@ class CheckedTerm:
         changed = [e for e in errors.values() if isinstance(e, ChangedLogprobsError)]
         if changed:
             found["unchanged"] = str(changed[0])
+            return None
+        stale = [e for e in errors.values() if isinstance(e, StaleGraphError)]
+        if stale:
+            found["graph"] = str(stale[0])
             return None
         if works is None:
             found["returns"] = str(next(iter(errors.values())))

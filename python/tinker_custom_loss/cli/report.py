@@ -1,0 +1,46 @@
+"""``python -m tinker_custom_loss report``: recorded runs as one page, or as figures."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from ..errors import RequestError
+
+__all__ = ["add_report", "report"]
+
+
+def add_report(command: argparse.ArgumentParser) -> None:
+    """Declare the arguments of :func:`report`."""
+    command.add_argument("runs", nargs="+", metavar="RUN", help="a directory with metrics.jsonl")
+    command.add_argument("-o", "--output", default="report.html", metavar="FILE")
+    command.add_argument(
+        "--svg", metavar="DIR", help="also write each chart of each run as DIR/RUN-CHART.svg"
+    )
+    command.add_argument(
+        "--prefix", default="", help="that of the keys in metrics.jsonl, as given to flatten"
+    )
+
+
+def report(options: argparse.Namespace) -> int:
+    """Write the report; the status is 2 if a run cannot be read."""
+    from ..insight.recorder import read_run
+    from ..insight.report import figures, report_page, standalone
+
+    try:
+        runs = [read_run(directory) for directory in options.runs]
+        page = report_page(runs, prefix=options.prefix)
+        Path(options.output).write_text(page, encoding="utf-8")
+        if options.svg:
+            Path(options.svg).mkdir(parents=True, exist_ok=True)
+            for run in runs:
+                for figure in figures(run, options.prefix):
+                    file = Path(options.svg) / f"{run.title}-{figure.key}.svg"
+                    file.write_text(standalone(figure), encoding="utf-8")
+    except (OSError, RequestError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    steps = sum(len(run.steps) for run in runs)
+    print(f"{options.output}: {len(runs)} run(s), {steps} steps, {len(page) / 1000:.0f} kB")
+    return 0

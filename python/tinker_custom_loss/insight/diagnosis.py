@@ -1,0 +1,195 @@
+"""What a run's numbers say is wrong with it, in sentences.
+
+A finding is about the last steps that were recorded, and says which, how often and how much. A run
+in which nothing is odd has none.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..record import flatten
+from .series import BASE, History, TermSeries
+
+__all__ = ["Finding", "diagnose", "findings"]
+
+_ENOUGH = 5
+"""Steps below which nothing is said of a trend."""
+_GROWTH = 20
+_DOMINANT = 0.9
+_CONFLICT = -0.2
+_PERSISTENT = 0.8
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One oddity.
+
+    Attributes:
+        kind: a word for programs, such as ``"zero_gradient"``.
+        term: the term that it is about; None if it is about the run.
+        message: a sentence with the numbers.
+        advice: what to try.
+    """
+
+    kind: str
+    term: str | None
+    message: str
+    advice: str
+
+    def __str__(self) -> str:
+        return f"{self.message}; {self.advice}"
+
+
+def diagnose(records: Iterable[Mapping[str, Any]], *, prefix: str = "") -> list[Finding]:
+    """Find what is odd in the records of consecutive steps.
+
+    Args:
+        records: the nested records, or their flat forms, as :func:`read_run` gives them; the last
+            512 are judged.
+        prefix: the ``prefix`` that :func:`~tinker_custom_loss.flatten` was given.
+    """
+    history = History(prefix)
+    for step, record in enumerate(records):
+        history.add(flatten(record), step)
+    return findings(history)
+
+
+def findings(history: History) -> list[Finding]:
+    """What is odd in a history, term by term."""
+    return [finding for rule in _RULES for finding in rule(history)]
+
+
+def _zero_gradient(history: History) -> Iterator[Finding]:
+    for name, term in history.terms.items():
+        zeros = _trailing(
+            term, lambda row: row.get("grad_norm") == 0.0 and row.get("weight", 1.0) != 0.0
+        )
+        if zeros >= _ENOUGH:
+            yield Finding(
+                "zero_gradient",
+                name,
+                f'the gradient of "{name}" was exactly 0 in the last {zeros} steps, so it trains '
+                "nothing",
+                "see whether it computes its loss from the logprobs, without .detach() or .item(), "
+                "and whether its mask leaves any token",
+            )
+
+
+def _skipped(history: History) -> Iterator[Finding]:
+    for name, term in history.terms.items():
+        skipped = sum(1 for row in term.rows if row.get("skipped"))
+        if skipped:
+            yield Finding(
+                "skipped",
+                name,
+                f'"{name}" was skipped in {skipped} of {len(term.rows)} steps',
+                'see its "error" in the record of such a step',
+            )
+
+
+def _zeroed(history: History) -> Iterator[Finding]:
+    for name, term in history.terms.items():
+        counts = [int(row.get("non_finite_zeroed", 0)) for row in term.rows]
+        steps = sum(1 for count in counts if count)
+        if steps:
+            yield Finding(
+                "non_finite",
+                name,
+                f'"{name}" gave nan or infinity, {sum(counts)} values that were zeroed in {steps} '
+                f"of {len(counts)} steps",
+                'set its on_non_finite to "raise" to see at which datum and token',
+            )
+
+
+def _dominant(history: History) -> Iterator[Finding]:
+    for name, term in history.terms.items():
+        if name == BASE:
+            continue  # it is what the others regularize
+        shares = [
+            share
+            for index in range(-min(len(term.rows), history.count), 0)
+            if (share := _gradient_share(history, name, index)) is not None
+        ]
+        above = sum(1 for share in shares if share > _DOMINANT)
+        if len(shares) >= _ENOUGH and above >= _PERSISTENT * len(shares):
+            mean = sum(shares) / len(shares)
+            yield Finding(
+                "dominant",
+                name,
+                f'"{name}" was {mean:.0%} of all weighted gradient norms, above {_DOMINANT:.0%} in '
+                f"{above} of {len(shares)} steps: the other terms hardly move the model",
+                "lower its weight, or raise theirs",
+            )
+
+
+def _conflict(history: History) -> Iterator[Finding]:
+    for name, term in history.terms.items():
+        cosines = [row["cosine_to_total"] for row in term.rows if "cosine_to_total" in row]
+        against = sum(1 for cosine in cosines if cosine < _CONFLICT)
+        if len(cosines) >= _ENOUGH and against >= _PERSISTENT * len(cosines):
+            mean = sum(cosines) / len(cosines)
+            yield Finding(
+                "conflict",
+                name,
+                f'"{name}" pulled against the step as a whole in {against} of {len(cosines)} '
+                f"steps (mean cosine {mean:+.2f}, of gradients with respect to the logprobs)",
+                "see whether that is wanted, as of a constraint; else lower its weight",
+            )
+
+
+def _stuck_schedule(history: History) -> Iterator[Finding]:
+    steps = list(history.schedule_steps)
+    if len(steps) >= _ENOUGH and len(set(steps)) == 1:
+        yield Finding(
+            "stuck_schedule",
+            None,
+            f"{len(steps)} steps were all computed as step {steps[0]:g}, so every schedule of a "
+            "weight stands still",
+            "give step=, or use the wrapped training client, which counts its steps",
+        )
+
+
+def _growing(history: History) -> Iterator[Finding]:
+    for name, term in history.terms.items():
+        values = list(term.values)[-_GROWTH:]
+        finite = all(math.isfinite(value) for value in values)
+        rises = sum(1 for a, b in itertools.pairwise(values) if b > a)
+        weight = term.get("weight")
+        if len(values) == _GROWTH and finite and rises == _GROWTH - 1 and (weight or 1.0) > 0:
+            yield Finding(
+                "growing",
+                name,
+                f'"{name}" rose in each of the last {_GROWTH} steps, from {values[0]:.4g} to '
+                f"{values[-1]:.4g}",
+                "raise its weight if it is to be held down",
+            )
+
+
+_RULES = (_zero_gradient, _skipped, _zeroed, _dominant, _conflict, _stuck_schedule, _growing)
+
+
+def _trailing(term: TermSeries, holds: Any) -> int:
+    """For how many of the last steps, without a break, a row satisfies ``holds``."""
+    count = 0
+    for row in reversed(term.rows):
+        if not holds(row):
+            break
+        count += 1
+    return count
+
+
+def _gradient_share(history: History, name: str, index: int) -> float | None:
+    norms = {}
+    for other, term in history.terms.items():
+        if len(term.rows) < -index:
+            return None
+        row = term.rows[index]
+        norm = row.get("grad_norm" if other == BASE else "grad_norm_weighted")
+        norms[other] = norm if norm is not None and math.isfinite(norm) else 0.0
+    whole = sum(norms.values())
+    return norms[name] / whole if whole else None

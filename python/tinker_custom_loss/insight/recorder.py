@@ -1,0 +1,211 @@
+"""A run in a directory: ``metrics.jsonl``, one flat line a step, and ``config.json``.
+
+The layout is that of tinker-cookbook's log directories, so what reads those reads these.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from ..errors import RequestError
+from ..regularizer import show
+
+__all__ = ["Recorder", "Run", "Sink", "read_run"]
+
+METRICS = "metrics.jsonl"
+CONFIG = "config.json"
+
+
+class Sink(Protocol):
+    """Whatever takes the flat metrics of a step: a file, a table, W&B."""
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None: ...
+
+
+class Recorder:
+    """Writes each step's metrics to ``directory/metrics.jsonl``, and passes them on.
+
+        with Recorder("runs/first") as recorder:
+            recorder.log(flatten(metrics), step)
+
+    A line is written whole and at once, so a process that is killed at any moment leaves a run
+    that :func:`read_run` reads. A directory that holds a run already is continued: new lines are
+    appended, and a step that is logged again replaces the earlier one when the run is read.
+
+    Args:
+        directory: made if it is not there.
+        config: JSON values that describe the run, written to ``config.json``.
+        sinks: who else is to see every step, in this order.
+        overwrite: begin anew where the directory holds a run already.
+
+    Raises:
+        RequestError: ``config`` is not made of JSON values.
+        OSError: the directory or its files cannot be written.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        config: Mapping[str, Any] | None = None,
+        sinks: Iterable[Sink] = (),
+        overwrite: bool = False,
+    ) -> None:
+        self.directory = Path(directory)
+        self._sinks = list(sinks)
+        self._lock = threading.Lock()
+        text = None if config is None else _json_text(config)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if text is not None:
+            _replace(self.directory / CONFIG, text)
+        if overwrite:
+            (self.directory / METRICS).unlink(missing_ok=True)
+        self._file = open(self.directory / METRICS, "ab", buffering=0)  # noqa: SIM115
+        _end_torn_line(self.directory / METRICS, self._file.fileno())
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Record one step, then hand it to the sinks.
+
+        Raises:
+            RequestError: a metric is no number, or is named ``step``; or the recorder is closed.
+        """
+        line = _line(metrics, step)
+        with self._lock:
+            if self._file.closed:
+                raise RequestError(f"the recorder of {self.directory} is closed", path="log")
+            self._file.write(line)
+            sinks = list(self._sinks)
+        for sink in sinks:
+            sink.log(metrics, step)
+
+    def attach(self, sink: Sink) -> None:
+        """Hand every later step to ``sink`` too."""
+        with self._lock:
+            self._sinks.append(sink)
+
+    def detach(self, sink: Sink) -> None:
+        """Undo :meth:`attach`."""
+        with self._lock:
+            self._sinks.remove(sink)
+
+    def close(self) -> None:
+        """Close the file. The sinks are whoever's gave them."""
+        with self._lock:
+            self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Recorder({str(self.directory)!r})"
+
+
+@dataclass(frozen=True, repr=False)
+class Run:
+    """A recorded run.
+
+    ``steps`` holds each step's metrics by its number, in ascending order; ``torn`` is how many
+    lines were cut short by the end of a process.
+    """
+
+    directory: Path
+    config: Mapping[str, Any]
+    steps: Mapping[int, Mapping[str, float]]
+    torn: int
+
+    @property
+    def title(self) -> str:
+        """The name of its directory."""
+        return self.directory.resolve().name
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.directory)!r}, {len(self.steps)} steps)"
+
+
+def read_run(directory: str | os.PathLike[str]) -> Run:
+    """Read what a :class:`Recorder`, or tinker-cookbook's ``JsonLogger``, wrote.
+
+    Raises:
+        RequestError: the directory holds no ``metrics.jsonl``.
+    """
+    root = Path(directory)
+    try:
+        lines = (root / METRICS).read_bytes().split(b"\n")
+    except FileNotFoundError:
+        raise RequestError(f"{root} holds no run: it has no {METRICS}") from None
+    steps: dict[int, dict[str, float]] = {}
+    torn = 0
+    for line in filter(None, lines):
+        try:
+            entry = json.loads(line)
+            step = int(entry.pop("step"))
+        except (ValueError, KeyError, AttributeError, TypeError):
+            torn += 1
+            continue
+        # Others write one step in several lines, each with keys of its own.
+        steps.setdefault(step, {}).update(
+            {key: float(value) for key, value in entry.items() if isinstance(value, (int, float))}
+        )
+    config = root / CONFIG
+    return Run(
+        root,
+        json.loads(config.read_text()) if config.exists() else {},
+        dict(sorted(steps.items())),
+        torn,
+    )
+
+
+def _line(metrics: Mapping[str, float], step: int) -> bytes:
+    if isinstance(step, bool) or not isinstance(step, int):
+        raise RequestError(f"step must be an int, got {show(step)}", path="step")
+    entry: dict[str, float] = {"step": step}
+    for key, value in metrics.items():
+        if key == "step":
+            raise RequestError('a metric is named "step", which is the step\'s own key', path=key)
+        try:
+            entry[key] = float(value)
+        except (TypeError, ValueError):
+            raise RequestError(
+                f'the metric "{key}" is {show(value)}; expected a number: pass the record of a '
+                "step through flatten() first",
+                path=key,
+            ) from None
+    return json.dumps(entry).encode() + b"\n"
+
+
+def _end_torn_line(path: Path, descriptor: int) -> None:
+    """What a killed process left of a line must not run into the next."""
+    with open(path, "rb") as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                os.write(descriptor, b"\n")
+
+
+def _json_text(config: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(config, indent=2) + "\n"
+    except (TypeError, ValueError) as error:
+        raise RequestError(f"config is not made of JSON values: {error}", path="config") from error
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file so that nobody ever reads half of it."""
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(text)
+    beside.replace(path)

@@ -1,0 +1,103 @@
+"""Every finding is provoked through real steps; steps in which nothing is odd have none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tinker_custom_loss import Composer
+from tinker_custom_loss.insight import diagnose
+
+DATA = [None, None]
+
+
+def base(data, logprobs):
+    return -torch.cat(logprobs).sum(), {}
+
+
+def square(data, logprobs):
+    return torch.cat(logprobs).square().sum(), {}
+
+
+def run(regularizer, steps=24, *, frozen=False, scale=lambda step: 1.0 - step / 100):
+    composer = Composer(base, [{"weight": 0.5, "name": "term"} | regularizer])
+    logprobs = [torch.tensor([-0.5, -1.5, -0.2]), torch.tensor([-0.7, -2.0])]
+    return [
+        composer.compute(
+            DATA, [x * scale(step) for x in logprobs], step=0 if frozen else step
+        ).telemetry
+        for step in range(steps)
+    ]
+
+
+def kinds(records):
+    return {(finding.kind, finding.term) for finding in diagnose(records)}
+
+
+def test_steps_in_which_nothing_is_odd_have_no_findings():
+    assert diagnose(run({"fn": square, "weight": 0.2})) == []
+
+
+def test_a_term_that_trains_nothing():
+    def flat(data, logprobs):
+        return (torch.cat(logprobs) * 0.0).sum() + 3.0, {}
+
+    (finding,) = diagnose(run({"fn": flat}, steps=6))
+    assert (finding.kind, finding.term) == ("zero_gradient", "term")
+    assert "exactly 0 in the last 6 steps" in finding.message
+    assert str(finding) == f"{finding.message}; {finding.advice}"
+
+
+def test_a_term_that_is_often_skipped(caplog):
+    calls = []
+
+    def fails_at_times(data, logprobs):
+        calls.append(1)
+        if len(calls) % 3 == 0:
+            raise ValueError("no")
+        return square(data, logprobs)
+
+    records = run({"fn": fails_at_times, "weight": 0.2, "on_error": "skip"}, steps=9)
+    (finding,) = diagnose(records)
+    assert finding.kind == "skipped"
+    assert '"term" was skipped in 3 of 9 steps' in finding.message
+
+
+def test_values_that_were_not_finite_and_were_zeroed():
+    def infinite_at_first(data, logprobs):
+        bad = torch.zeros(5)
+        bad[0] = torch.inf
+        return (torch.cat(logprobs) * bad).sum() + square(data, logprobs)[0], {}
+
+    records = run({"fn": infinite_at_first, "on_non_finite": "zero"}, steps=4)
+    (finding,) = [f for f in diagnose(records) if f.kind == "non_finite"]
+    assert "in 4 of 4 steps" in finding.message
+
+
+def test_a_term_that_is_nearly_all_of_the_gradient():
+    assert ("dominant", "term") in kinds(run({"fn": square, "weight": 1000.0}))
+
+
+def test_a_term_that_keeps_pulling_against_the_step():
+    def against(data, logprobs):
+        return torch.cat(logprobs).sum(), {}
+
+    records = run({"fn": against, "weight": 0.4}, scale=lambda step: 1.0)
+    assert kinds(records) == {("conflict", "term")}
+
+
+def test_a_schedule_that_stands_still():
+    records = run({"fn": square, "weight": lambda step: 0.1 + step / 1000}, frozen=True)
+    (finding,) = diagnose(records)
+    assert (finding.kind, finding.term) == ("stuck_schedule", None)
+    assert "24 steps were all computed as step 0" in finding.message
+
+
+def test_a_value_that_only_grows():
+    records = run({"fn": square, "weight": 0.1}, scale=lambda step: 1.0 + step / 10)
+    assert ("growing", "term") in kinds(records)
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_too_few_steps_say_nothing(steps):
+    assert diagnose(run({"fn": square, "weight": 0.2}, steps=steps)) == []

@@ -1,0 +1,169 @@
+"""The report of a run: one file, the numbers that were recorded, and nothing that was hidden."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html.parser
+import json
+import math
+import re
+from xml.etree import ElementTree
+
+import pytest
+
+from tinker_custom_loss.__main__ import main
+from tinker_custom_loss.insight import Recorder, read_run
+from tinker_custom_loss.insight.report import report_page
+from tinker_custom_loss.insight.report.buckets import bucket, edges
+
+
+def metrics(step, names=("kl", "l2")):
+    flat = {"loss_total": 5.0 - step * 1e-4, "base_loss/value": 4.0, "base_loss/grad_norm": 2.0}
+    for index, name in enumerate(names):
+        value = math.sin(step / 50 + index)
+        flat |= {
+            f"regularizers/{name}/value": value,
+            f"regularizers/{name}/weight": 0.1,
+            f"regularizers/{name}/contribution": 0.1 * value,
+            f"regularizers/{name}/grad_norm_weighted": 0.5 + 0.1 * value,
+            f"regularizers/{name}/cosine_to_total": value,
+            f"regularizers/{name}/seconds": 0.001,
+        }
+    return flat
+
+
+def recorded(directory, steps, change=lambda step, flat: flat, **options):
+    with Recorder(directory, **options) as recorder:
+        for step in range(steps):
+            recorder.log(change(step, metrics(step)), step)
+    return read_run(directory)
+
+
+def numbers_of(page):
+    return json.loads(re.search(r'id="numbers">(.*?)</script>', page, re.DOTALL).group(1))
+
+
+def test_a_bucket_keeps_its_extremes_and_counts_what_is_not_finite():
+    values = [0.0] * 10_000
+    values[5_003], values[5_004], values[7] = 9.0, -9.0, math.nan
+    ranges = edges(range(10_000), 160)
+    assert len(ranges) == 160
+    assert sum(end - start for start, end in ranges) == 10_000
+    made = bucket(values, ranges)
+    assert (max(made.high), min(made.low), made.non_finite) == (9.0, -9.0, 1)
+    assert bucket([None, 2.0, 4.0], edges(range(3), 1)).mean == [3.0]
+    assert bucket([1.0, 2.0], edges(range(2), 160)).mean == [1.0, 2.0]
+
+
+def test_the_page_asks_nothing_of_anyone_and_runs_only_its_own_script(tmp_path):
+    page = report_page([recorded(tmp_path / "run", 20)])
+
+    seen = []
+
+    class Tags(html.parser.HTMLParser):
+        def handle_starttag(self, tag, attributes):
+            seen.append((tag, dict(attributes)))
+
+    Tags().feed(page)
+    assert not [a for _, a in seen if {"src", "href", "style", "onclick"} & a.keys()]
+    assert "url(" not in page
+    assert set(re.findall(r"https?://[^\"' ]+", page)) == {"http://www.w3.org/2000/svg"}
+    (policy,) = [a["content"] for t, a in seen if t == "meta" and "http-equiv" in a]
+    assert policy.startswith("default-src 'none'; ")
+    for kind, text in (
+        ("style", re.search(r"<style>(.*?)</style>", page, re.DOTALL).group(1)),
+        ("script", re.search(r"<script>(.*?)</script>", page, re.DOTALL).group(1)),
+    ):
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert f"{kind}-src 'sha256-{digest}'" in policy
+
+
+def test_the_charts_hold_the_recorded_numbers(tmp_path):
+    page = report_page([recorded(tmp_path / "run", 20)])
+    numbers = numbers_of(page)
+    assert set(numbers) == {
+        f"r0-{key}" for key in ("contributions", "norms", "cosines", "values", "weights", "seconds")
+    }
+    kl = numbers["r0-contributions"]["series"]["kl"]["mean"]
+    assert kl == [
+        float(f"{metrics(step)['regularizers/kl/contribution']:.4g}") for step in range(20)
+    ]
+    assert numbers["r0-contributions"]["steps"][3] == [3, 3]
+
+
+def test_ten_thousand_steps_are_less_than_500_kb_and_an_outlier_is_still_seen(tmp_path):
+    def change(step, flat):
+        return flat | ({"regularizers/kl/value": 77.0} if step == 6_789 else {})
+
+    names = [f"term{index}" for index in range(4)]
+    with Recorder(tmp_path) as recorder:
+        for step in range(10_000):
+            recorder.log(change(step, metrics(step, ["kl", *names])), step)
+    page = report_page([read_run(tmp_path)])
+    assert len(page.encode()) < 500_000
+    assert max(numbers_of(page)["r0-values"]["series"]["kl"]["high"]) == 77.0
+
+
+def test_what_is_not_finite_is_counted_and_leaves_a_gap(tmp_path):
+    run = recorded(
+        tmp_path, 10, lambda step, flat: flat | ({"loss_total": math.inf} if step == 4 else {})
+    )
+    page = report_page([run])
+    assert "1 values were not finite and are not drawn" in page
+    assert numbers_of(page)["r0-contributions"]["series"]["loss_total"]["mean"][4] is None
+    assert "nan" not in re.findall(r'<path[^>]*d="([^"]*)"', page)
+
+
+def test_text_of_a_run_stays_text(tmp_path):
+    evil = "<img src=x>"
+    with Recorder(tmp_path / "<b>run", config={"note": "</pre><script>alert(1)</script>"}) as r:
+        r.log(metrics(0, [evil]), 0)
+    page = report_page([read_run(tmp_path / "<b>run")])
+    assert evil not in page
+    assert "<b>run" not in page
+    assert page.count("<script") == 2
+
+
+def test_runs_are_compared_over_one_axis(tmp_path):
+    runs = [recorded(tmp_path / "a", 10), recorded(tmp_path / "b", 5)]
+    across = numbers_of(report_page(runs))["all-comparison"]
+    assert across["series"]["b"]["mean"][4:6] == [float(f"{5.0 - 4e-4:.4g}"), None]
+    assert list(across["series"]) == ["a", "b"]
+
+
+def test_the_command_writes_the_page_and_figures_that_stand_alone(tmp_path, capsys):
+    recorded(tmp_path / "run", 12)
+    page, figures = tmp_path / "r.html", tmp_path / "figures"
+    status = main(["report", str(tmp_path / "run"), "-o", str(page), "--svg", str(figures)])
+    assert status == 0
+    assert "1 run(s), 12 steps" in capsys.readouterr().out
+    assert page.read_text().startswith("<!doctype html>")
+    for file in figures.iterdir():
+        ElementTree.parse(file)
+    assert {file.name for file in figures.iterdir()} == {
+        f"run-{key}.svg"
+        for key in ("contributions", "norms", "cosines", "values", "weights", "seconds")
+    }
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: None, "holds no run"),
+        (lambda path: recorded(path, 3, lambda step, flat: {"a": 1.0}), "holds no step with"),
+    ],
+)
+def test_what_is_no_run_of_ours_is_said_in_a_sentence(tmp_path, capsys, make, message):
+    make(tmp_path)
+    assert main(["report", str(tmp_path), "-o", str(tmp_path / "r.html")]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_keys_may_have_a_prefix(tmp_path):
+    with Recorder(tmp_path / "run") as recorder:
+        for step in range(3):
+            recorder.log({f"loss/{key}": value for key, value in metrics(step).items()}, step)
+    out = tmp_path / "r.html"
+    assert main(["report", str(tmp_path / "run"), "-o", str(out), "--prefix", "loss"]) == 0
+    assert "kl" in numbers_of(out.read_text())["r0-norms"]["series"]
