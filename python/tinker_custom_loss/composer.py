@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -33,6 +34,8 @@ from .tensors.batch import TensorBatch, checked_batch
 from .tensors.gradients import surrogate
 
 __all__ = ["Composer"]
+
+logger = logging.getLogger(__name__)
 
 _CANCEL_POLL_SECONDS = 0.02
 
@@ -324,6 +327,7 @@ def _skipping(term: Regularizer, index: int, results: dict[int, Evaluation | Ter
     except TermError as error:
         if term.on_error == "raise" or isinstance(error, ChangedLogprobsError):
             raise
+        logger.warning("%s; it is skipped, and contributes 0 to this step", error)
         results[index] = error
 
 
