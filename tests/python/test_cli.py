@@ -18,9 +18,9 @@ ROOT = Path(__file__).parents[2]
 def test_doctor_prints_a_line_a_check(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 7
+    assert len(lines) == 8
     assert all(line.startswith("ok    ") for line in lines)
-    assert re.match(r"ok    torch \d", lines[4])
+    assert re.match(r"ok    torch \d", lines[5])
     assert lines[-1] == "ok    a round trip: the gradient of l2 is 2 · logprobs"
 
 
@@ -101,6 +101,12 @@ def test_terms_names_the_nearest_of_one_that_is_not_there(
 ) -> None:
     assert main(["terms", "entropi"]) == 1
     assert "there is no term 'entropi'; there are entropy" in capsys.readouterr().err
+
+
+def test_the_page_of_terms_is_that_of_the_code(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["terms", "--markdown"]) == 0
+    committed = (Path(__file__).parents[2] / "docs/terms.md").read_text(encoding="utf-8")
+    assert capsys.readouterr().out == committed
 
 
 def test_terms_of_a_module_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
