@@ -31,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         if name == "terms":
             command.add_argument("names", nargs="*", metavar="NAME", help="a term to tell all of")
+            command.add_argument("--markdown", action="store_true", help="all of all, as a page")
     summary = "make one HTML page, with charts, of recorded runs"
     add_report(commands.add_parser("report", help=summary, description=summary))
     options = parser.parse_args(arguments)
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return report(options)
     if options.command == "doctor":
         return _doctor(options.load)
-    return _terms(options.load, options.names)
+    return _terms(options.load, options.names, options.markdown)
 
 
 def _doctor(load: Sequence[str]) -> int:
@@ -49,7 +50,8 @@ def _doctor(load: Sequence[str]) -> int:
     return status
 
 
-def _terms(load: Sequence[str], names: Sequence[str]) -> int:
+def _terms(load: Sequence[str], names: Sequence[str], markdown: bool) -> int:
+    from .cli.markdown import page
     from .terms.registry import LoadError, Registry
 
     try:
@@ -58,6 +60,9 @@ def _terms(load: Sequence[str], names: Sequence[str]) -> int:
     except (LoadError, LookupError) as error:
         print(error, file=sys.stderr)
         return 1
+    if markdown:
+        print(page(terms))
+        return 0
     print("\n".join(lines))
     return 0
 

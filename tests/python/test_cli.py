@@ -103,6 +103,12 @@ def test_terms_names_the_nearest_of_one_that_is_not_there(
     assert "there is no term 'entropi'; there are entropy" in capsys.readouterr().err
 
 
+def test_the_page_of_terms_is_that_of_the_code(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["terms", "--markdown"]) == 0
+    committed = (Path(__file__).parents[2] / "docs/terms.md").read_text(encoding="utf-8")
+    assert capsys.readouterr().out == committed
+
+
 def test_terms_of_a_module_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["terms", "--load", "no_such_module"]) == 1
     assert "no_such_module" in capsys.readouterr().err
