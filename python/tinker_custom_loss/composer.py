@@ -48,7 +48,8 @@ class Composer:
     ``(loss, metrics)``, where ``loss.backward()`` gives the logprobs their composed gradient.
 
     Args:
-        base_loss_fn: ``fn(data, logprobs) -> (loss, metrics)``, sync or async, or None.
+        base_loss_fn: ``fn(data, logprobs) -> (loss, metrics)``, sync or async, the name of a term
+            of the catalogue, such as ``"ppo"``, or None.
         regularizers: :class:`Regularizer`\\ s, or dicts with the keys ``fn``, ``weight``,
             ``name`` and any option of a Regularizer.
         base_params: keyword arguments for ``base_loss_fn``.
@@ -61,14 +62,14 @@ class Composer:
 
     def __init__(
         self,
-        base_loss_fn: LossFn | None = None,
+        base_loss_fn: LossFn | str | None = None,
         regularizers: Sequence[Regularizer | Mapping[str, Any]] | None = None,
         *,
         base_params: Mapping[str, Any] | None = None,
         inline_lock: contextlib.AbstractContextManager[Any] | None = None,
     ) -> None:
         _check_no_composer(base_loss_fn)
-        if isinstance(base_loss_fn, (Mapping, list, tuple, str)):
+        if isinstance(base_loss_fn, (Mapping, list, tuple)):
             raise RequestError(
                 f"base_loss_fn must be a function of (data, logprobs), got "
                 f"{type(base_loss_fn).__name__}; regularizers are the second argument",
@@ -78,7 +79,8 @@ class Composer:
         self._base = None
         if base_loss_fn is not None:
             try:
-                self._base = Regularizer(base_loss_fn, 1.0, BASE_LOSS, params=base_params or {})
+                fn: Any = base_loss_fn  # a name becomes the function
+                self._base = Regularizer(fn, 1.0, BASE_LOSS, params=base_params or {})
             except RequestError as error:
                 raise RequestError(str(error), path=f"{BASE_LOSS}.{error.path}") from error
         enabled = [term for term in self.regularizers if term.enabled]
