@@ -74,6 +74,10 @@ lint-python: setup
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+.PHONY: dialyzer
+dialyzer: setup ## check the types of the Elixir side (minutes, the first time)
+	@scripts/dialyzer.sh
+
 # A path of one machine works on that machine alone.
 lint-tree:
 	@! git grep -nIE '(^|[^[:alnum:]_.~-])/(home|root|Users|work|opt)/' || \

@@ -9,11 +9,10 @@
 
 defmodule Demo do
   alias Tinkex.CustomLoss
-  alias Tinkex.CustomLoss.Sandbox
+  alias Tinkex.CustomLoss.{Live, Sandbox}
 
   @steps 120
   @seconds 40
-  @show_every 10
   @sequences 16
   @length 64
   @tolerance 1.0e-5
@@ -47,10 +46,8 @@ defmodule Demo do
   defp run(path, text) do
     IO.puts(
       "#{Path.basename(path)}: #{byte_size(text)} bytes; " <>
-        "#{@sequences} pieces of #{@length} bytes a step"
+        "#{@sequences} pieces of #{@length} bytes a step\n"
     )
-
-    IO.puts("step, loss_total = value → contribution (weight · value), |∇| w.r.t. the logprobs\n")
 
     :rand.seed(:exsss, 0)
 
@@ -61,11 +58,14 @@ defmodule Demo do
 
     {:ok, model} = Sandbox.start_link(seed: 0, load: [@terms])
 
-    seen = train(model, text, System.monotonic_time(:second) + @seconds, [])
-    [last | _] = seen
-    first = List.last(seen)
-    IO.puts("")
-    table(first, last)
+    seen =
+      model
+      |> steps(text, System.monotonic_time(:second) + @seconds)
+      |> Live.watch(total: @steps)
+      |> Enum.to_list()
+
+    first = List.first(seen)
+    last = List.last(seen)
 
     {:ok, check} = Sandbox.check_gradient(model, batch(text), @loss)
     difference = check.max_abs_difference
@@ -78,27 +78,23 @@ defmodule Demo do
     if last["loss_total"] < first["loss_total"] and difference <= @tolerance, do: 0, else: 1
   end
 
-  # The metrics of all steps, the last one first.
-  defp train(model, text, until, seen) do
-    step = length(seen)
+  # The metrics of one step after another.
+  defp steps(model, text, until) do
+    Stream.unfold(0, fn step ->
+      if step < @steps and System.monotonic_time(:second) < until,
+        do: {train(model, batch(text), step), step + 1}
+    end)
+  end
 
-    if step < @steps and System.monotonic_time(:second) < until do
-      {:ok, task} =
-        CustomLoss.forward_backward_custom(
-          Demo.Loss,
-          {Sandbox, model},
-          batch(text),
-          @loss ++ [step: step]
-        )
+  defp train(model, data, step) do
+    options = @loss ++ [step: step]
 
-      {:ok, output} = Task.await(task, :infinity)
-      {:ok, task} = Sandbox.optim_step(model, learning_rate: 0.01)
-      {:ok, _} = Task.await(task, :infinity)
-      if rem(step, @show_every) == 0, do: show(step, output.metrics)
-      train(model, text, until, [output.metrics | seen])
-    else
-      seen
-    end
+    {:ok, task} = CustomLoss.forward_backward_custom(Demo.Loss, {Sandbox, model}, data, options)
+
+    {:ok, output} = Task.await(task, :infinity)
+    {:ok, task} = Sandbox.optim_step(model, learning_rate: 0.01)
+    {:ok, _} = Task.await(task, :infinity)
+    output.metrics
   end
 
   # Random pieces of the text; the target of each byte is the byte behind it.
@@ -115,59 +111,7 @@ defmodule Demo do
     end
   end
 
-  defp show(step, metrics) do
-    base = metrics["base_loss"]
-
-    cells = [
-      "nll #{fixed(base["value"], 3)} |∇| #{fixed(base["grad_norm"], 3)}"
-      | for {name, term} <- terms(metrics) do
-          "#{name} #{fixed(term["value"], 3)} → #{fixed(term["contribution"], 3)} " <>
-            "|∇| #{fixed(term["grad_norm"], 3)}"
-        end
-    ]
-
-    step = String.pad_leading("#{step}", 4)
-    total = String.pad_leading(fixed(metrics["loss_total"]), 8)
-    IO.puts("#{step} #{total} = #{Enum.join(cells, " + ")}")
-  end
-
-  defp table(first, last) do
-    row(["term", "weight", "first", "last", "contribution", "|∇|"])
-
-    base =
-      Map.merge(last["base_loss"], %{
-        "weight" => 1.0,
-        "contribution" => last["base_loss"]["value"]
-      })
-
-    before = Map.put(first["regularizers"], "nll", first["base_loss"])
-
-    for {name, term} <- [{"nll", base} | terms(last)] do
-      row([
-        name,
-        fixed(term["weight"], 3),
-        fixed(before[name]["value"]),
-        fixed(term["value"]),
-        fixed(term["contribution"]),
-        fixed(term["grad_norm"])
-      ])
-    end
-  end
-
-  defp row([name | cells]) do
-    IO.puts([
-      String.pad_trailing(name, 12)
-      | for(
-          {cell, width} <- Enum.zip(cells, [8, 10, 10, 14, 10]),
-          do: String.pad_leading(cell, width)
-        )
-    ])
-  end
-
-  defp terms(metrics),
-    do: for(%{name: name} <- @loss[:regularizers], do: {name, metrics["regularizers"][name]})
-
-  defp fixed(number, decimals \\ 4), do: :erlang.float_to_binary(number / 1, decimals: decimals)
+  defp fixed(number), do: :erlang.float_to_binary(number / 1, decimals: 4)
 end
 
 System.halt(Demo.run(System.argv()))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-import textwrap
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from . import __version__
 from .cli.doctor import examine
 from .cli.report import add_report, report
+from .cli.terms import describe, overview
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, summary in (
         ("doctor", "check Python, the packages, the terms and a gradient, one line each"),
-        ("terms", "list what may be named as a term, with its parameters"),
+        ("terms", "list what may be named as a term, or tell what those named here take"),
     ):
         command = commands.add_parser(name, help=summary, description=summary)
         command.add_argument(
@@ -30,12 +29,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             metavar="MODULE_OR_FILE",
             help="a module, or a .py file, whose functions are terms too (repeatable)",
         )
+        if name == "terms":
+            command.add_argument("names", nargs="*", metavar="NAME", help="a term to tell all of")
+            command.add_argument("--markdown", action="store_true", help="all of all, as a page")
     summary = "make one HTML page, with charts, of recorded runs"
     add_report(commands.add_parser("report", help=summary, description=summary))
     options = parser.parse_args(arguments)
     if options.command == "report":
         return report(options)
-    return _doctor(options.load) if options.command == "doctor" else _terms(options.load)
+    if options.command == "doctor":
+        return _doctor(options.load)
+    return _terms(options.load, options.names, options.markdown)
 
 
 def _doctor(load: Sequence[str]) -> int:
@@ -46,33 +50,21 @@ def _doctor(load: Sequence[str]) -> int:
     return status
 
 
-def _terms(load: Sequence[str]) -> int:
+def _terms(load: Sequence[str], names: Sequence[str], markdown: bool) -> int:
+    from .cli.markdown import page
     from .terms.registry import LoadError, Registry
 
     try:
         terms = Registry(load).describe()
-    except LoadError as error:
+        lines = list(describe(terms, names) if names else overview(terms))
+    except (LoadError, LookupError) as error:
         print(error, file=sys.stderr)
         return 1
-    for term in terms:
-        print("\n".join(_lines(term)), end="\n\n")
+    if markdown:
+        print(page(terms))
+        return 0
+    print("\n".join(lines))
     return 0
-
-
-def _lines(term: Mapping[str, Any]) -> Iterator[str]:
-    kinds = [term["kind"]] + ["async"] * term["async"]
-    reads = f"; reads {', '.join(term['inputs'])}" if term["inputs"] else ""
-    yield f"{term['name']}  ({', '.join(kinds)}, scope {term['scope']}{reads})"
-    yield textwrap.indent(term["doc"].partition("\n\n")[0] or "(no docstring)", "    ")
-    for param in term["params"]:
-        yield f"        {_parameter(param)}"
-
-
-def _parameter(param: Mapping[str, Any]) -> str:
-    annotation = f": {param['type']}" if param["type"] and not param["choices"] else ""
-    default = "" if param["required"] else f" = {param['default']!r}"
-    choices = f"  ({' | '.join(map(str, param['choices']))})" if param["choices"] else ""
-    return f"{param['name']}{annotation}{default}{choices}"
 
 
 if __name__ == "__main__":

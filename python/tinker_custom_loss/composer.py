@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -28,11 +29,13 @@ from .running import places, processes
 from .running.differentiation import Evaluation
 from .running.evaluation import Call
 from .running.event_loop import CallersLoop
-from .running.threads import THREADS
+from .running.threads import THREADS, on_this_thread
 from .tensors.batch import TensorBatch, checked_batch
 from .tensors.gradients import surrogate
 
 __all__ = ["Composer"]
+
+logger = logging.getLogger(__name__)
 
 _CANCEL_POLL_SECONDS = 0.02
 
@@ -147,7 +150,7 @@ class Composer:
         The record has the same keys; its gradient figures are None.
         """
         here = places.Surroundings.here()
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), on_this_thread():
             composing = self._begin(data, logprobs, step)
             results = self._evaluate(data, composing.batch, False, cancelled, here)
             return composing.composed_loss(results)
@@ -188,7 +191,7 @@ class Composer:
         cancelled: threading.Event | None,
         surroundings: places.Surroundings,
     ) -> Composition:
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), on_this_thread():
             composing = self._begin(data, logprobs, step)
             results = self._evaluate(data, composing.batch, True, cancelled, surroundings)
             return composing.composition(results, term_gradients)
@@ -324,6 +327,7 @@ def _skipping(term: Regularizer, index: int, results: dict[int, Evaluation | Ter
     except TermError as error:
         if term.on_error == "raise" or isinstance(error, ChangedLogprobsError):
             raise
+        logger.warning("%s; it is skipped, and contributes 0 to this step", error)
         results[index] = error
 
 

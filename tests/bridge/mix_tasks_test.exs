@@ -121,21 +121,36 @@ defmodule Tinkex.CustomLoss.MixTasksTest do
     end
   end
 
-  test "terms lists built-in and loaded terms with their parameters" do
-    {output, status} =
-      mix([
-        "tinkex.custom_loss.terms",
-        "--python",
-        python(),
-        "--load",
-        fixture("tinkex_terms.py")
-      ])
+  describe "terms" do
+    setup do
+      %{
+        task: [
+          "tinkex.custom_loss.terms",
+          "--python",
+          python(),
+          "--load",
+          fixture("tinkex_terms.py")
+        ]
+      }
+    end
 
-    assert status == 0, output
+    test "lists built-in and loaded terms, a line each", %{task: task} do
+      {output, status} = mix(task)
+      assert status == 0, output
+      assert output =~ ~r/^built in\n  nll +Negative log-likelihood: /m
+      assert output =~ ~r/^tinkex_terms\n  tinkex_terms:/m
+      assert output =~ ~r/^  tinkex_terms:masked +\(no docstring\)$/m
+      refute output =~ "reduction ="
+    end
 
-    assert output =~
-             "l2  (builtin, scope token)\n    Squared"
-
-    assert output =~ "tinkex_terms:masked  (loaded, scope batch)\n    (no docstring)"
+    test "tells what those take that are named", %{task: task} do
+      {output, status} = mix(task ++ ["l2", "tinkex_terms:masked"])
+      assert status == 0, output
+      assert output =~ ~r/^l2  \(builtin, scope token\)\n    weights: /m
+      assert output =~ "    reduction = 'token_sum'  (token_sum | "
+      assert output =~ "tinkex_terms:masked  (loaded, scope batch)\n"
+      assert {output, 1} = mix(task ++ ["entropi"])
+      assert output =~ "there is no term 'entropi'; there are entropy"
+    end
   end
 end

@@ -98,7 +98,7 @@ defmodule Tinkex.CustomLoss.PoolTest do
       pool = start_peers!("answers_after_deadline.py")
       {ms, answer} = timed(fn -> ask(pool, 1, timeout: 100) end)
       assert {:error, %TimeoutError{stage: :computing, timeout: 100}} = answer
-      assert ms < 200
+      assert ms < 2_000
       assert_serving(pool)
       assert Process.info(self(), :messages) == {:messages, []}
       assert {:ok, %{in_flight: 0, workers: [%{restarts: 0}]}} = CustomLoss.info(pool)
@@ -131,7 +131,7 @@ defmodule Tinkex.CustomLoss.PoolTest do
       assert {:error, %TimeoutError{stage: :computing}} = ask(pool, 1, timeout: 50)
       {ms, answer} = timed(fn -> ask(pool, 2, timeout: 100) end)
       assert {:error, %TimeoutError{stage: :queued} = error} = answer
-      assert ms < 200
+      assert ms < 2_000
       assert Exception.message(error) =~ "no worker had room"
     end
 
@@ -150,13 +150,13 @@ defmodule Tinkex.CustomLoss.PoolTest do
       for caller <- callers do
         {ms, answer} = Task.await(caller)
         assert {:error, %TimeoutError{}} = answer
-        assert ms < 700
+        assert ms < 10_000
       end
 
       # What it does when it is full: the small frames, too.
       {ms, answer} = timed(fn -> ask(pool, 2, timeout: 100) end)
       assert {:error, %TimeoutError{}} = answer
-      assert ms < 200
+      assert ms < 2_000
 
       stop_supervised!({CustomLoss, nil})
       eventually(fn -> not alive?(os_pid) end, 2_000)
@@ -294,8 +294,7 @@ defmodule Tinkex.CustomLoss.PoolTest do
       pool = start_peers!("has_children.py")
       {:ok, child} = ask(pool, 0)
       pids = [trunc(child) | os_pids(pool)]
-      {_, workers, _, _} = List.keyfind(Supervisor.which_children(pool), :workers, 0)
-      [{_, worker, _, _}] = Supervisor.which_children(workers)
+      {_, worker, _, _} = worker(pool)
       Process.exit(worker, :kill)
       eventually(fn -> not Enum.any?(pids, &alive?/1) end, 2_000)
       assert {:ok, _other_child} = ask(pool, 0)
@@ -389,10 +388,35 @@ defmodule Tinkex.CustomLoss.PoolTest do
     assert {:error, %TimeoutError{stage: :queued}} = ask(pool, 1, timeout: 50)
   end
 
-  test "a flood of log records neither delays answers for long nor fills the memory" do
-    pool = start_peers!("floods_the_log.py")
-    log = capture_log(fn -> assert {:ok, 1.0} = ask(pool, 1) end)
-    assert log =~ "record 0"
+  @tag :tmp_dir
+  test "log records that came faster than Logger takes them are left out", %{tmp_dir: dir} do
+    env = %{"TOLD" => Path.join(dir, "told")}
+    pool = start_peers!("floods_the_log.py", env: env)
+    {_, worker, _, _} = worker(pool)
+
+    log =
+      capture_log(fn ->
+        caller = Task.async(fn -> ask(pool, 1) end)
+        eventually(fn -> match?({:ok, %{in_flight: 1}}, CustomLoss.info(pool)) end)
+        # Logger could not be slower.
+        :sys.suspend(worker)
+        File.write!(env["TOLD"], "")
+
+        eventually(fn ->
+          Process.info(worker, :message_queue_len) > {:message_queue_len, 5_000}
+        end)
+
+        :sys.resume(worker)
+        assert Task.await(caller) == {:ok, 1.0}
+      end)
+
+    assert log =~ ~r/[1-9]\d{3} log records of Python were left out/
+    assert log =~ "record 9999"
+  end
+
+  defp worker(pool) do
+    {_, workers, _, _} = List.keyfind(Supervisor.which_children(pool), :workers, 0)
+    hd(Supervisor.which_children(workers))
   end
 
   defp flatten({:error, {error, child}}), do: {:error, {{error, child}, nil}}

@@ -14,6 +14,9 @@ from typing import Any
 
 TOKENS = [(4,), (3,), (1,)]
 ALTERNATIVES = [(3, 2), (2, 4), (1, 3)]
+PAIRED = [(3,), (3,), (2, 2), (2, 2), (3,)]
+GROUPS = [7, 7, 3, 3, 7]
+CHOSEN = [1, 0, 0, 1, 0]
 MIXED = [(4,), (2, 3), (1,), (2, 1), (3, 3)]
 
 
@@ -22,7 +25,9 @@ class Case:
     """A term with parameters, the shapes that it is asked on, and its naive form.
 
     ``naive(now, then, inputs, weights, **params)`` gives a value a token ([T] or [T,K], or [T] of
-    a term that has one a position), or a datum's total.
+    a term that has one a position), or a datum's total. That of a term of scope group gets lists of
+    all these, with an entry a datum, and the datums' groups and whether each is chosen; it gives a
+    list of values.
     """
 
     name: str
@@ -200,6 +205,129 @@ def elastic_net(now, then, l1_ratio=0.5, **_):
     return l1_ratio * abs(now) + (1 - l1_ratio) * now**2
 
 
+def positional_sum(now, other, weights):
+    """``Σ w·(now - other)`` of a datum and ``Σ w``."""
+    pairs = zip(_flat(now), _flat(other), _flat(weights), strict=True)
+    kept = [(a - b, w) for a, b, w in pairs if w != 0]
+    return sum(w * d for d, w in kept), sum(w for _, w in kept)
+
+
+def _zeros(nested):
+    return [_zeros(x) for x in nested] if isinstance(nested, list) else 0.0
+
+
+def pairwise(fn):
+    """A naive term of one pair: ``fn`` gets sum, sum over the reference and length of both."""
+
+    def of_batch(now, then, inputs, weights, groups, chosen, **params):
+        stats = []
+        for x, row, w in zip(now, inputs, weights, strict=True):
+            (total, length) = positional_sum(x, _zeros(x), w)
+            (gain, _) = positional_sum(x, row["reference_logprobs"], w)
+            stats.append((total, gain, length))
+        count = range(len(now))
+        pairs = [(i, j) for i in count for j in count if groups[i] == groups[j]]
+        return [fn(stats[i], stats[j], **params) for i, j in pairs if chosen[i] and not chosen[j]]
+
+    return of_batch
+
+
+def mean(total, length):
+    return total / length if length else 0.0
+
+
+def log_sigmoid(x):
+    return -math.log1p(math.exp(-x))
+
+
+@pairwise
+def dpo(chosen, rejected, beta=0.1, kind="sigmoid", label_smoothing=0.0):
+    (_, gain, length), (_, other, other_length) = chosen, rejected
+    m = gain - other
+    if kind in ("ipo", "length_normalized"):
+        m = mean(gain, length) - mean(other, other_length)
+    if kind == "ipo":
+        return (m - 1 / (2 * beta)) ** 2
+    if kind == "hinge":
+        return max(0.0, 1 - beta * m)
+    win, lose = log_sigmoid(beta * m), log_sigmoid(-beta * m)
+    e = label_smoothing
+    if kind == "robust":
+        return (-(1 - e) * win + e * lose) / (1 - 2 * e)
+    return -(1 - e) * win - e * lose
+
+
+@pairwise
+def simpo(chosen, rejected, beta=2.0, gamma=1.0):
+    (total, _, length), (other, _, other_length) = chosen, rejected
+    return -log_sigmoid(beta * (mean(total, length) - mean(other, other_length)) - gamma)
+
+
+@pairwise
+def orpo(chosen, rejected, beta=0.1):
+    scores = [mean(total, n) if n else -math.log(2) for total, _, n in (chosen, rejected)]
+    odds = [s - math.log(1 - math.exp(s)) for s in scores]
+    return -scores[0] - beta * log_sigmoid(odds[0] - odds[1])
+
+
+@pairwise
+def cpo(chosen, rejected, beta=0.1, alpha=1.0):
+    (total, _, length), (other, _, _) = chosen, rejected
+    return -log_sigmoid(beta * (total - other)) - alpha * mean(total, length)
+
+
+@pairwise
+def bradley_terry(chosen, rejected, beta=1.0):
+    return -log_sigmoid(beta * (chosen[0] - rejected[0]))
+
+
+def kto(now, then, inputs, weights, groups, chosen, beta=0.1, desirable=1.0, undesirable=1.0):
+    rows = [*zip(now, then, inputs, weights, strict=True)]
+    gains = [positional_sum(x, row["reference_logprobs"], w)[0] for x, _, row, w in rows]
+    fixed = [positional_sum(x, row["reference_logprobs"], w)[0] for _, x, row, w in rows]
+    values = []
+    for gain, group, good in zip(gains, groups, chosen, strict=True):
+        members = [f for f, g in zip(fixed, groups, strict=True) if g == group]
+        z = max(0.0, sum(members) / len(members))
+        x = beta * (gain - z) if good else beta * (z - gain)
+        values.append((desirable if good else undesirable) * (1 - 1 / (1 + math.exp(-x))))
+    return values
+
+
+def consistency(now, then, inputs, weights, groups, chosen, anchored=False):
+    values = []
+    for i, a in enumerate(then if anchored else now):
+        for j, b in enumerate(now):
+            if groups[i] == groups[j] and chosen[i] and not chosen[j]:
+                both = [p * q for p, q in zip(_flat(weights[i]), _flat(weights[j]), strict=True)]
+                squares = [(x - y) ** 2 / 2 for x, y in zip(_flat(a), _flat(b), strict=True)]
+                total = sum(w * v for w, v in zip(both, squares, strict=True) if w)
+                values.append(mean(total, sum(both)))
+    return values
+
+
+@positionwise
+def distill(now, then, row, direction="forward", support="tail", beta=0.5):
+    q = row["teacher_logprobs"]
+    if not isinstance(now, list):
+        return then - q + ((now - q) ** 2 - (then - q) ** 2) / 2
+    p, q = [math.exp(x) for x in now], [math.exp(x) for x in q]
+    if support == "tail":
+        p, q = [*p, 1 - sum(p)], [*q, 1 - sum(q)]
+    else:
+        p, q = [x / sum(p) for x in p], [x / sum(q) for x in q]
+
+    def divergence(a, b):
+        return sum(x * math.log(x / y) for x, y in zip(a, b, strict=True))
+
+    if direction == "forward":
+        return divergence(q, p)
+    if direction == "reverse":
+        return divergence(p, q)
+    m = [beta * y + (1 - beta) * x for x, y in zip(p, q, strict=True)]
+    return beta * divergence(q, m) + (1 - beta) * divergence(p, m)
+
+
 CASES = [
     Case("nll", nll),
     Case("dft", dft),
@@ -223,6 +351,27 @@ CASES = [
     Case("gspo", gspo),
     Case("gspo", gspo, {"clip_low": 0.9, "clip_high": 3.0}),
     Case("gmpo", gmpo),
+    Case("dpo", dpo),
+    Case("dpo", dpo, {"label_smoothing": 0.1}),
+    Case("dpo", dpo, {"kind": "ipo"}),
+    Case("dpo", dpo, {"kind": "hinge", "beta": 0.5}),
+    Case("dpo", dpo, {"kind": "robust", "label_smoothing": 0.2}),
+    Case("dpo", dpo, {"kind": "length_normalized", "beta": 2.0}),
+    Case("simpo", simpo),
+    Case("orpo", orpo),
+    Case("cpo", cpo),
+    Case("bradley_terry", bradley_terry),
+    Case("kto", kto),
+    Case("kto", kto, {"desirable": 1.5, "undesirable": 0.5, "beta": 1.0}),
+    Case("consistency", consistency, shapes=PAIRED),
+    Case("consistency", consistency, {"anchored": True}, PAIRED),
+    Case("distill", distill, {"direction": "reverse"}),
+    *(
+        Case("distill", distill, {"direction": direction, "support": support}, ALTERNATIVES)
+        for direction in ("forward", "reverse", "jsd")
+        for support in ("tail", "renormalize")
+    ),
+    Case("distill", distill, {"direction": "jsd", "beta": 0.1}, ALTERNATIVES),
     Case("kl", kl),
     Case("kl", kl, {"estimator": "k1"}),
     Case("kl", kl, {"estimator": "k3"}),

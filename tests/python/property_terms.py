@@ -8,6 +8,7 @@ written as one function and differentiated by autograd at once.
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from dataclasses import dataclass
 
@@ -138,6 +139,57 @@ def _result(logprobs, formula, scale, fault):
         first = logprobs[0].flatten()[0]
         loss = loss + (first - first.detach()).sqrt()
     return loss, {"datums": len(logprobs)}
+
+
+class Shared:
+    """What the terms of a step have in common: parameters, and a feature that the first of them
+    that runs computes for all."""
+
+    def __init__(self):
+        values = (0.75, -0.25)
+        self.parameters = [torch.nn.Parameter(torch.tensor(x, dtype=torch.float64)) for x in values]
+        self._feature = None
+        self._lock = threading.Lock()
+
+    def feature(self, logprobs):
+        with self._lock:
+            if self._feature is None:
+                scale, _ = self.parameters
+                self._feature = [(0.5 * x).exp() * scale for x in logprobs]
+            return self._feature
+
+
+@dataclass(frozen=True)
+class Linked:
+    """One term of an example whose terms have parameters and parts of their graphs in common."""
+
+    formula: object
+    weight: float
+    place: str
+    has_parameters: bool
+    shares: bool
+
+    def loss(self, logprobs, shared):
+        inputs = shared.feature(logprobs) if self.shares else logprobs
+        if self.has_parameters:
+            scale, shift = shared.parameters
+            inputs = [scale * x + shift for x in inputs]
+        return self.formula(inputs) + logprobs[0].sum()
+
+    def as_regularizer(self, name, shared):
+        def term(data, logprobs):
+            return self.loss(logprobs, shared), {}
+
+        async def awaits(data, logprobs):
+            await asyncio.sleep(0)
+            return self.loss(logprobs, shared), {}
+
+        return {
+            "fn": awaits if self.place == "async" else term,
+            "weight": self.weight,
+            "name": name,
+            "run_in_executor": self.place == "thread",
+        }
 
 
 _in_place = {

@@ -28,10 +28,10 @@ def compute(fn, logprobs, **options):
     return Composer(None, [Regularizer(fn, 1.0, "term", **options)]).compute(DATA, logprobs)
 
 
-@pytest.fixture(params=["own loop", "caller's loop"])
+@pytest.fixture(params=["own", "callers"])
 def computed(request):
     """Compute a composition on either loop."""
-    if request.param == "own loop":
+    if request.param == "own":
         return lambda composer, logprobs: composer.compute(DATA, logprobs)
     return lambda composer, logprobs: asyncio.run(composer.compute_async(DATA, logprobs))
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from naive_terms import CASES, Case
+from naive_terms import CASES, CHOSEN, GROUPS, Case
 from tinker_custom_loss import Composer, Regularizer, TensorBatch, term
 from tinker_custom_loss.terms import CATALOGUE
 from tinker_custom_loss.terms.reduction import REDUCTIONS
@@ -27,6 +27,7 @@ class Rows:
         self.logprobs = [self._logprobs(shape) for shape in shapes]
         self.inputs = [self._inputs(shape) for shape in shapes]
         self.weights = [self._weights(shape, weighted) for shape in shapes]
+        self.groups, self.chosen = GROUPS[: len(shapes)], CHOSEN[: len(shapes)]
 
     def _random(self, shape):
         return torch.rand(shape, generator=self._generator, dtype=torch.float64)
@@ -57,8 +58,12 @@ class Rows:
     @property
     def data(self):
         return [
-            SimpleNamespace(loss_fn_inputs={"weights": weights, **inputs})
-            for weights, inputs in zip(self.weights, self.inputs, strict=True)
+            SimpleNamespace(
+                loss_fn_inputs={"weights": w, "group": group, "chosen": chosen, **inputs}
+            )
+            for w, group, chosen, inputs in zip(
+                self.weights, self.groups, self.chosen, self.inputs, strict=True
+            )
         ]
 
     @property
@@ -80,7 +85,22 @@ class Rows:
         other.logprobs = [self.logprobs[i] for i in indices]
         other.inputs = [self.inputs[i] for i in indices]
         other.weights = [self.weights[i] for i in indices]
+        other.groups = [self.groups[i] for i in indices]
+        other.chosen = [self.chosen[i] for i in indices]
         return other
+
+    def permuted(self, flat, order):
+        split = self.batch.with_flat(flat).tensors()
+        return torch.cat([split[i].reshape(-1) for i in order])
+
+    def parts(self, made):
+        """Indices of the datums, apart as far as the term's scope lets them be."""
+        if made.scope != "group":
+            return [[i] for i in range(len(self.shapes))]
+        return [
+            [i for i, group in enumerate(self.groups) if group == each]
+            for each in sorted({*self.groups})
+        ]
 
 
 # --- The naive side ------------------------------------------------------------------------
@@ -88,38 +108,34 @@ class Rows:
 
 def total(values, weights):
     """``Σ w·v`` of a datum, and ``Σ w``: both over the values, of which there may be K a weight."""
-    if not isinstance(values, list):
-        return values, None
     pairs = []
     for value, weight in zip(values, weights, strict=True):
         pairs += [(v, weight) for v in (value if isinstance(value, list) else [value])]
     return sum(w * v for v, w in pairs if w != 0), sum(w for _, w in pairs)
 
 
-def naive_loss(case: Case, rows: Rows, now, reduction, normalizer=None):
-    sums, lengths = [], []
-    for i, then in enumerate(rows.logprobs):
-        inputs = {key: column.tolist() for key, column in rows.inputs[i].items()}
-        weights = rows.weights[i].tolist()
-        if CATALOGUE[case.name].scope == "sequence":
-            shape = rows.shapes[i]
-            weights = [[w] * shape[1] for w in weights] if len(shape) == 2 else weights
-            sums.append(case.naive(now[i], then.tolist(), inputs, weights, **case.params))
-            lengths.append(sum(sum(w) if isinstance(w, list) else w for w in weights))
-        else:
-            values = case.naive(now[i], then.tolist(), inputs, None, **case.params)
-            value, length = total(values, weights)
-            sums.append(value)
-            lengths.append(length)
-    loss = {
-        "token_sum": lambda: sum(sums),
-        "token_mean": lambda: sum(sums) / sum(lengths),
-        "sequence_mean_token_sum": lambda: sum(sums) / len(sums),
-        "sequence_mean_token_mean": lambda: (
-            sum(s / n if n else 0.0 for s, n in zip(sums, lengths, strict=True)) / len(sums)
-        ),
-    }[reduction]()
-    return loss / (normalizer or 1.0)
+def naive_loss(case: Case, rows: Rows, now, reduction):
+    inputs = [{key: x.tolist() for key, x in row.items()} for row in rows.inputs]
+    then = [x.tolist() for x in rows.logprobs]
+    weights = [
+        w.tolist() if len(shape) == 1 else [[each] * shape[1] for each in w.tolist()]
+        for w, shape in zip(rows.weights, rows.shapes, strict=True)
+    ]
+    lengths = [float(torch.tensor(w).sum()) for w in weights]
+    if CATALOGUE[case.name].scope == "group":
+        values = case.naive(now, then, inputs, weights, rows.groups, rows.chosen, **case.params)
+        divisor = {"token_sum": 1.0, "token_mean": sum(lengths)}.get(reduction, len(values))
+        return sum(values) / divisor
+    sums = []
+    for i, args in enumerate(zip(now, then, inputs, weights, strict=True)):
+        values = case.naive(*args, **case.params)
+        if isinstance(values, list):  # of tokens
+            values, lengths[i] = total(values, rows.weights[i].tolist())
+        sums.append(values)
+    if reduction == "sequence_mean_token_mean":
+        return sum(s / n for s, n in zip(sums, lengths, strict=True) if n) / len(sums)
+    divisor = {"token_sum": 1.0, "token_mean": sum(lengths)}.get(reduction, len(sums))
+    return sum(sums) / divisor
 
 
 def finite_differences(case, rows, reduction, eps=1e-6):
@@ -185,13 +201,15 @@ class TestReduced:
         rows, made = Rows(case.shapes), CATALOGUE[case.name]
         options = {"reduction": reduction, **case.params}
         whole = rows.of(made, **options)
-        indices = [*range(len(rows.shapes))]
-        parts = [rows.part(indices[1:]), rows.part(indices[:1])]
+        first, *others = rows.parts(made)
+        rest = [index for indices in others for index in indices]
+        order = [*rest, *first]
+        parts = [rows.part(rest), rows.part(first)]
         totals = made.totals(rows.data, rows.batch, **options)
         each = [part.of(made, totals=totals, **options) for part in parts]
         assert sum(float(x.loss) for x in each) == pytest.approx(float(whole.loss))
-        joined = torch.cat([each[1].gradient, each[0].gradient])
-        torch.testing.assert_close(joined, whole.gradient)
+        joined = torch.cat([x.gradient for x in each])
+        torch.testing.assert_close(joined, rows.permuted(whole.gradient, order))
         own = [made.totals(part.data, part.batch, **options) for part in parts]
         assert {key: own[0][key] + own[1][key] for key in totals} == pytest.approx(totals)
 
@@ -202,7 +220,7 @@ class TestReduced:
         assert sum(float(x.sum()) for x in parts) == pytest.approx(
             float(rows.of(made, **options).loss)
         )
-        assert len(parts) == len(rows.data)
+        assert made.scope == "group" or len(parts) == len(rows.data)
 
 
 @every_case
@@ -213,9 +231,7 @@ class TestEvery:
         options = {"reduction": "sequence_mean_token_mean", **case.params}
         forward, backward = rows.of(made, **options), rows.part(order).of(made, **options)
         assert float(backward.loss) == pytest.approx(float(forward.loss))
-        split = rows.batch.with_flat(forward.gradient).tensors()
-        permuted = torch.cat([split[i].reshape(-1) for i in order])
-        torch.testing.assert_close(backward.gradient, permuted)
+        torch.testing.assert_close(backward.gradient, rows.permuted(forward.gradient, order))
 
     def test_the_weight_of_the_term_scales_its_gradient(self, case):
         rows, made = Rows(case.shapes), CATALOGUE[case.name]
@@ -265,7 +281,7 @@ class TestEvery:
         rows.weights = [torch.zeros_like(w) for w in rows.weights]
         for reduction in REDUCTIONS:
             evaluated = rows.of(made, reduction=reduction, **case.params)
-            assert float(evaluated.loss) == 0
+            assert float(evaluated.loss) == 0 or made.scope == "group"
             assert (evaluated.gradient == 0).all()
 
     @pytest.mark.parametrize("extreme", [0.0, -1e-8, -50.0, -math.inf])
@@ -302,12 +318,12 @@ class TestEvery:
         assert float(low.loss) == pytest.approx(float(high.loss), rel=1e-5, abs=1e-5)
         torch.testing.assert_close(low.gradient.double(), high.gradient, rtol=1e-5, atol=1e-5)
 
-    def test_each_datum_alone_is_what_it_is_in_the_batch(self, case):
+    def test_each_datum_or_group_alone_is_what_it_is_in_the_batch(self, case):
         rows, made = Rows(case.shapes), CATALOGUE[case.name]
-        together = rows.batch.with_flat(rows.of(made, **case.params).gradient).tensors()
-        for index, expected in enumerate(together):
-            alone = rows.part([index]).of(made, **case.params)
-            torch.testing.assert_close(alone.gradient, expected.reshape(-1))
+        together = rows.of(made, **case.params).gradient
+        for indices in rows.parts(made):
+            alone = rows.part(indices).of(made, **case.params)
+            torch.testing.assert_close(alone.gradient, rows.permuted(together, indices))
 
     def test_a_detached_value_does_not_pass(self, case):
         made = CATALOGUE[case.name]

@@ -53,24 +53,60 @@ def test_the_versions_are_those_that_the_package_declares() -> None:
     assert project["dependencies"] == [f"{name}>={low}" for name, low in doctor.REQUIRED.items()]
 
 
-def test_terms_lists_builtin_and_loaded_terms(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    (tmp_path / "listed_losses.py").write_text(
+@pytest.fixture(scope="module")
+def listed_losses(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("losses") / "listed_losses.py"
+    path.write_text(
         "async def gap(data, logprobs, *, margin: float, power=2):\n"
         '    """The gap.\n\n    More of it.\n    """\n'
+        "def gap_between_neighbours(data, logprobs):\n    pass\n"
     )
-    assert main(["terms", "--load", str(tmp_path / "listed_losses.py")]) == 0
-    listed = capsys.readouterr().out
+    return str(path)
+
+
+def test_terms_lists_a_line_a_term(capsys: pytest.CaptureFixture[str], listed_losses: str) -> None:
+    assert main(["terms", "--load", listed_losses]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "built in"
+    row = re.compile(r"  nll +Negative log-likelihood: -ℓ, Tinker's cross_entropy\.")
+    assert any(map(row.fullmatch, lines))
+    loaded = lines.index("listed_losses")
+    assert lines[loaded + 1 :] == [
+        "  listed_losses:gap                   The gap.",
+        "  listed_losses:gap_between_neighbours",
+        "                                      (no docstring)",
+        "",
+        "For what one takes, name it: terms listed_losses:gap_between_neighbours",
+    ]
+    # What a column and a few headings add, and no wall.
+    assert max(map(len, lines)) <= 100
+    assert len(lines) < 2 * len([line for line in lines if re.match(r"  \S", line)])
+
+
+def test_terms_tells_all_of_those_that_are_named(
+    capsys: pytest.CaptureFixture[str], listed_losses: str
+) -> None:
+    assert main(["terms", "--load", listed_losses, "kl", "listed_losses:gap"]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith("kl  (builtin, scope token, reads reference_logprobs)\n")
+    assert "    estimator = 'k2'  (k1 | k2 | k3 | k3_weighted | exact)\n" in told
     assert (
-        "kl  (builtin, scope token; reads reference_logprobs)\n    ``KL(model ‖ reference)``"
-        in listed
-    )
-    assert "        estimator = 'k2'  (k1 | k2 | k3 | k3_weighted | exact)\n" in listed
-    assert (
-        "listed_losses:gap  (loaded, async, scope batch)\n    The gap.\n"
-        "        margin: float\n        power = 2\n\n" in listed
-    )
+        "listed_losses:gap  (loaded, async, scope batch)\n    margin: float\n    power = 2\n\n"
+        "    The gap.\n\n    More of it.\n"
+    ) in told
+
+
+def test_terms_names_the_nearest_of_one_that_is_not_there(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["terms", "entropi"]) == 1
+    assert "there is no term 'entropi'; there are entropy" in capsys.readouterr().err
+
+
+def test_the_page_of_terms_is_that_of_the_code(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["terms", "--markdown"]) == 0
+    committed = (Path(__file__).parents[2] / "docs/terms.md").read_text(encoding="utf-8")
+    assert capsys.readouterr().out == committed
 
 
 def test_terms_of_a_module_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:

@@ -337,9 +337,12 @@ class TestTermsThatFail:
         assert isinstance(caught.value.__cause__, KeyError)
 
     @pytest.mark.parametrize("fn", [raises, exits, returns_vector])
-    def test_a_skipped_term_is_recorded_and_contributes_nothing(self, logprobs, fn):
+    def test_a_skipped_term_is_logged_recorded_and_contributes_nothing(self, logprobs, fn, caplog):
         terms = [spec(fn, 5.0, "bad", on_error="skip"), spec(square, 1.0, "good")]
         composition = Composer(total, terms).compute(DATA, logprobs)
+        (warning,) = caplog.messages
+        assert warning.startswith('the term "bad" ')
+        assert warning.endswith("; it is skipped, and contributes 0 to this step")
         alone = Composer(total, terms[1:]).compute(DATA, logprobs)
         assert composition.loss_total == alone.loss_total
         assert torch.equal(composition.gradient.flat, alone.gradient.flat)
@@ -393,9 +396,11 @@ class TestNonFinite:
         with pytest.raises(NonFiniteError, match=r"logprobs themselves .* datum 1, token \[1, 0\]"):
             Composer(square).compute(DATA, logprobs)
 
-    def test_skip(self, logprobs):
+    def test_skip(self, logprobs, caplog):
         term = spec(nan_gradient_in_datum_1, 1.0, "nan", on_non_finite="skip")
         composition = Composer(total, [term]).compute(DATA, logprobs)
+        assert "datum 1" in caplog.text
+        assert "it is skipped" in caplog.text
         assert composition.loss_total == -28
         assert composition.gradients[1].tolist() == [[1, 1], [1, 1]]
         assert "datum 1" in composition.telemetry["regularizers"]["nan"]["error"]

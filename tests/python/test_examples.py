@@ -43,7 +43,8 @@ def test_the_page_is_one_program(tmp_path):
     program = tmp_path / "trainingclient.py"
     program.write_text("\n".join(lines) + "\n", encoding="utf-8")
     output = run(program, tmp_path)
-    assert 'the term "ratio" raised ZeroDivisionError: no tokens' in output
+    assert 'the term "failing" raised ZeroDivisionError: no tokens' in output
+    assert "this call was refused, because step 0 failed before it" in output
 
 
 def test_topology_and_sparsity(tmp_path):

@@ -21,9 +21,11 @@ import term_library as library
 import tinker_custom_loss
 from tinker_custom_loss import Composer, Regularizer, RequestError, TermError, TermTimeoutError
 from tinker_custom_loss.running import processes as term_processes
+from tinker_custom_loss.running import threads as term_threads
 from tinker_custom_loss.running.modes import Modes
 
 K = 2
+DATA = [None, None]
 
 
 @pytest.fixture
@@ -281,6 +283,29 @@ class TestTimeouts:
             Composer(None, [term]).compute([None, None], logprobs)
         go_on.set()
         pool.shutdown()
+
+    def test_late_threads_are_bounded_and_spoken_of(self, logprobs, monkeypatch, caplog):
+        monkeypatch.setattr(term_threads, "MOST_LEFT_BEHIND", 3)
+        go_on, ended = threading.Event(), threading.Semaphore(0)
+
+        def waits(data, logprobs):
+            go_on.wait(60)
+            ended.release()
+            return logprobs[0].sum(), {}
+
+        term = Regularizer(waits, 1.0, "slow", run_in_executor=True, timeout=0.01, on_error="skip")
+        composer = Composer(library.square, [term])
+        errors = [
+            composer.compute(DATA, logprobs).telemetry["regularizers"]["slow"]["error"]
+            for _ in range(5)
+        ]
+        go_on.set()
+        assert ["outlived its timeout" in error for error in errors] == 3 * [True] + 2 * [False]
+        assert 'set run_in_executor to "process"' in errors[3]
+        assert len(caplog.records) >= 3
+        assert "thread 3 of at most 3" in caplog.text
+        for _ in range(3):
+            assert ended.acquire(timeout=60)
 
     def test_of_an_async_term_ends_it(self, logprobs):
         ended = threading.Event()

@@ -13,12 +13,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from property_terms import FORMULAS, PLACES, Drawn
+from property_terms import FORMULAS, PLACES, Drawn, Linked, Shared
 from tinker_custom_loss import Composer, TermError
 
 sizes = st.integers(1, 6)
 shapes = st.one_of(st.tuples(sizes), st.tuples(sizes, sizes))
-dtypes = st.sampled_from([torch.float32, torch.float64])
+dtypes = st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16])
 datums = st.lists(st.tuples(shapes, dtypes), min_size=1, max_size=5)
 finite = st.floats(-3, 3, allow_nan=False, width=32)
 
@@ -64,6 +64,14 @@ def composed(composer, logprobs, step, awaited=False):
     return composer.compute(data, logprobs, step=step)
 
 
+def assert_close(got, want, scale):
+    """Up to the rounding of float32, relative to what was added up, and of the type it is in."""
+    rounding = 1e-6 * scale
+    kind = torch.finfo(got.dtype)
+    rounding += 10 * (kind.eps * float(got.double().norm()) + kind.tiny)
+    assert float((got - want).norm()) <= rounding
+
+
 def assert_that_of_one_function(composition, base, terms, logprobs, step):
     leaves = [x.clone().double().requires_grad_() for x in logprobs]
     losses = [term.loss(leaves, step) for term in terms]
@@ -75,8 +83,9 @@ def assert_that_of_one_function(composition, base, terms, logprobs, step):
     ]
     # Relative to what was added up: terms of opposite sign may cancel almost entirely.
     scale = sum(float(torch.cat([g.flatten() for g in part]).norm()) for part in parts)
-    for got, *want in zip(composition.gradients, *parts, strict=True):
-        assert float((got - sum(want)).norm()) <= 1e-6 * scale
+    for x, got, *want in zip(logprobs, composition.gradients, *parts, strict=True):
+        assert (got.shape, got.dtype) == (x.shape, x.dtype)
+        assert_close(got, sum(want), scale)
     total = sum(float(loss.detach()) for loss in losses)
     scale = 1 + sum(abs(float(loss.detach())) for loss in losses)
     scale += sum(abs(term.weight_at(step) * term.scale) for term in terms)  # logsumexp cancels
@@ -96,6 +105,50 @@ def test_the_composed_gradient_is_the_monolithic_one(datums, terms, base, step, 
     assert torch.equal(again.gradient.flat, composition.gradient.flat)
     assert again.loss_total == composition.loss_total
     assert all(torch.equal(x, y) for x, y in zip(logprobs, given, strict=True))
+
+
+linked = st.lists(
+    st.builds(
+        Linked,
+        formula=st.sampled_from(FORMULAS),
+        weight=finite,
+        place=st.sampled_from(["inline", "async", "thread"]),
+        has_parameters=st.booleans(),
+        shares=st.booleans(),
+    ),
+    min_size=1,
+    max_size=5,
+)
+
+
+@given(datums, linked, seeds, st.sampled_from(["compute", "compute_async", "backward"]))
+def test_parameters_and_shared_graphs_get_what_one_backward_gives(datums, terms, seed, way):
+    logprobs = drawn_logprobs(datums, seed)
+    leaves = [x.clone().requires_grad_() for x in logprobs]
+    step, expected = Shared(), Shared()
+    composer = Composer(None, [t.as_regularizer(f"term {i}", step) for i, t in enumerate(terms)])
+    if way == "backward":
+        loss, _ = composer([None] * len(leaves), leaves)
+        loss.backward()
+        got = [x.grad for x in leaves]
+    else:
+        got = composed(composer, logprobs, None, way == "compute_async").gradients
+    got = [*got, *(p.grad for p in step.parameters)]
+
+    wide = [x.clone().double().requires_grad_() for x in logprobs]
+    parts = [
+        torch.autograd.grad(
+            t.weight * t.loss(wide, expected),
+            [*wide, *expected.parameters],
+            retain_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        for t in terms
+    ]
+    scale = sum(float(torch.cat([g.flatten() for g in part]).norm()) for part in parts)
+    for gradient, *want in zip(got, *parts, strict=True):
+        assert_close(torch.zeros(()) if gradient is None else gradient, sum(want), scale)
 
 
 @given(datums, faulty, bases, st.integers(0, 100), seeds, st.booleans())

@@ -94,6 +94,18 @@ def test_a_check_can_be_skipped(check, flawed):
     assert check not in failures(term, process=check == "process", skip=[check])
 
 
+@pytest.mark.parametrize("gradient", [None, torch.tensor(3.0)])
+def test_parameters_keep_the_gradient_that_they_had(gradient):
+    temperature = torch.nn.Parameter(torch.tensor(0.5))
+    temperature.grad = gradient
+
+    def scaled(data, logprobs):
+        return temperature * sound(data, logprobs)[0], {}
+
+    check_term(scaled)
+    assert temperature.grad is None if gradient is None else temperature.grad == 3.0
+
+
 def test_messages_say_where_and_what_to_do():
     said = failures(detaches_a_factor, shapes=[(1,), (2, 2)])["gradient"]
     assert re.search(r"at datum \d, token .* by autograd and .* by finite", said)

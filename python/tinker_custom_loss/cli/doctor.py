@@ -14,7 +14,7 @@ from functools import partial
 
 __all__ = ["REQUIRED", "Finding", "examine"]
 
-REQUIRED = {"msgpack": "1.0", "numpy": "1.26", "tinker": "0.30", "torch": "2.2"}
+REQUIRED = {"msgpack": "1.0", "numpy": "1.26", "tinker": "0.30", "torch": "2.4"}
 """Packages and the lowest versions of them, as in pyproject.toml."""
 
 _PYTHON = (3, 11)

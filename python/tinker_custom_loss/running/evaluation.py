@@ -28,6 +28,7 @@ from .context import running
 from .differentiation import Evaluation, check_unchanged, differentiate, leaf_of
 from .event_loop import OWN_LOOP, Waiting
 from .modes import Modes
+from .threads import on_this_thread
 
 _CATALOGUE = f"{__package__.removesuffix('.running')}.terms."
 
@@ -74,11 +75,12 @@ def evaluate(
     """
     started = time.perf_counter()
     leaf = call.leaf(logprobs)
-    with running(call.name), modes.entered(), guarding(call.name, leaf):
-        returned = call(data, leaf)
-        if inspect.isawaitable(returned):
-            returned = waiting.wait(returned, modes)
-    return differentiate(call.name, returned, leaf, gradients, started)
+    with on_this_thread():
+        with running(call.name), modes.entered(), guarding(call.name, leaf):
+            returned = call(data, leaf)
+            if inspect.isawaitable(returned):
+                returned = waiting.wait(returned, modes)
+        return differentiate(call.name, returned, leaf, gradients, started)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import functools
 import logging
 import os
@@ -20,6 +21,7 @@ from typing import Any, Protocol
 from ..errors import RequestError
 from .context import current_term
 from .modes import Modes, OwnModes, child_tasks_have_own_modes
+from .threads import interrupt
 
 __all__ = ["OWN_LOOP", "CallersLoop", "Loop", "Waiting"]
 
@@ -54,16 +56,52 @@ class OwnLoop:
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
+        self._closing = False
 
     def submit(self, call: AsyncCall, modes: Modes) -> concurrent.futures.Future[Any]:
         with self._lock:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
                 self._thread = threading.Thread(
-                    target=_run, args=(self._loop,), name="tinker-custom-loss-async", daemon=True
+                    target=self._run,
+                    args=(self._loop,),
+                    name="tinker-custom-loss-async",
+                    daemon=True,
                 )
                 self._thread.start()
         return _start(call, modes, self._loop)
+
+    @property
+    def stuck(self) -> bool:
+        """Whether it is closed but a term goes on holding its thread."""
+        return self._closing and self._thread is not None and self._thread.is_alive()
+
+    def close(self, seconds: float) -> None:
+        """End the tasks that still run, background tasks of terms among them, and the thread."""
+        with self._lock:
+            self._closing = True
+            loop, thread = self._loop, self._thread
+        if loop is None or thread is None:
+            return
+        ending = asyncio.run_coroutine_threadsafe(_end_tasks(seconds / 2), loop)
+        with contextlib.suppress(concurrent.futures.TimeoutError):
+            ending.result(seconds)
+        loop.call_soon_threadsafe(loop.stop)
+        if not ending.done() and thread.ident is not None:
+            interrupt(thread.ident)  # a term that does not await
+        thread.join(seconds / 2)
+        if not thread.is_alive():
+            loop.close()
+
+    def _run(self, loop: asyncio.AbstractEventLoop) -> None:
+        while True:
+            try:
+                loop.run_forever()
+                return
+            except BaseException:  # SystemExit in a task that a term started ends run_forever
+                if self._closing:
+                    return
+                logger.exception("a task of an async term tried to end the event loop")
 
     def check_may_wait(self) -> None:
         if threading.current_thread() is self._thread:
@@ -160,12 +198,11 @@ class Waiting:
             if not begun and isinstance(awaitable, Coroutine):
                 awaitable.close()
 
-    def cancel(self) -> None:
-        """End it."""
+    def cancel(self) -> bool:
+        """End it; whether there was something to end."""
         with self._lock:
             self._cancelled = True
-            if self._future is not None:
-                self._future.cancel()
+            return self._future is not None and self._future.cancel()
 
 
 def _start(
@@ -183,9 +220,10 @@ def _start(
         raise
 
 
-def _run(loop: asyncio.AbstractEventLoop) -> None:
-    while True:
-        try:
-            loop.run_forever()
-        except BaseException:  # SystemExit in a task that a term started ends run_forever
-            logger.exception("a task of an async term tried to end the event loop")
+async def _end_tasks(seconds: float) -> None:
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        await asyncio.wait(tasks, timeout=seconds)
+    await asyncio.get_running_loop().shutdown_asyncgens()

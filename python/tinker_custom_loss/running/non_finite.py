@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from ..tensors.gradients import ParameterGradient
 from .differentiation import Evaluation
 
 __all__ = ["CheckedEvaluation", "check_finite", "record_of"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ def check_finite(
         return CheckedEvaluation(result, gradient, norm, zeroed_parameters, zeroed)
     error = _non_finite_error(term.name, result, gradient, batch)
     if term.on_non_finite == "skip":
+        logger.warning("%s; it is skipped, and contributes 0 to this step", error)
         return CheckedEvaluation(None, None, 0.0, error=str(error))
     raise error
 

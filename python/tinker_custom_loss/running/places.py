@@ -23,6 +23,7 @@ from typing import Any
 from ..errors import RequestError, TermError, TermTimeoutError
 from ..regularizer import Regularizer
 from ..tensors.batch import TensorBatch
+from . import exits  # noqa: F401 - has what runs here ended when the interpreter ends
 from .context import running
 from .differentiation import Evaluation, differentiate
 from .evaluation import (
@@ -219,12 +220,13 @@ def _start_thread(
     surroundings: Surroundings,
     expires: float,
 ) -> Started:
+    THREADS.check_room(call.name)
     waiting = Waiting(surroundings.loop)
     future = THREADS.submit(evaluate, call, data, logprobs, gradients, surroundings.modes, waiting)
 
     def abandon() -> None:
-        future.cancel()
-        waiting.cancel()
+        if not waiting.cancel():
+            THREADS.leave_behind(future, call.name)
 
     return Started(future, _as_is, abandon, expires)
 

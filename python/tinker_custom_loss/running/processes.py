@@ -77,6 +77,14 @@ def _spawn() -> _Worker:
     return worker
 
 
+def end_all() -> None:
+    """End every process: the interpreter ends."""
+    with _lock:
+        workers = list(_alive)
+    for worker in workers:
+        worker.process.kill()
+
+
 class ProcessRun:
     """One term in a process: :meth:`run` blocks for the evaluation, :meth:`kill` ends it early."""
 

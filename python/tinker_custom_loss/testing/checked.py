@@ -67,11 +67,14 @@ class CheckedTerm:
     def failures(self, skip: set[str]) -> dict[str, str]:
         """What each check that failed has to say, by its name."""
         found: dict[str, str] = {}
-        batch = self._find_batch(found)
-        if batch is not None:
-            self._check_side_effects(batch, found)
-            if not (found.keys() - skip) & {"unchanged", "data", "graph"}:
-                self._check_results(batch, found, skip)
+        try:
+            batch = self._find_batch(found)
+            if batch is not None:
+                self._check_side_effects(batch, found)
+                if not (found.keys() - skip) & {"unchanged", "data", "graph"}:
+                    self._check_results(batch, found, skip)
+        finally:
+            self._probe.restore_gradients()
         return {name: found[name] for name in CHECKS if name in found and name not in skip}
 
     def _find_batch(self, found: dict[str, str]) -> Batch | None:

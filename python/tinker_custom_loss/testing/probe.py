@@ -30,6 +30,7 @@ class Probe:
         self.modes: list[str] = []
         self.reached_back = False
         self._earlier: set[Any] = set()
+        self._gradients: dict[Tensor, Tensor | None] = {}
         self.fn = _around(fn, self)
 
     def call(self, fn: LossFn, data: Any, logprobs: list[Tensor], **params: Any) -> Any:
@@ -60,6 +61,11 @@ class Probe:
         self._follow(returned, logprobs)
         return returned
 
+    def restore_gradients(self) -> None:
+        """Give parameters that the losses led to the ``.grad`` that they had at first."""
+        for parameter, gradient in self._gradients.items():
+            parameter.grad = gradient
+
     def note_modes(self, before: dict[str, object], how: str, advice: str) -> None:
         """Note which of torch's modes are not what they were."""
         for mode, value in _modes().items():
@@ -78,9 +84,13 @@ class Probe:
         if not isinstance(returned, (tuple, list)) or not isinstance(returned[0], Tensor):
             return
         nodes, leaves = _graph([returned[0]])
+        own = _graph(logprobs)[1]
+        for parameter in leaves - own - self._gradients.keys():
+            gradient = parameter.grad
+            self._gradients[parameter] = None if gradient is None else gradient.clone()
         self.reached_back |= bool((nodes | leaves) & self._earlier)
         # A parameter is a leaf of every call; the logprobs are leaves of their own call alone.
-        self._earlier |= nodes | _graph(logprobs)[1]
+        self._earlier |= nodes | own
 
 
 def _around(fn: LossFn, probe: Probe) -> LossFn:

@@ -23,7 +23,7 @@ defmodule Tinkex.CustomLoss.Faults.DeadlinesTest do
 
   defp sixteen_mib(pool) do
     logprobs = [{:binary.copy(<<0::32>>, 4_194_304), [4_194_304]}]
-    timed(fn -> CustomLoss.compute(pool, nil, logprobs, base_loss: :l2, timeout: 300) end)
+    CustomLoss.compute(pool, nil, logprobs, base_loss: :l2, timeout: 300)
   end
 
   defp hold(pool, milliseconds) do
@@ -37,10 +37,9 @@ defmodule Tinkex.CustomLoss.Faults.DeadlinesTest do
 
   test "16 MB on their way to a worker that reads again in time: nobody is troubled",
        %{pool: pool, os_pid: os_pid} do
-    held = hold(pool, 1_000)
-    {ms, answer} = sixteen_mib(pool)
-    assert {:error, %TimeoutError{timeout: 300, stage: :computing}} = answer
-    assert ms < 400
+    held = hold(pool, 1_200)
+    assert {:error, %TimeoutError{timeout: 300, stage: :computing}} = sixteen_mib(pool)
+    refute Task.yield(held, 0)
 
     assert Task.await(held, 30_000) == {:ok, 5.0}
     assert_squaring(pool)
@@ -51,9 +50,8 @@ defmodule Tinkex.CustomLoss.Faults.DeadlinesTest do
   test "16 MB on their way to a worker that never reads again: it is replaced, both are answered",
        %{pool: pool, os_pid: os_pid} do
     held = hold(pool, 3_000)
-    {ms, answer} = sixteen_mib(pool)
-    assert {:error, %TimeoutError{timeout: 300, stage: :computing}} = answer
-    assert ms < 400
+    assert {:error, %TimeoutError{timeout: 300, stage: :computing}} = sixteen_mib(pool)
+    refute Task.yield(held, 0)
 
     # 1.5 s later the worker is ended, and what else it had tried again.
     assert Task.await(held, 30_000) == {:ok, 5.0}
@@ -63,19 +61,18 @@ defmodule Tinkex.CustomLoss.Faults.DeadlinesTest do
 
   test "a term that swallows what interrupts it is ended with its process",
        %{pool: pool, os_pid: os_pid} do
-    {ms, answer} = timed(fn -> square(pool, "pathological:swallows_interrupts", timeout: 200) end)
+    assert {:error, %TimeoutError{stage: :computing}} =
+             square(pool, "pathological:swallows_interrupts", timeout: 200)
 
-    assert {:error, %TimeoutError{stage: :computing}} = answer
-    assert ms < 300
+    assert alive?(os_pid)
     assert_gone(os_pid, 1_500 + 2_000)
     assert_squaring(pool)
   end
 
   test "an answer that is late by a moment reaches nobody", %{pool: pool, os_pid: os_pid} do
-    {ms, answer} = timed(fn -> square(pool, {@holds, %{milliseconds: 500}}, timeout: 200) end)
-
-    assert {:error, %TimeoutError{}} = answer
-    assert ms < 300
+    term = {@holds, %{milliseconds: 1_000}}
+    assert {:error, %TimeoutError{}} = square(pool, term, timeout: 200)
+    assert {:ok, %{in_flight: 1}} = CustomLoss.info(pool)
     eventually(fn -> match?({:ok, %{in_flight: 0}}, CustomLoss.info(pool)) end)
     assert_squaring(pool)
     assert os_pids(pool) == [os_pid]

@@ -33,21 +33,27 @@ defmodule Mix.Tasks.Tinkex.CustomLoss.Doctor do
 
     with {:ok, python, source} <- Python.choose(config.python),
          ok("#{source} names #{python}"),
-         :ok <- Python.check(python, config),
-         :ok <- python_doctor(python, config) do
+         :ok <- Python.check(python, config) do
+      python!(python, "doctor", config)
       round_trip(config)
     else
       {:error, error} -> fail(Exception.message(error))
-      :failed -> exit({:shutdown, 1})
     end
   end
 
   @doc false
-  # Shared with the task `terms`.
+  # Shared with the other tasks.
   def options!(args, switches) do
+    case parse!(args, switches) do
+      {opts, []} -> opts
+      {_opts, [word | _]} -> Mix.raise("#{word}: expected options")
+    end
+  end
+
+  @doc false
+  def parse!(args, switches) do
     case OptionParser.parse(args, strict: switches) do
-      {opts, [], []} -> opts
-      {_, [word | _], _} -> Mix.raise("#{word}: expected options")
+      {opts, words, []} -> {opts, words}
       {_, _, [{option, _} | _]} -> Mix.raise("#{option}: there is no such option")
     end
   end
@@ -57,14 +63,14 @@ defmodule Mix.Tasks.Tinkex.CustomLoss.Doctor do
     do: Keyword.take(opts, [:python]) ++ [load: Keyword.get_values(opts, :load)]
 
   @doc false
-  # A command of the Python package, whose output is ours.
-  def python(python, command, config) do
-    args = ["-m", "tinker_custom_loss", command | Enum.flat_map(config.load, &["--load", &1])]
+  # A command of the Python package, whose output is ours, and whose failure ends the task.
+  def python!(python, command, config, args \\ []) do
+    args = Enum.flat_map(config.load, &["--load", &1]) ++ args
+    args = ["-m", "tinker_custom_loss", command | args]
     {_, status} = Python.cmd(python, args, config, into: IO.stream(:stdio, :line))
-    if status == 0, do: :ok, else: :failed
+    if status != 0, do: exit({:shutdown, 1})
+    :ok
   end
-
-  defp python_doctor(python, config), do: python(python, "doctor", config)
 
   defp round_trip(config) do
     {:ok, _} = Application.ensure_all_started(:logger)
@@ -79,12 +85,13 @@ defmodule Mix.Tasks.Tinkex.CustomLoss.Doctor do
     opts = if config.python, do: [python: config.python] ++ opts, else: opts
 
     with {:ok, pool} <- CustomLoss.start_link(opts),
-         {:ok, %{gradients: [[-1.0, -3.0]]}} <-
-           CustomLoss.compute(pool, nil, [[-0.5, -1.5]], base_loss: :l2) do
+         {:ok, output} <- CustomLoss.compute(pool, nil, [[-0.5, -1.5]], base_loss: :l2) do
       Supervisor.stop(pool)
-      ok("a worker answers through its port")
+
+      if output.gradients == [[-1.0, -3.0]],
+        do: ok("a worker answers through its port"),
+        else: fail("the gradient of l2 is wrong: #{inspect(output.gradients)}")
     else
-      {:ok, output} -> fail("the gradient of l2 is wrong: #{inspect(output.gradients)}")
       {:error, error} -> fail(Exception.message(error))
     end
   end

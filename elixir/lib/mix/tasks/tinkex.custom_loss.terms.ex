@@ -2,10 +2,12 @@ defmodule Mix.Tasks.Tinkex.CustomLoss.Terms do
   @shortdoc "Lists what can be named as a term"
 
   @moduledoc """
-  Lists the terms that `:fn` of a base loss or regularizer may name, with their parameters.
+  Lists the terms that `:fn` of a base loss or regularizer may name, or tells all of those that are
+  named here: parameters, what they read, and their documentation.
 
       mix tinkex.custom_loss.terms
-      mix tinkex.custom_loss.terms --load my_losses
+      mix tinkex.custom_loss.terms kl
+      mix tinkex.custom_loss.terms --load my_losses my_losses:smoothness
 
   ## Options
 
@@ -24,15 +26,14 @@ defmodule Mix.Tasks.Tinkex.CustomLoss.Terms do
 
   @impl true
   def run(args) do
-    config = args |> Doctor.options!(@switches) |> Doctor.pool_options() |> Options.start!()
+    {opts, names} = Doctor.parse!(args, @switches)
+    config = opts |> Doctor.pool_options() |> Options.start!()
 
     with {:ok, python} <- Python.find(config.python),
-         :ok <- Python.check(python, config),
-         :ok <- Doctor.python(python, "terms", config) do
-      :ok
+         :ok <- Python.check(python, config) do
+      Doctor.python!(python, "terms", config, names)
     else
       {:error, error} -> Mix.raise(Exception.message(error))
-      :failed -> exit({:shutdown, 1})
     end
   end
 end

@@ -3,7 +3,7 @@ defmodule Tinkex.CustomLoss.EventLogger do
   # Telemetry events in words. One that cannot be put in words may not raise: telemetry detaches a
   # handler that does.
 
-  alias Tinkex.CustomLoss.Output
+  alias Tinkex.CustomLoss.{Output, WorkerError}
 
   require Logger
 
@@ -47,9 +47,11 @@ defmodule Tinkex.CustomLoss.EventLogger do
   end
 
   defp sentence([:tinkex_custom_loss, :worker, :down], measurements, metadata) do
-    {:trouble,
-     "#{pool(metadata)}: worker #{metadata.worker} ended: #{reason(metadata.reason)}; " <>
-       "the next one starts in #{ms(measurements.delay)}"}
+    sentence =
+      "#{pool(metadata)}: worker #{metadata.worker} ended: #{reason(metadata.reason)}; " <>
+        "the next one starts in #{ms(measurements.delay)}"
+
+    if WorkerError.planned?(metadata.reason), do: sentence, else: {:trouble, sentence}
   end
 
   defp sentence([:tinkex_custom_loss, :retry], _measurements, metadata),
@@ -78,5 +80,5 @@ defmodule Tinkex.CustomLoss.EventLogger do
   defp reason(%{__exception__: true} = error), do: Exception.message(error)
 
   defp reason(reason),
-    do: Exception.message(%Tinkex.CustomLoss.WorkerError{reason: reason})
+    do: Exception.message(%WorkerError{reason: reason})
 end

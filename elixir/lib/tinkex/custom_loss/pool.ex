@@ -19,7 +19,7 @@ defmodule Tinkex.CustomLoss.Pool do
   use GenServer
 
   alias Tinkex.CustomLoss.{OverloadedError, WorkerError}
-  alias Tinkex.CustomLoss.Pool.{Log, Reaper, Slot, Worker}
+  alias Tinkex.CustomLoss.Pool.{Line, Log, Reaper, Slot, Worker}
 
   @type handle :: %{
           supervisor: pid(),
@@ -74,7 +74,7 @@ defmodule Tinkex.CustomLoss.Pool do
   @doc "Answers the request of `reply_to`."
   def answer(reply_to, answer), do: tell(reply_to, {:answer, answer})
 
-  defp tell(reply_to, message), do: send(reply_to, {reply_to, message})
+  def tell(reply_to, message), do: send(reply_to, {reply_to, message})
 
   @doc "Milliseconds until a deadline in `System.monotonic_time(:millisecond)`, at least 0."
   @spec remaining(integer() | :infinity) :: timeout()
@@ -115,10 +115,9 @@ defmodule Tinkex.CustomLoss.Pool do
       slots: Map.new(1..config.workers, &{&1, Slot.new()}),
       # pid of a worker => index of its slot
       workers: %{},
-      # id => a request, with its place: :waiting, :retrying or the index of a slot
+      # id => a request that a worker has, and the index of its slot
       requests: %{},
-      waiting: :queue.new(),
-      retrying: :queue.new(),
+      line: %Line{},
       # Who waits for the first worker; for the last request, if there shall be no more; and for ...
       awaiting: [],
       draining: nil,
@@ -166,7 +165,7 @@ defmodule Tinkex.CustomLoss.Pool do
         refuse(reply_to, overloaded(state), state)
 
       true ->
-        {:noreply, request |> Map.merge(%{losses: [], place: nil}) |> admit(state) |> settle()}
+        {:noreply, request |> Map.put(:losses, []) |> admit(state) |> settle()}
     end
   end
 
@@ -179,10 +178,10 @@ defmodule Tinkex.CustomLoss.Pool do
 
   @impl true
   def handle_info({{:gone, id}, _monitor, :process, _pid, _reason}, state),
-    do: {:noreply, state |> withdraw(id) |> settle()}
+    do: {:noreply, settle(%{state | line: Line.withdraw(state.line, id)})}
 
   def handle_info({:timeout, _timer, {:deadline, id}}, state),
-    do: {:noreply, state |> withdraw(id) |> settle()}
+    do: {:noreply, settle(%{state | line: Line.withdraw(state.line, id)})}
 
   def handle_info({:DOWN, _monitor, :process, pid, reason}, %{workers: workers} = state)
       when is_map_key(workers, pid),
@@ -216,66 +215,33 @@ defmodule Tinkex.CustomLoss.Pool do
 
   defp admit(request, state) do
     if room?(state),
-      do: request |> place(roomiest(state), state),
+      do: place(request, roomiest(state), state),
       else: park(request, :waiting, state)
   end
 
-  # It waits here, where its deadline and its caller are watched until a worker does that.
-  defp park(request, place, state) do
-    request =
-      Map.merge(request, %{
-        place: place,
-        monitor: :erlang.monitor(:process, request.caller, tag: {:gone, request.id}),
-        timer: timer(request)
-      })
-
-    state = state |> Map.update!(place, &:queue.in(request.id, &1)) |> keep(request)
-    tell(request.reply_to, {:queued, queued(state)})
-    state
-  end
-
-  defp timer(%{deadline: :infinity}), do: nil
-
-  defp timer(%{deadline: deadline, id: id}),
-    do: :erlang.start_timer(deadline, self(), {:deadline, id}, abs: true)
-
-  defp unpark(request) do
-    Process.demonitor(request.monitor, [:flush])
-    if request.timer, do: :erlang.cancel_timer(request.timer)
-    request
-  end
+  defp park(request, place, state),
+    do: %{state | line: Line.join(state.line, place, request)}
 
   # In order, even if a later one would find room where the first does not: it would never be its turn.
   defp serve(state) do
-    with :none <- turn(state, :retrying, idle(state)),
-         :none <- turn(state, :waiting, roomiest(state)) do
-      state
-    else
-      {place, id, index} ->
-        state = Map.update!(state, place, &:queue.drop/1)
-        request = unpark(Map.fetch!(state.requests, id))
-        tell(request.reply_to, :granted)
-        request |> place(index, state) |> serve()
-    end
+    served = serve(state, :retrying, idle(state)) || serve(state, :waiting, roomiest(state))
+
+    if served, do: serve(served), else: state
   end
 
-  defp turn(_state, _place, nil), do: :none
+  defp serve(_state, _place, nil), do: nil
 
-  defp turn(state, place, index) do
-    case :queue.peek(Map.fetch!(state, place)) do
-      {:value, id} -> {place, id, index}
-      :empty -> :none
-    end
+  defp serve(state, place, index) do
+    with {request, line} <- Line.take(state.line, place),
+         do: place(request, index, %{state | line: line})
   end
 
   defp place(request, index, state) do
     slot = Map.fetch!(state.slots, index)
     Worker.request(slot.worker, slot.port, request)
     state = put_in(state.slots[index], Slot.take(slot, index, request.losses))
-    keep(state, %{request | place: index})
+    put_in(state.requests[request.id], {request, index})
   end
-
-  defp keep(state, request), do: put_in(state.requests[request.id], request)
 
   defp idle(state), do: Enum.find_value(state.slots, fn {i, slot} -> Slot.open?(slot, 1) && i end)
 
@@ -287,33 +253,20 @@ defmodule Tinkex.CustomLoss.Pool do
     |> elem(2)
   end
 
-  defp withdraw(state, id) do
-    case state.requests do
-      %{^id => %{place: place} = request} when is_atom(place) ->
-        unpark(request)
-        state |> Map.update!(place, &:queue.delete(id, &1)) |> drop(id)
-
-      # A worker has it by now, or had.
-      _elsewhere ->
-        state
-    end
-  end
-
   defp release(state, id) do
-    case state.requests do
-      %{^id => %{place: index}} when is_integer(index) ->
-        drop(update_in(state.slots[index], &Slot.release/1), id)
+    case Map.pop(state.requests, id) do
+      {{_request, index}, requests} ->
+        update_in(%{state | requests: requests}, [:slots, index], &Slot.release/1)
 
-      _unknown ->
+      # Of a worker that has ended since, by what was heard of it.
+      {nil, _requests} ->
         state
     end
   end
-
-  defp drop(state, id), do: %{state | requests: Map.delete(state.requests, id)}
 
   # A request of a worker that ended.
   defp lose(request, state, index, reason, begun) do
-    state = drop(state, request.id)
+    state = %{state | requests: Map.delete(state.requests, request.id)}
     losses = [{index, reason} | request.losses]
 
     cond do
@@ -334,13 +287,12 @@ defmodule Tinkex.CustomLoss.Pool do
     end
   end
 
-  defp room?(state), do: :queue.is_empty(state.waiting) and roomiest(state) != nil
-  defp full?(state), do: :queue.len(state.waiting) >= state.config.max_queue
-  defp queued(state), do: :queue.len(state.waiting) + :queue.len(state.retrying)
-  defp in_flight(state), do: map_size(state.requests) - queued(state)
+  defp room?(state), do: Line.size(state.line, :waiting) == 0 and roomiest(state) != nil
+  defp full?(state), do: Line.size(state.line, :waiting) >= state.config.max_queue
 
-  defp overloaded(state),
-    do: %OverloadedError{in_flight: in_flight(state), queued: queued(state)}
+  defp overloaded(state) do
+    %OverloadedError{in_flight: map_size(state.requests), queued: Line.size(state.line)}
+  end
 
   # Workers
 
@@ -387,7 +339,7 @@ defmodule Tinkex.CustomLoss.Pool do
   defp news(state, index, {:down, reason, begun}) do
     if os_pid = state.slots[index].os_pid, do: Reaper.kill(state.reaper, os_pid)
 
-    requests = for {_id, %{place: ^index} = request} <- state.requests, do: request
+    requests = for {_id, {request, ^index}} <- state.requests, do: request
 
     requests
     |> Enum.sort_by(& &1.id)
@@ -413,9 +365,9 @@ defmodule Tinkex.CustomLoss.Pool do
   # When every worker failed to start, waiting for one is no use.
   defp give_up(state) do
     if error = hopeless(state) do
-      parked = for {id, %{place: place}} when is_atom(place) <- state.requests, do: id
-      for id <- parked, do: answer(state.requests[id].reply_to, {:error, error})
-      parked |> Enum.reduce(state, &withdraw(&2, &1)) |> reply_to_all(:awaiting, {:error, error})
+      {requests, line} = Line.empty(state.line)
+      for request <- requests, do: answer(request.reply_to, {:error, error})
+      reply_to_all(%{state | line: line}, :awaiting, {:error, error})
     else
       state
     end
@@ -430,8 +382,9 @@ defmodule Tinkex.CustomLoss.Pool do
     end
   end
 
-  defp drained(%{draining: [_ | _], requests: requests} = state) when requests == %{},
-    do: reply_to_all(state, :draining, :ok)
+  defp drained(%{draining: [_ | _], requests: requests} = state) when requests == %{} do
+    if Line.size(state.line) == 0, do: reply_to_all(state, :draining, :ok), else: state
+  end
 
   defp drained(state), do: state
 
@@ -479,8 +432,8 @@ defmodule Tinkex.CustomLoss.Pool do
   defp describe(state) do
     %{
       workers: for({index, slot} <- Enum.sort(state.slots), do: Slot.describe(slot, index)),
-      in_flight: in_flight(state),
-      queued: queued(state),
+      in_flight: map_size(state.requests),
+      queued: Line.size(state.line),
       uptime_ms: System.monotonic_time(:millisecond) - state.started,
       max_queue: state.config.max_queue,
       max_in_flight: state.config.max_in_flight

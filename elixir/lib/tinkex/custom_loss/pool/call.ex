@@ -67,7 +67,7 @@ defmodule Tinkex.CustomLoss.Pool.Call do
 
   defp ask(call, what, stage) do
     with :timeout <- Pool.ask(call.handle.pool, what, Pool.remaining(call.deadline)),
-         do: late(call, stage)
+         do: {:error, %TimeoutError{timeout: call.timeout, stage: stage}}
   end
 
   @type deadline :: integer() | :infinity

@@ -281,6 +281,7 @@ defmodule Tinkex.CustomLoss.Wire.Protocol do
     end
   end
 
+  @spec expected(term(), String.t(), [String.t() | non_neg_integer()]) :: no_return()
   defp expected(type, got, path),
     do: unexpected("expected #{article(type)} at #{at(path)}, got #{got}")
 

@@ -189,6 +189,7 @@ defmodule Tinkex.CustomLoss.Wire.MessagePack.Encoder do
     ArgumentError -> nil
   end
 
+  @spec too_long!(non_neg_integer(), String.t(), [String.t() | non_neg_integer()]) :: no_return()
   defp too_long!(n, unit, path),
     do: refuse!("has #{n} #{unit}; MessagePack holds at most #{@max_length}", path)
 

@@ -1,0 +1,93 @@
+"""The terms as a page of Markdown: ``docs/terms.md``, or the same of terms of your own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+__all__ = ["page"]
+
+_INTRODUCTION = """\
+# Terms
+
+This page is written by `python -m tinker_custom_loss terms --markdown`. With `--load my_losses`
+it has yours too.
+
+In all of them ℓ is the logprob of a target token, μ the sampler's (key `logprobs`), r the
+reference's (`reference_logprobs`), A the advantage (`advantages`), `Δ = ℓ-r` and `ρ = exp(ℓ-μ)`.
+A parameter that is named as an input names the key it is read from. An array may be a TensorData,
+a numpy array or a tensor, of the shape of the datum's logprobs; a `[T]` array serves `[T,K]`
+logprobs, and one number the whole datum.
+
+The **scope** is how far a summand looks: `token`, `sequence` (a datum), `group` (datums with the
+same integer under `group`, each `chosen` or not), or `batch` (anything: a function of `(data,
+logprobs)`).
+
+All but those of scope `batch` take:
+
+- `weights`: the key of the tokens' weights. `"auto"` (default): the datum's `weights`, else its
+  `mask`, else 1, which is said once in the log; None: 1. A token of weight 0 adds exactly 0 to
+  value and gradient, whatever it holds.
+- `reduction`: `"token_sum"` (default, as in Tinker's own losses) is `Σ w·v`; `"token_mean"` is `Σ
+  w·v / Σ w`; `"sequence_mean_token_mean"` is the mean over datums of each one's mean;
+  `"sequence_mean_token_sum"` the mean over datums of each one's sum. For scope `group` the first
+  is the sum over comparisons, and the last two are the mean.
+- `normalizer`: a positive constant that the result is divided by.
+
+and report `tokens`, the number of tokens with a weight. Where a gradient is said to be that of a
+surrogate, it is not that of the reported value: the value is an estimate to look at, the gradient
+one to train with.
+
+What logprobs of target tokens cannot express is not here: a z-loss needs the logits' normalizer,
+an exact entropy or KL over the vocabulary needs all of it (`[T,K]` gives that over K
+alternatives), and a penalty on length has no gradient with respect to logprobs unless it is an
+advantage.
+"""
+_COMMON = ("weights", "reduction", "normalizer")
+
+
+def page(terms: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown for term descriptors."""
+    return "\n".join([_INTRODUCTION, *_table(terms), *(_section(term) for term in terms)])
+
+
+def _table(terms: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    yield "| term | scope | reads | in one line |"
+    yield "|---|---|---|---|"
+    for term in terms:
+        name, inputs = term["name"], ", ".join(f"`{key}`" for key in term["inputs"])
+        anchor = re.sub(r"[^\w-]", "", name.lower())
+        line = " ".join(_markup(term["doc"]).partition("\n\n")[0].split()).replace("|", "\\|")
+        yield f"| [`{name}`](#{anchor}) | {term['scope']} | {inputs} | {line} |"
+
+
+def _section(term: Mapping[str, Any]) -> str:
+    body, _, rest = _markup(term["doc"]).partition("\n\nArgs:\n")
+    arguments, _, notes = rest.partition("\n\n")
+    about = dict(_arguments(arguments))
+    listed = [
+        _parameter(param, about.get(param["name"], ""))
+        for param in term["params"]
+        if term["scope"] == "batch" or param["name"] not in _COMMON
+    ]
+    parts = [f"\n## {term['name']}", body, "\n".join(listed), notes]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _arguments(block: str) -> Iterator[tuple[str, str]]:
+    """Names and texts of a docstring's section ``Args:``."""
+    for entry in re.split(r"\n(?=    \w)", block):
+        name, _, text = entry.strip().partition(": ")
+        yield name, " ".join(text.split())
+
+
+def _parameter(param: Mapping[str, Any], about: str) -> str:
+    default = "required" if param["required"] else f"default `{param['default']!r}`"
+    choices = ", ".join(f"`{choice!r}`" for choice in param["choices"])
+    text = f"- `{param['name']}` ({default}{f'; one of {choices}' if choices else ''})"
+    return f"{text}: {about}" if about else text
+
+
+def _markup(doc: str) -> str:
+    return doc.replace("``", "`")
