@@ -82,6 +82,8 @@ make_venv() {
         apt_install "$("$python" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')" ||
         fail "$python lacks the modules venv and ensurepip, without which it cannot make .venv." \
             "Install them, or say which Python has them: make PYTHON=/path/to/python3.12 ..."
+    [[ -L .venv ]] && fail ".venv is a link to $(readlink .venv), which may serve others, and is not made for" \
+        "this checkout; remove the link, or set up where it leads."
     [[ -e .venv ]] && step "the .venv that is here is unfinished, or not made for this: replacing it"
     quietly "$python" -m venv --clear .venv
 }

@@ -16,7 +16,7 @@ import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -25,10 +25,11 @@ from .composition import ComposedLoss, Composition, Step
 from .errors import CancelledError, ChangedLogprobsError, RequestError, TermError
 from .record import metrics_of
 from .regularizer import BASE_LOSS, LossFn, Regularizer, check_step, regularizers_from
-from .running import places, processes
+from .running import lifetimes, places, processes
 from .running.differentiation import Evaluation
 from .running.evaluation import Call
 from .running.event_loop import CallersLoop
+from .running.shipping import ShippedCall
 from .running.threads import THREADS, on_this_thread
 from .tensors.batch import TensorBatch, checked_batch
 from .tensors.gradients import surrogate
@@ -47,7 +48,8 @@ class Composer:
     ``(loss, metrics)``, where ``loss.backward()`` gives the logprobs their composed gradient.
 
     Args:
-        base_loss_fn: ``fn(data, logprobs) -> (loss, metrics)``, sync or async, or None.
+        base_loss_fn: ``fn(data, logprobs) -> (loss, metrics)``, sync or async, the name of a term
+            of the catalogue, such as ``"ppo"``, or None.
         regularizers: :class:`Regularizer`\\ s, or dicts with the keys ``fn``, ``weight``,
             ``name`` and any option of a Regularizer.
         base_params: keyword arguments for ``base_loss_fn``.
@@ -60,14 +62,14 @@ class Composer:
 
     def __init__(
         self,
-        base_loss_fn: LossFn | None = None,
+        base_loss_fn: LossFn | str | None = None,
         regularizers: Sequence[Regularizer | Mapping[str, Any]] | None = None,
         *,
         base_params: Mapping[str, Any] | None = None,
         inline_lock: contextlib.AbstractContextManager[Any] | None = None,
     ) -> None:
         _check_no_composer(base_loss_fn)
-        if isinstance(base_loss_fn, (Mapping, list, tuple, str)):
+        if isinstance(base_loss_fn, (Mapping, list, tuple)):
             raise RequestError(
                 f"base_loss_fn must be a function of (data, logprobs), got "
                 f"{type(base_loss_fn).__name__}; regularizers are the second argument",
@@ -77,7 +79,8 @@ class Composer:
         self._base = None
         if base_loss_fn is not None:
             try:
-                self._base = Regularizer(base_loss_fn, 1.0, BASE_LOSS, params=base_params or {})
+                fn: Any = base_loss_fn  # a name becomes the function
+                self._base = Regularizer(fn, 1.0, BASE_LOSS, params=base_params or {})
             except RequestError as error:
                 raise RequestError(str(error), path=f"{BASE_LOSS}.{error.path}") from error
         enabled = [term for term in self.regularizers if term.enabled]
@@ -88,10 +91,11 @@ class Composer:
                 "that is enabled",
                 path="regularizers",
             )
+        self._shipped: dict[str, ShippedCall | None] = {}
         for index, term in enumerate(self.regularizers):
             try:
                 _check_no_composer(term.fn)
-                places.check_picklable(term)
+                self._shipped[term.name] = places.shipped(term)
             except RequestError as error:
                 where = f"regularizers[{index}]"
                 raise RequestError(f"{where}: {error}", path=f"{where}.{error.path}") from error
@@ -241,6 +245,36 @@ class Composer:
         )
         return loss, metrics_of(composition.telemetry)
 
+    def close(self) -> None:
+        """Close the terms that are objects with ``aclose`` or ``close``, where they run.
+
+        Processes that run no term are ended. A composer that is used again sets its terms up
+        again.
+
+        Raises:
+            RequestError: a term has to be closed on the event loop that runs here: await
+                :meth:`aclose`.
+        """
+        lifetimes.close([term.fn for term in self._terms])
+        if any(term.run_in_executor == "process" for term in self._terms):
+            processes.end_idle()
+
+    async def aclose(self) -> None:
+        """:meth:`close`, awaited."""
+        await asyncio.wrap_future(THREADS.submit(self.close))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
     def __repr__(self) -> str:
         names = ", ".join(term.name for term in self._terms)
         return f"Composer({names})"
@@ -261,7 +295,13 @@ class Composer:
                 if not places.runs_inline(term):
                     with _skipping(term, index, results):
                         pending[index] = places.start(
-                            term, self._calls[index], data, batch, gradients, surroundings
+                            term,
+                            self._calls[index],
+                            self._shipped.get(term.name),
+                            data,
+                            batch,
+                            gradients,
+                            surroundings,
                         )
             inline = [i for i, term in enumerate(self._terms) if places.runs_inline(term)]
             with self._inline_lock if inline else contextlib.nullcontext():

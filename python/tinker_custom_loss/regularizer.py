@@ -59,11 +59,14 @@ class Regularizer:
 
     Args:
         fn: ``fn(data, logprobs, **params) -> (loss, metrics)``, sync or async. See :data:`LossFn`.
+            Or the name of a term of the catalogue, such as ``"kl"``, whose function it becomes.
         weight: a finite number of either sign, or a function from the training step (an int) to
             one, for schedules.
         name: unique among the regularizers of a composer; by default the name of ``fn``. Without
             ``:`` and ``/``, which separate the keys of flat records and of Tinker's own metrics.
         params: keyword arguments handed to ``fn``.
+        reduction: of a term of the catalogue, or one written with ``@term``: its parameter of that
+            name.
         run_in_executor: where ``fn`` runs. ``False``: on the calling thread (an async ``fn`` on
             this package's event loop). ``True``: a thread. ``"process"``: a process of its own,
             started with ``spawn``. Or any ``concurrent.futures.Executor``, such as a Dask
@@ -86,6 +89,7 @@ class Regularizer:
     weight: Weight
     name: str = None  # type: ignore[assignment]  # never None once it is made
     params: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+    reduction: str | None = field(default=None, kw_only=True)
     run_in_executor: Place = field(default=False, kw_only=True)
     timeout: float | None = field(default=None, kw_only=True)
     on_error: Literal["raise", "skip"] = field(default="raise", kw_only=True)
@@ -95,9 +99,12 @@ class Regularizer:
     def __post_init__(self) -> None:
         if self.params is None:
             object.__setattr__(self, "params", {})
+        if isinstance(self.fn, str):
+            object.__setattr__(self, "fn", _from_catalogue(self.fn))
         if self.name is None:
             object.__setattr__(self, "name", _name_of(self.fn))
         self._check_name()
+        self._check_reduction()
         self._check_fn()
         self._check_weight()
         self._check_place_and_timeout()
@@ -182,6 +189,24 @@ class Regularizer:
                 "name", 'a string without ":" and "/", which separate telemetry keys', self.name
             )
 
+    def _check_reduction(self) -> None:
+        """It becomes one of the parameters, under which a term knows it."""
+        if self.reduction is None:
+            return
+        if not hasattr(self.fn, "check_params"):
+            raise RequestError(
+                f"{self._title} has a reduction, but its function does its own: only terms of the "
+                "catalogue and those written with @term have that option",
+                path="reduction",
+            )
+        if self.params.get("reduction", self.reduction) != self.reduction:
+            raise RequestError(
+                f"{self._title} has two reductions, {self.reduction!r} and, in its params, "
+                f"{self.params['reduction']!r}",
+                path="reduction",
+            )
+        object.__setattr__(self, "params", {**self.params, "reduction": self.reduction})
+
     def _check_fn(self) -> None:
         if not callable(self.fn):
             self._refuse("fn", "a function of (data, logprobs)", self.fn)
@@ -200,6 +225,12 @@ class Regularizer:
                 f"its signature is {signature}",
                 path="params" if self.params else "fn",
             ) from error
+        check_params = getattr(self.fn, "check_params", None)
+        if check_params is not None:
+            try:
+                check_params(**self.params)
+            except ValueError as error:
+                raise RequestError(f"{self._title}: {error}", path="params") from error
 
     def _check_weight(self) -> None:
         if not callable(self.weight) and not _is_finite_number(self.weight):
@@ -292,6 +323,18 @@ def nearest(wrong: str, names: Sequence[str]) -> str:
         names, key=lambda name: -difflib.SequenceMatcher(None, wrong.lower(), name.lower()).ratio()
     )
     return "known are: " + ", ".join(ranked) if ranked else "none are known"
+
+
+def _from_catalogue(name: str) -> LossFn:
+    from .terms import CATALOGUE  # it is not everyone's, and knows nothing of this module
+
+    if name not in CATALOGUE:
+        raise RequestError(
+            "expected a function of (data, logprobs), or the name of a term of the catalogue; it "
+            f'has no "{name}"; {nearest(name, [*CATALOGUE])}',
+            path="fn",
+        )
+    return CATALOGUE[name]
 
 
 def _name_of(fn: object) -> str:

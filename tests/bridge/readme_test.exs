@@ -92,8 +92,8 @@ defmodule Tinkex.CustomLoss.ReadmeTest do
     program = """
     import base64, sys
     from tinker_custom_loss.port import erlport
-    from tinker_custom_loss.port.messages import unpack
-    print(unpack(erlport.compute(base64.b64decode(sys.argv[1])))["loss_total"])
+    from tinker_custom_loss.port.messagepack import unpack
+    print(unpack(erlport.compute(base64.b64decode(sys.argv[1]))).fields["loss_total"])
     """
 
     {:ok, python} = Python.find(nil)

@@ -2,7 +2,7 @@ defmodule Tinkex.CustomLoss.DataTest do
   use ExUnit.Case, async: true
 
   alias Tinkex.CustomLoss.Test.Vectors
-  alias Tinkex.CustomLoss.Wire.{Batch, Data, MessagePack}
+  alias Tinkex.CustomLoss.Wire.{Batch, Data, Frame}
 
   # The shapes of Tinkex's structs, which these tests cannot have.
   defmodule Datum do
@@ -30,8 +30,8 @@ defmodule Tinkex.CustomLoss.DataTest do
 
   defp wire(data) do
     wire = Data.to_wire(data, length(data))
-    {:ok, decoded} = wire |> MessagePack.encode() |> IO.iodata_to_binary() |> MessagePack.decode()
-    decoded
+    frame = %{"data" => wire} |> Frame.encode() |> IO.iodata_to_binary()
+    Vectors.open(frame)["data"]
   end
 
   defp datum(tokens, targets, weights) do
@@ -113,13 +113,13 @@ defmodule Tinkex.CustomLoss.DataTest do
       ]
 
       data = [%{model_input: %ModelInput{chunks: chunks}}, %{model_input: %ModelInput{}}]
-      assert wire(data) == Vectors.decoded(Vectors.message("compute_chunks").value["data"])
+      assert wire(data) == Vectors.open(Vectors.message("compute_chunks").frame)["data"]
 
       raw = %{type: "image", data: {:bin, <<0xFF, 0xD8>>}, format: :jpeg}
       data = [%{model_input: [5, 6, 7]}, %{model_input: %{chunks: [raw]}}]
 
       assert wire(data) ==
-               Vectors.decoded(Vectors.message("compute_tokens_and_chunks").value["data"])
+               Vectors.open(Vectors.message("compute_tokens_and_chunks").frame)["data"]
     end
 
     test "leaves a hole where a datum lacks a name" do

@@ -2,7 +2,7 @@ defmodule Tinkex.CustomLoss.ProtocolTest do
   use ExUnit.Case, async: true
 
   alias Tinkex.CustomLoss.Test.Vectors
-  alias Tinkex.CustomLoss.Wire.{Batch, MessagePack, Protocol, Tensor}
+  alias Tinkex.CustomLoss.Wire.{Batch, Protocol, Tensor}
 
   doctest Protocol
 
@@ -10,23 +10,22 @@ defmodule Tinkex.CustomLoss.ProtocolTest do
     defstruct [:name, :fn, :weight, :on_error, :timeout, :run_in_executor]
   end
 
-  defp decode(message),
-    do: message |> MessagePack.encode() |> IO.iodata_to_binary() |> Protocol.decode()
+  defp decode(message, payload \\ ""), do: payload |> Vectors.join(message) |> Protocol.decode()
 
-  defp changed(vector, path, value), do: vector |> value() |> put_in(path, value) |> decode()
+  defp changed(vector, path, value),
+    do: vector |> value() |> put_in(path, value) |> decode(Vectors.message(vector).payload)
 
   defp without(vector, path) do
     {_, message} = vector |> value() |> pop_in(path)
-    decode(message)
+    decode(message, Vectors.message(vector).payload)
   end
 
   defp value(vector), do: Vectors.message(vector).value
 
   test "a result has its gradients as a batch that is a part of the frame" do
-    gradients = %{"dtype" => "float32", "shapes" => [[50], [1, 50]]}
-    gradients = Map.put(gradients, "data", {:bin, :binary.copy(<<0>>, 400)})
+    gradients = %{"data" => [8, 400], "dtype" => "float32", "shapes" => [[50], [1, 50]]}
     message = put_in(value("result_compute")["gradients"], gradients)
-    frame = message |> MessagePack.encode() |> IO.iodata_to_binary()
+    frame = Vectors.join(:binary.copy(<<0>>, 408), message)
 
     assert {:result, 7, result} = Protocol.decode(frame)
     assert result.loss_total == 2.5
@@ -66,7 +65,7 @@ defmodule Tinkex.CustomLoss.ProtocolTest do
 
   test "a worker of another version is only known by its version" do
     assert Protocol.decode(Vectors.message("ready_of_another_version").frame) ==
-             {:ready, %{protocol: 2}}
+             {:ready, %{protocol: 3}}
   end
 
   test "a malformed answer is told to the one who waits, with its path" do
@@ -120,7 +119,7 @@ defmodule Tinkex.CustomLoss.ProtocolTest do
            "the worker's result is malformed: expected an integer at `id`, got a string"},
           {%{op: "error", id: nil},
            "the worker's error is malformed: expected a map at `error`, got nothing"},
-          {%{op: "ready", protocol: 1},
+          {%{op: "ready", protocol: 2},
            "the worker's ready is malformed: expected a string at `package`, got nothing"},
           {%{op: "log", level: "loud"},
            "the worker's log is malformed: expected one of debug, info, warning, error, " <>
@@ -155,8 +154,7 @@ defmodule Tinkex.CustomLoss.ProtocolTest do
 
     request = %{id: 1, logprobs: Tensor.logprobs([[-1.0]]), regularizers: [regularizer]}
 
-    {:ok, message} =
-      request |> Protocol.encode_compute() |> IO.iodata_to_binary() |> MessagePack.decode()
+    message = request |> Protocol.encode_compute() |> IO.iodata_to_binary() |> Vectors.open()
 
     assert message["regularizers"] == [
              %{

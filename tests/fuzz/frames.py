@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from tinker_custom_loss.errors import CustomLossError
-from tinker_custom_loss.port.messagepack import pack
-from tinker_custom_loss.port.messages import decode_compute
-from tinker_custom_loss.port.service import id_of, parse
+from tinker_custom_loss.port.messagepack import pack, unpack
+from tinker_custom_loss.port.messages import Terms, decode_compute
+from tinker_custom_loss.port.service import id_of, op_of
+from tinker_custom_loss.port.typed import read
 
 VECTORS = Path(__file__).parents[1] / "vectors"
 MEMORY_LIMIT = 256 << 20
@@ -102,11 +103,12 @@ def outcome(frame: bytes) -> str:
     Anything but an error of this package is a failure, and raised.
     """
     try:
-        message = parse(frame)
+        message = unpack(frame)
         id_of(message)
-        if message.get("op") != "compute":
+        if op_of(message) != "compute":
             return "another message"
         decode_compute(message)
+        read(message.fields, Terms)
     except CustomLossError as error:
         str(error)
         return error.kind

@@ -17,7 +17,9 @@ from typing import Any
 import torch
 
 from tinker_custom_loss import TensorBatch
-from tinker_custom_loss.port.messages import decode_batch, encode_batch, pack, unpack
+from tinker_custom_loss.port.messagepack import Message, pack, unpack
+from tinker_custom_loss.port.messages import Batch, decode_batch
+from tinker_custom_loss.port.typed import read
 
 HERE = Path(__file__).parent
 PATHOLOGICAL = str(HERE / "pathological.py")
@@ -100,7 +102,7 @@ class PortClient:
             frame = self._frame(time.monotonic() + timeout)
             if frame is None:
                 return None
-            message = unpack(frame)
+            message = opened(unpack(frame))
             if message["op"] != "log":
                 return message
             self.logs.append(message)
@@ -147,11 +149,28 @@ class PortClient:
         return result
 
 
-def batch(*tensors: torch.Tensor) -> dict[str, Any]:
-    return encode_batch(TensorBatch.from_tensors(list(tensors)))
+def batch(*tensors: torch.Tensor) -> TensorBatch:
+    return TensorBatch.from_tensors(list(tensors))
 
 
-def compute(fn: str, logprobs: dict[str, Any] | None = None, **fields: Any) -> dict[str, Any]:
+def ragged(flat: torch.Tensor, *shapes: tuple[int, ...] | None) -> TensorBatch:
+    """A batch for the wire, in which a datum without a tensor has None for its shape."""
+    whole = TensorBatch(flat, (tuple(flat.shape),))
+    object.__setattr__(whole, "shapes", shapes)
+    return whole
+
+
+def opened(message: Message) -> dict[str, Any]:
+    """The fields of a message, with a list of tensors in place of each batch."""
+    fields = dict(message.fields)
+    for key, value in fields.items():
+        if isinstance(value, dict) and "shapes" in value:
+            whole = decode_batch(read(value, Batch, key), message.payload, key)
+            fields[key] = TensorBatch(*whole).tensors()
+    return fields
+
+
+def compute(fn: str, logprobs: TensorBatch | None = None, **fields: Any) -> dict[str, Any]:
     """The fields of a request for one term over ``[-1, -2]``."""
     term = {"name": "term", "fn": fn, "weight": 1.0}
     for key in ("params", "run_in_executor", "timeout", "on_error", "on_non_finite"):
@@ -169,8 +188,7 @@ def l2(**fields: Any) -> dict[str, Any]:
 
 
 def gradients(reply: dict[str, Any]) -> list[torch.Tensor]:
-    flat, shapes = decode_batch(reply["gradients"], "gradients")
-    return TensorBatch(flat, shapes).tensors()
+    return reply["gradients"]
 
 
 def group_is_empty(pid: int, within: float = 10.0) -> bool:

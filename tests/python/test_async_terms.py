@@ -6,6 +6,8 @@ import asyncio
 import concurrent.futures
 import contextvars
 import functools
+import os
+import signal
 import sys
 import threading
 
@@ -285,6 +287,27 @@ class TestTheKeptLoop:
         with pytest.raises(TermError, match='"term" raised SystemExit: 3'):
             compute(gathers, logprobs, timeout=30)
         assert compute(library.square_async, logprobs, timeout=30).loss_total > 0
+
+
+class TestCtrlC:
+    def test_ends_what_a_function_returned_to_be_awaited(self, logprobs):
+        started, ended = threading.Event(), threading.Event()
+
+        async def waits_for_ever():
+            started.set()
+            try:
+                await asyncio.sleep(3600)
+            finally:
+                ended.set()
+
+        def presses_ctrl_c():
+            if started.wait(60):
+                os.kill(os.getpid(), signal.SIGINT)
+
+        threading.Thread(target=presses_ctrl_c).start()
+        with pytest.raises(KeyboardInterrupt):
+            compute(lambda data, logprobs: waits_for_ever(), logprobs)
+        assert ended.wait(60)
 
 
 class TestInsideAnother:

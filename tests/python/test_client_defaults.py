@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from tinker_custom_loss import Composer, RequestError, with_regularizers
+from tinker_custom_loss import (
+    Composer,
+    RequestError,
+    forward_backward_custom,
+    with_regularizers,
+)
 from training import datums, spread, squares, weighted_nll
 
 SQUARES = {"fn": squares, "weight": 0.1, "name": "squares"}
@@ -51,6 +56,16 @@ class TestDefaults:
         assert flat.record["regularizers"]["squares"]["value"] > 0  # the record is as ever
         nested = client.forward_backward_custom(datums(), flat_metrics=False).result(60)
         assert nested.metrics["regularizers"]["squares"]["value"] > 0
+
+    @pytest.mark.parametrize("flat", [True, False])
+    def test_the_plain_function_asks_a_wrapped_client_for_either_form(self, new_client, flat):
+        client = with_regularizers(new_client())
+        step = forward_backward_custom(client, datums(), None, [SQUARES], flat_metrics=flat)
+        metrics = step.result(60).metrics
+        assert ("regularizers/squares/value" in metrics, "regularizers" in metrics) == (
+            flat,
+            not flat,
+        )
 
     @pytest.mark.parametrize(
         ("options", "path"),

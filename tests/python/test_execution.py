@@ -28,6 +28,10 @@ K = 2
 DATA = [None, None]
 
 
+def closes_over(lock):
+    return lambda data, logprobs: (logprobs[0].sum() * lock.locked(), {})
+
+
 @pytest.fixture
 def logprobs():
     return [torch.linspace(-3, -1, 5), torch.linspace(-2, -0.5, 6).reshape(2, 3)]
@@ -62,6 +66,13 @@ def thread_id(data, logprobs):
 def notes_pid_and_hangs(data, logprobs, *, path):
     Path(path).write_text(str(os.getpid()))
     library.sleeps_for_ever(data, logprobs)
+
+
+def notes_pid_and_waits(data, logprobs, *, path, go_on):
+    Path(path).write_text(str(os.getpid()))
+    while not Path(go_on).exists():
+        time.sleep(0.001)
+    return logprobs[0].sum(), {}
 
 
 def with_a_lock(data, logprobs, *, lock):
@@ -208,6 +219,95 @@ class TestProcesses:
         composer = self.one(library.square, timeout=1e9)
         assert composer.compute([None, None], logprobs).loss_total > 0
 
+    def test_what_a_prompt_or_a_notebook_defines_travels_by_value(self):
+        program = (
+            "import torch\n"
+            "from tinker_custom_loss import Composer\n"
+            "scale = 3.0\n"
+            "def term(data, logprobs): return scale * logprobs[0].sum(), {}\n"
+            "far = {'fn': term, 'weight': 1.0, 'name': 'far', 'run_in_executor': 'process'}\n"
+            "print(Composer(None, [far]).compute([0], [torch.ones(2)]).gradients[0].tolist())\n"
+        )
+        package = Path(tinker_custom_loss.__file__).parents[1]
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            capture_output=True,
+            text=True,
+            cwd=package,
+            timeout=120,
+        )
+        assert done.stdout == "[3.0, 3.0]\n", done.stderr
+
+    def test_a_closure_travels_and_is_pickled_once(self, logprobs):
+        pickled = []
+
+        class Params(dict):
+            def __reduce__(self):
+                pickled.append(1)
+                return dict, (dict(self),)
+
+        factor = 3.0
+
+        def closure(data, logprobs, *, options):
+            options["calls"] = options.get("calls", 0) + 1
+            return factor * logprobs[0].sum(), {"calls": options["calls"], "pid": os.getpid()}
+
+        composer = self.one(closure, params={"options": Params()})
+        seen = {}
+        for _ in range(6):
+            composition = composer.compute(DATA, logprobs)
+            custom = composition.telemetry["regularizers"]["far"]["custom"]
+            assert custom["calls"] == seen.get(custom["pid"], 0) + 1  # it keeps what it was sent
+            seen[custom["pid"]] = custom["calls"]
+        torch.testing.assert_close(composition.gradients[0], torch.full((5,), 3.0))
+        assert len(pickled) == 1
+
+    def test_ctrl_c_is_not_for_one(self, logprobs, tmp_path):
+        """The terminal sends it to every process."""
+        path = tmp_path / "pid"
+        go_on = tmp_path / "go on"
+        composer = self.one(notes_pid_and_waits, params={"path": str(path), "go_on": str(go_on)})
+        with concurrent.futures.ThreadPoolExecutor(1) as beside:
+            computing = beside.submit(composer.compute, DATA, logprobs)
+            while not (path.exists() and path.read_text()):
+                time.sleep(0.01)
+            os.kill(int(path.read_text()), signal.SIGINT)
+            go_on.touch()
+            assert computing.result(60).loss_total
+
+    def test_a_forked_child_that_exits_spares_a_term_of_its_parent(self, logprobs, tmp_path):
+        """multiprocessing terminates its daemons when a process ends that believes them its own."""
+        path, go_on = tmp_path / "pid", tmp_path / "go on"
+        program = (
+            "import concurrent.futures, os, sys, time, torch, pathlib, test_execution\n"
+            "from tinker_custom_loss import Composer\n"
+            "if __name__ == '__main__':\n"
+            "    path, go_on = map(pathlib.Path, sys.argv[1:])\n"
+            "    params = {'path': str(path), 'go_on': str(go_on)}\n"
+            "    far = {'fn': test_execution.notes_pid_and_waits, 'weight': 1.0, 'name': 'far',\n"
+            "           'params': params, 'run_in_executor': 'process'}\n"
+            "    composer = Composer(None, [far])\n"
+            "    pool = concurrent.futures.ThreadPoolExecutor(1)\n"
+            "    computing = pool.submit(composer.compute, [0], [torch.ones(2)])\n"
+            "    while not (path.exists() and path.read_text()): time.sleep(0.01)\n"
+            "    child = os.fork()\n"
+            "    if child == 0: sys.exit(0)\n"
+            "    os.waitpid(child, 0)\n"
+            "    go_on.touch()\n"
+            "    print(computing.result(60).loss_total)\n"
+        )
+        script = tmp_path / "forks.py"
+        script.write_text(program)
+        roots = [Path(tinker_custom_loss.__file__).parents[1], Path(__file__).parent]
+        done = subprocess.run(
+            [sys.executable, script, path, go_on],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, roots))},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.stdout == "2.0\n", done.stderr
+
     def test_what_only_this_process_can_import_is_named(self, logprobs, tmp_path, monkeypatch):
         module = tmp_path / "vanishing.py"
         module.write_text("def term(data, logprobs):\n    return logprobs[0].sum(), {}\n")
@@ -226,37 +326,28 @@ class TestRefusedWhenGiven:
     @pytest.mark.parametrize(
         ("fn", "params"),
         [
-            (lambda data, logprobs: None, {}),
+            (closes_over(threading.Lock()), {}),
             (with_a_lock, {"lock": threading.Lock()}),
         ],
     )
     @pytest.mark.parametrize("pool", [False, True])
     def test_what_cannot_be_pickled(self, fn, params, pool):
-        with concurrent.futures.ProcessPoolExecutor(1) as executor:
+        spawn = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as executor:
             place = executor if pool else "process"
             term = Regularizer(fn, 1.0, "far", params=params, run_in_executor=place)
             with pytest.raises(
-                RequestError, match=r"cannot be pickled: .*; define the function at"
+                RequestError, match=r"cannot be pickled: .*; create there what cannot"
             ):
                 Composer(None, [term])
 
-    def test_what_a_notebook_defines(self):
-        """It pickles, by a name that only the notebook has."""
-        program = (
-            "from tinker_custom_loss import Composer\n"
-            "def term(data, logprobs): return logprobs[0].sum(), {}\n"
-            "place = {'fn': term, 'weight': 1.0, 'name': 'far', 'run_in_executor': 'process'}\n"
-            "Composer(None, [place])\n"
-        )
-        package = Path(tinker_custom_loss.__file__).parents[1]
-        done = subprocess.run(
-            [sys.executable, "-c", program],
-            capture_output=True,
-            text=True,
-            cwd=package,
-            timeout=120,
-        )
-        assert "it is defined in a notebook or at a prompt; define the function" in done.stderr
+    def test_a_pool_that_forks(self):
+        """Torch hangs in its processes at the first parallel operation."""
+        fork = multiprocessing.get_context("fork")
+        with concurrent.futures.ProcessPoolExecutor(1, mp_context=fork) as pool:
+            term = Regularizer(library.square, 1.0, "far", run_in_executor=pool)
+            with pytest.raises(RequestError, match=r'mp_context=.*get_context\("spawn"\)'):
+                Composer(None, [term])
 
     @pytest.mark.parametrize("place", ["processes", "thread", 1, None, dict])
     def test_no_place_at_all(self, place):

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import tinker
@@ -143,3 +148,20 @@ class TestStop:
     def test_the_option_is_checked(self, new_client):
         with pytest.raises(RequestError, match='"continue" or "stop", got \'ignore\' '):
             with_regularizers(new_client(), on_failure="ignore")
+
+
+@pytest.mark.parametrize("term", ["sleeps", "busy"])
+def test_a_step_under_way_does_not_keep_python_from_ending(sandbox, term):
+    """Nor is anything sent for it, or said, while Python ends."""
+    script = Path(__file__).with_name("leaves_a_step_behind.py")
+    ran = subprocess.run(
+        [sys.executable, "-W", "error", str(script), sandbox.url, term],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TINKER_TELEMETRY": "0"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    ended = time.time()
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert ended - float(ran.stdout) < 10

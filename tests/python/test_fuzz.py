@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import sys
 from pathlib import Path
@@ -35,12 +36,9 @@ def test_mutated_and_random_frames_are_messages_or_errors():
 
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=200))
-def test_bytes_are_a_value_or_a_protocol_error(frame):
-    try:
-        value = unpack(frame)
-    except ProtocolError:
-        return
-    assert not isinstance(value, bytes)  # a bin is a view of its frame
+def test_bytes_are_a_message_or_a_protocol_error(frame):
+    with contextlib.suppress(ProtocolError):
+        unpack(frame)
 
 
 @settings(max_examples=100, deadline=None)

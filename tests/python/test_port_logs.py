@@ -10,7 +10,7 @@ import pytest
 
 from tinker_custom_loss.port.frames import FrameReader, FrameWriter
 from tinker_custom_loss.port.logs import LogStream, shorten
-from tinker_custom_loss.port.messages import unpack
+from tinker_custom_loss.port.messagepack import unpack
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_logging_never_waits_and_keeps_no_more_than_its_capacity(pipe):
     drain.start()
     records = dropped = 0
     while records + dropped < 5000:
-        message = unpack(reader.read())
+        message = unpack(reader.read()).fields
         if message["logger"] == "name":
             records += 1
         else:
@@ -61,7 +61,7 @@ def test_levels_between_the_named_ones_are_rounded_down(pipe, level, name):
     logs = LogStream(writer)
     logs.handle(record("text", level))
     logs.drain()
-    assert unpack(reader.read())["level"] == name
+    assert unpack(reader.read()).fields["level"] == name
 
 
 def test_a_record_whose_arguments_do_not_fit_is_sent_all_the_same(pipe):
@@ -69,7 +69,8 @@ def test_a_record_whose_arguments_do_not_fit_is_sent_all_the_same(pipe):
     logs = LogStream(writer)
     logs.handle(logging.LogRecord("name", 20, __file__, 1, "%d of %d", ("x",), None))
     logs.drain()
-    assert unpack(reader.read())["message"].startswith("%d of %d (its arguments do not fit: ")
+    text = unpack(reader.read()).fields["message"]
+    assert text.startswith("%d of %d (its arguments do not fit: ")
 
 
 def test_what_is_cut_says_so():

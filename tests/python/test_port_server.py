@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from port_client import PATHOLOGICAL, PortClient, batch, compute, gradients, group_is_empty, l2
-from tinker_custom_loss.port.messages import pack
+from tinker_custom_loss.port.messagepack import pack
 
 HERE = Path(__file__).parent
 
@@ -59,7 +59,7 @@ class TestReady:
     def test_it_speaks_first_and_says_what_it_is(self, shared):
         ready = shared.ready
         assert ready["op"] == "ready"
-        assert ready["protocol"] == 1
+        assert ready["protocol"] == 2
         assert ready["torch"] == torch.__version__
         assert ready["pid"] == shared.process.pid
         assert (ready["max_frame"], ready["max_in_flight"]) == (1 << 30, 4)
@@ -215,23 +215,23 @@ BAD_REQUESTS = [
     ({"base_loss": "nll"}, "protocol", "base_loss", "expected a map"),
     ({"logprobs": None}, "protocol", "logprobs", "expected a map at `logprobs`, got nil"),
     ({"logprobs": {"dtype": "float32", "shapes": [[2]]}}, "protocol", "logprobs.data", "missing"),
-    ({"logprobs": {"dtype": "float8", "shapes": [[1]], "data": b"a"}}, "request",
+    ({"logprobs": {"dtype": "float8", "shapes": [[1]], "data": [0, 1]}}, "request",
      "logprobs.dtype", 'unknown dtype "float8"'),
-    ({"logprobs": {"dtype": "int64", "shapes": [[1]], "data": bytes(8)}}, "request",
-     "logprobs.dtype", "float dtype"),
-    ({"logprobs": {"dtype": "float32", "shapes": [[3]], "data": bytes(8)}}, "request",
+    ({"logprobs": batch(torch.tensor([1]))}, "request", "logprobs.dtype", "float dtype"),
+    ({"logprobs": {"dtype": "float32", "shapes": [[3]], "data": [0, 8]}}, "request",
      "logprobs.data", "hold 3 values of float32, which is 12 bytes, but `logprobs.data` has 8"),
-    ({"logprobs": {"dtype": "float32", "shapes": [[-2]], "data": bytes(8)}}, "protocol",
-     "logprobs.shapes[0]", "integers of at least 0"),
-    ({"logprobs": {"dtype": "float32", "shapes": [None], "data": b""}}, "request",
+    ({"logprobs": {"dtype": "float32", "shapes": [[3]], "data": [8, 12]}}, "protocol",
+     "logprobs.data", "do not lie in the payload, which has 0"),
+    ({"logprobs": {"dtype": "float32", "shapes": [[-2]], "data": [0, 8]}}, "protocol",
+     "logprobs.shapes[0][0]", "expected an integer >= 0 at"),
+    ({"logprobs": {"dtype": "float32", "shapes": [None], "data": [0, 0]}}, "request",
      "logprobs.shapes[0]", "got nil"),
-    ({"logprobs": {"dtype": "float32", "shapes": [[1, 1, 2]], "data": bytes(8)}}, "request",
-     "logprobs.shapes[0]", "[T] or [T,K]"),
-    ({"logprobs": {"dtype": "float32", "shapes": [], "data": b""}}, "request", "data", "empty"),
+    ({"logprobs": batch(torch.zeros(1, 1, 2))}, "request", "logprobs.shapes[0]", "[T] or [T,K]"),
+    ({"logprobs": {"dtype": "float32", "shapes": [], "data": [0, 0]}}, "request", "data", "empty"),
     ({"data": {"count": 2}}, "request", "data.count", "there are 1 logprob tensors"),
     ({"data": {"count": 1, "inputs": {"weights": 1}}}, "protocol", "data.inputs.weights", "a map"),
     ({"data": {"count": 1, "inputs": {"weights": {"dtype": "float32", "shapes": [],
-     "data": b""}}}}, "request", "data.inputs.weights.shapes", "0 entries for 1 datums"),
+     "data": [0, 0]}}}}, "request", "data.inputs.weights.shapes", "0 entries for 1 datums"),
     ({"step": "first"}, "protocol", "step", "expected an integer"),
     ({"gradients": 1}, "protocol", "gradients", "expected a bool"),
 ]  # fmt: skip
@@ -295,15 +295,16 @@ class TestProtocolErrors:
     @pytest.mark.parametrize(
         ("frame", "message"),
         [
-            (b"", "cut short"),
-            (b"\xc1", "0xc1"),
-            (b"junk", "3 bytes follow"),
-            (b"\xdf\xff\xff\xff\xff", "cut short"),
-            (b"\xc6\xff\xff\xff\xff", "cut short"),
-            (b"\x81\xa2op\xa1\xff", "not UTF-8"),
-            (b"\x91" * 100 + b"\x01", "nested deeper than 64"),
-            (b"\x81\x01\x02", "not a string"),
-            (b"\x90", "a message is a map, but the frame holds an array"),
+            (b"", "incomplete"),
+            (b"\xc1", "FormatError"),
+            (b"junk", "extra data"),
+            (b"\xdf\xff\xff\xff\xff", "exceeds max_map_len"),
+            (b"\xc6\xff\xff\xff\xff", "incomplete"),
+            (b"\xc6\x00\x00\x00\x01\x80", "incomplete"),
+            (b"\x81\xa2op\xa1\xff", "utf-8"),
+            (b"\x91" * 2000 + b"\x01", "StackError"),
+            (b"\x81\x01\x02", "int is not allowed for map key"),
+            (b"\x90", "a message is a map, but the frame holds a list"),
             (b"\x80", 'the required key "op" is missing'),
             (pack({"op": "sing", "id": None}), 'needs an "id"'),
             (pack({"op": "ping"}), 'needs an "id"'),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import logging
 import math
@@ -13,7 +14,7 @@ import pytest
 import tinker
 import torch
 
-from tinker_custom_loss import Composer, Regularizer, TermError, term
+from tinker_custom_loss import Composer, Regularizer, RequestError, TermError, term
 from tinker_custom_loss.terms import CATALOGUE, columns, entropy, kl, l2, nll
 
 every_term = pytest.mark.parametrize("name", CATALOGUE)
@@ -72,12 +73,14 @@ class TestReductions:
 
     @every_term
     def test_an_unknown_one_lists_those_that_exist(self, name):
-        with pytest.raises(TermError, match="expected one of token_sum, token_mean, sequence_mean"):
+        with pytest.raises(
+            RequestError, match="expected one of token_sum, token_mean, sequence_mean"
+        ):
             Rows([(2,)]).compute(name, reduction="average")
 
     @pytest.mark.parametrize("normalizer", [0, -1, math.nan, math.inf, "8", True])
     def test_a_normalizer_is_a_positive_number(self, normalizer):
-        with pytest.raises(TermError, match="normalizer must be a positive number or None"):
+        with pytest.raises(RequestError, match="normalizer must be a positive number or None"):
             Rows([(2,)]).compute("nll", normalizer=normalizer)
 
 
@@ -250,7 +253,7 @@ class TestWhatATermSaysOfBadInput:
             rows.compute("nll")
 
     def test_an_unknown_estimator_lists_those_that_exist(self):
-        with pytest.raises(TermError, match="expected one of k1, k2, k3, k3_weighted, exact"):
+        with pytest.raises(RequestError, match="expected one of k1, k2, k3, k3_weighted, exact"):
             Rows([(2,)]).compute("kl", estimator="k4")
 
 
@@ -391,3 +394,43 @@ class TestWritingOne:
     def test_an_unknown_scope_is_refused_at_once(self):
         with pytest.raises(TypeError, match="unknown scope 'tokens'; expected one of token, seq"):
             term(scope="tokens")
+
+
+class TestNaming:
+    def test_a_term_of_the_catalogue_goes_by_its_name(self):
+        data = [
+            datum(2, mask=[0.0, 1.0], logprobs=[0.0, -1.0], advantages=[0.0, 2.0]) for _ in range(2)
+        ]
+        logprobs = [torch.tensor([-9.0, -1.0]), torch.tensor([-9.0, -3.0])]
+        composition = Composer(
+            "reinforce", [{"fn": "l2", "weight": 0.5, "reduction": "token_mean"}]
+        ).compute(data, logprobs)
+        assert composition.telemetry["base_loss"]["value"] == 8
+        assert composition.telemetry["regularizers"]["l2"]["value"] == 5
+        assert composition.gradients[1].tolist() == [0, -2 - 1.5]
+
+    def test_a_name_that_there_is_not_is_told_the_nearest(self):
+        with pytest.raises(
+            RequestError, match='it has no "entorpy"; known are: entropy, '
+        ) as caught:
+            Regularizer("entorpy", 1.0)
+        assert caught.value.path == "fn"
+
+    def test_a_wrong_value_is_refused_when_it_is_given(self):
+        with pytest.raises(RequestError, match="regularizer \"kl\": unknown estimator 'k4'; expec"):
+            Regularizer(kl, 1.0, params={"estimator": "k4"})
+        with pytest.raises(RequestError, match="unknown reduction 'average'; expected one of tok"):
+            Regularizer(kl, 1.0, reduction="average")
+
+    def test_a_reduction_is_given_once(self):
+        with pytest.raises(
+            RequestError, match="has two reductions, 'token_sum' and, in its params"
+        ):
+            Regularizer(kl, 1.0, reduction="token_sum", params={"reduction": "token_mean"})
+        again = dataclasses.replace(Regularizer(kl, 1.0, reduction="token_mean"), weight=2.0)
+        assert again.params == {"reduction": "token_mean"}
+
+    def test_a_plain_function_does_its_own_reduction(self):
+        with pytest.raises(RequestError, match="but its function does its own") as caught:
+            Regularizer(lambda data, logprobs: (0.0, {}), 1.0, "plain", reduction="token_sum")
+        assert caught.value.path == "reduction"

@@ -14,7 +14,7 @@ from functools import partial
 
 __all__ = ["REQUIRED", "Finding", "examine"]
 
-REQUIRED = {"msgpack": "1.0", "numpy": "1.26", "tinker": "0.30", "torch": "2.4"}
+REQUIRED = {"msgpack": "1.0", "msgspec": "0.19", "numpy": "1.26", "tinker": "0.30", "torch": "2.4"}
 """Packages and the lowest versions of them, as in pyproject.toml."""
 
 _PYTHON = (3, 11)
@@ -104,15 +104,18 @@ def _gradient() -> Finding:
 
     from .. import TensorBatch
     from ..port import erlport
-    from ..port.messages import decode_batch, encode_batch, pack, unpack
+    from ..port.messagepack import pack, unpack
+    from ..port.messages import Batch, decode_batch
+    from ..port.typed import read
 
     logprobs = torch.tensor([-0.5, -1.5, -2.5])
-    batch = encode_batch(TensorBatch.from_tensors([logprobs]))
+    batch = TensorBatch.from_tensors([logprobs])
     request = {"op": "compute", "id": 1, "logprobs": batch, "data": None, "regularizers": []}
     reply = unpack(erlport.compute(pack(request | {"base_loss": {"fn": "l2"}})))
-    if reply["op"] != "result":
-        return Finding(f"a request was answered with {reply}", _REPORT)
-    gradient, _shapes = decode_batch(reply["gradients"], "gradients")
+    if reply.fields["op"] != "result":
+        return Finding(f"a request was answered with {reply.fields}", _REPORT)
+    gradients = read(reply.fields["gradients"], Batch, "gradients")
+    gradient, _shapes = decode_batch(gradients, reply.payload, "gradients")
     if not torch.allclose(gradient, 2 * logprobs):
         return Finding(f"the gradient of l2 is not 2 · logprobs, but {gradient}", _REPORT)
     return Finding("a round trip: the gradient of l2 is 2 · logprobs")

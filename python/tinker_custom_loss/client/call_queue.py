@@ -135,7 +135,7 @@ class CallQueue:
     def _work(self) -> None:
         while True:
             with self._lock:
-                if not self._waiting:
+                if not self._waiting or THREADS.ending:  # nothing is sent while Python ends
                     self._busy = False
                     return
                 job = self._waiting.popleft()

@@ -12,6 +12,7 @@ from tinker import APIFuture, Datum, ForwardBackwardOutput, TrainingClient
 
 from ..composer import Composer
 from ..record import StepRecord, metrics_of
+from ..running.threads import THREADS
 from . import sdk
 from .call_queue import computing, follow
 from .failures import Failures
@@ -90,6 +91,8 @@ class CustomStep:
                 )
             record = composition.telemetry
         except BaseException as error:
+            if THREADS.ending:  # Python ends, and nothing more is sent
+                raise
             self._report(error)
             failure, linear = error, zero_gradient(self._data)
         # Also when the step failed: the requests are the same whatever a term does.
@@ -111,4 +114,5 @@ class CustomStep:
         return StepFuture(outer)
 
     def _report(self, error: BaseException, how: str = "") -> None:
-        self._failures.report(f"step {self._step}{how}", error, self._era)
+        if not THREADS.ending:
+            self._failures.report(f"step {self._step}{how}", error, self._era)

@@ -212,8 +212,8 @@ class RegularizedTrainingClient(_Client):
             loss_fn if base_loss_fn is None else base_loss_fn, regularizers
         )
         if not is_composed(base, regularizers):
-            self._count(checked_step(step))
             loss = sdk_loss(base, datums, self._client)
+            self._count(checked_step(step))
 
             def plain() -> APIFuture[ForwardBackwardOutput]:
                 self._failures.refuse(era)

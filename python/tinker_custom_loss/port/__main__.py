@@ -26,7 +26,7 @@ from .process import attached, end, settle
 from .server import Server
 from .service import Service, error_message
 
-PROTOCOL = 1
+PROTOCOL = 2
 
 
 class _Arguments(argparse.ArgumentParser):

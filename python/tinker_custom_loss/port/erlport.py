@@ -6,9 +6,10 @@
     _ready = :python.call(py, :"tinker_custom_loss.port.erlport", :load, [["my_losses"]])
     reply = :python.call(py, :"tinker_custom_loss.port.erlport", :compute, [request])
 
-Requests and replies are messages of docs/protocol.md, without frames. Nothing here imports ErlPort.
-Each function returns bytes whatever happens, since an exception of Python's reaches an ErlPort host
-as an Erlang one and some values end its process: what is wrong comes as an ``error`` message.
+Requests and replies are frames of docs/protocol.md, without their length. Nothing here imports
+ErlPort. Each function returns bytes whatever happens, since an exception of Python's reaches an
+ErlPort host as an Erlang one and some values end its process: what is wrong comes as an ``error``
+message.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from typing import Any
 
 from ..errors import ProtocolError
 from ..terms.registry import LoadError, Registry
-from .messages import get, pack
-from .service import Service, error_message, id_of, parse
+from .messagepack import Message, pack, unpack
+from .service import Service, error_message, id_of, op_of
 
 __all__ = ["compute", "load"]
 
@@ -38,12 +39,12 @@ def compute(request: bytes) -> bytes:
     While it runs, standard output goes to standard error and standard input is empty, whoever asks
     for them: ErlPort speaks on these descriptors.
     """
-    message: dict[str, Any] = {}
+    message: Message | None = None
 
     def answer() -> dict[str, Any]:
         nonlocal message
-        message = parse(request)
-        op = get(message, "op", (str,))
+        message = unpack(request)
+        op = op_of(message)
         if op == "compute":
             return _service.compute(message)
         if op == "terms":

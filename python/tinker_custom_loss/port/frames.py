@@ -12,13 +12,14 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from ..errors import ProtocolError
-from .messagepack import Buffer
+from .messagepack import PAYLOAD_AT, Buffer
 
 __all__ = ["MAX_FRAME", "FrameReader", "FrameTooLargeError", "FrameWriter", "widen_pipe"]
 
 MAX_FRAME = 1 << 30
 """The largest frame, unless an option says otherwise, in bytes without its header."""
 
+_LEAD = -PAYLOAD_AT % 16
 _PIPE_BYTES = 1 << 20
 _MAX_PIECES = os.sysconf("SC_IOV_MAX")
 
@@ -52,7 +53,8 @@ class FrameReader:
                 f"a frame of {size} bytes was announced, but the limit is {self.max_frame}; "
                 "raise --max-frame, or send fewer datums at a time"
             )
-        frame = np.empty(size, np.uint8).data  # a bytearray would be zeroed first
+        # A bytearray would be zeroed first. The payload, which has the tensors, is aligned.
+        frame = np.empty(size + _LEAD, np.uint8).data[_LEAD:]
         return frame if self._fill(frame) else None
 
     def _fill(self, view: memoryview) -> bool:

@@ -1,4 +1,4 @@
-"""Messages: MessagePack maps to typed requests, and tensors to batches. See docs/protocol.md.
+"""Messages from the host as typed requests, over views of their frame. See docs/protocol.md.
 
 What is missing or of the wrong type is the other implementation's mistake, a ProtocolError; sizes,
 dtypes and counts that do not fit together are the caller's, a RequestError. Both carry the path of
@@ -9,32 +9,30 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
-import msgpack
+import msgspec
 import torch
+from msgspec import Meta, Struct
 
 from ..errors import ProtocolError, RequestError
 from ..tensors.batch import Shape, TensorBatch
 from .data import Column, WireData
-from .messagepack import pack, pack_pieces, unpack
+from .messagepack import Message
+from .typed import read
 
 __all__ = [
     "DTYPES",
+    "Batch",
     "ComputeRequest",
-    "TermSpec",
+    "Data",
+    "Regularizer",
+    "Term",
+    "Terms",
     "decode_batch",
     "decode_compute",
     "decode_data",
-    "decode_terms",
-    "encode_batch",
-    "get",
-    "name_of",
-    "pack",
-    "pack_pieces",
-    "unpack",
 ]
 
 if sys.byteorder != "little":
@@ -48,34 +46,78 @@ DTYPES: dict[str, torch.dtype] = {
     "int64": torch.int64,
     "int32": torch.int32,
 }
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-_NAMES: dict[type, str] = {
-    type(None): "nil",
-    bool: "a bool",
-    int: "an integer",
-    float: "a float",
-    str: "a string",
-    memoryview: "a bin",
-    list: "an array",
-    dict: "a map",
-    msgpack.ExtType: "an ext",
-    msgpack.Timestamp: "a timestamp",
-}
-_REQUIRED: Any = object()
 _MAX_RANK = 8
 
+_Size = Annotated[int, Meta(ge=0)]
 
-@dataclass(frozen=True)
-class TermSpec:
-    """A base loss or regularizer as a request names it; ``fn`` is a name still.
 
-    ``options`` are further keyword arguments of :class:`~tinker_custom_loss.Regularizer`.
-    """
+class Batch(Struct):
+    """``data`` is where in the payload the bytes begin, and how many they are."""
+
+    data: tuple[_Size, _Size]
+    dtype: str
+    shapes: tuple[tuple[_Size, ...] | None, ...]
+
+
+class _Text(Struct, tag_field="type", tag="encoded_text"):
+    tokens: Batch
+
+
+class _Image(Struct, tag_field="type", tag="image"):
+    data: bytes
+    format: Literal["png", "jpeg"]
+    expected_tokens: int | None = None
+
+
+class _ImagePointer(Struct, tag_field="type", tag="image_asset_pointer"):
+    location: str
+    format: Literal["png", "jpeg"]
+    expected_tokens: int | None = None
+
+
+_Chunk = _Text | _Image | _ImagePointer
+
+
+class Data(Struct):
+    """``inputs`` has batches, which are read under their names."""
+
+    count: int
+    inputs: dict[str, Any] = {}
+    tokens: Batch | None = None
+    chunks: list[list[_Chunk] | None] | None = None
+
+
+class Term(Struct):
+    """A base loss: ``fn`` is a name still."""
 
     fn: str
-    params: dict[str, Any]
-    options: dict[str, Any] = field(default_factory=dict)
+    params: dict[str, Any] = {}
+
+
+class Regularizer(Term, kw_only=True):
+    """The further keys are keyword arguments of :class:`tinker_custom_loss.Regularizer`."""
+
+    name: str
+    weight: float
+    run_in_executor: bool | str = False
+    timeout: float | None = None
+    on_error: str = "raise"
+    on_non_finite: str = "raise"
+    enabled: bool = True
+
+
+class Terms(Struct):
+    """The part of a ``compute`` message that a training loop repeats at every step."""
+
+    regularizers: list[Regularizer]
+    base_loss: Term | None = None
+
+
+class _Compute(Struct):
+    logprobs: Batch
+    data: Data | None = None
+    step: int = 0
+    gradients: bool = True
 
 
 @dataclass(frozen=True)
@@ -88,41 +130,14 @@ class ComputeRequest:
     gradients: bool
 
 
-def get(
-    message: Mapping[str, Any],
-    key: str,
-    expected: tuple[type, ...],
-    path: str = "",
-    default: Any = _REQUIRED,
-) -> Any:
-    """``message[key]``, which must be of an expected type; ``path`` is where ``message`` is.
-
-    A float may be written as an integer. nil stands for a key that is not there, where that has
-    a default.
-
-    Raises:
-        ProtocolError: it is missing, or of another type.
-    """
-    where = f"{path}.{key}" if path else key
-    value = message.get(key, default)
-    if value is _REQUIRED:
-        raise ProtocolError(f'the required key "{key}" is missing at `{where}`', path=where)
-    if value is None and default is not _REQUIRED:
-        return default
-    if type(value) in expected:
-        return value
-    if type(value) is int and float in expected:
-        return float(value)
-    raise _unexpected(value, " or ".join(_NAMES[kind] for kind in expected), where)
-
-
-def decode_compute(message: Mapping[str, Any]) -> ComputeRequest:
-    """A ``compute`` message, but for its terms; its tensors are views of the frame.
+def decode_compute(message: Message) -> ComputeRequest:
+    """A ``compute`` message, but for its terms; its tensors are views of the payload.
 
     Raises:
         ProtocolError, RequestError: see the module.
     """
-    flat, shapes = decode_batch(get(message, "logprobs", (dict,)), "logprobs")
+    request = read(message.fields, _Compute)
+    flat, shapes = decode_batch(request.logprobs, message.payload, "logprobs")
     for index, shape in enumerate(shapes):
         if shape is None or len(shape) not in (1, 2):
             raise RequestError(
@@ -131,77 +146,57 @@ def decode_compute(message: Mapping[str, Any]) -> ComputeRequest:
                 path=f"logprobs.shapes[{index}]",
             )
     if not flat.is_floating_point():
-        raise RequestError(
-            f'expected a float dtype at `logprobs.dtype`, got "{_DTYPE_NAMES[flat.dtype]}"',
-            path="logprobs.dtype",
-        )
+        raise _wrong_dtype("a float", request.logprobs, "logprobs")
     return ComputeRequest(
         logprobs=TensorBatch(flat, tuple(shape for shape in shapes if shape is not None)),
-        data=decode_data(get(message, "data", (dict,), default=None), len(shapes)),
-        step=get(message, "step", (int,), default=0),
-        gradients=get(message, "gradients", (bool,), default=True),
-    )
-
-
-def decode_terms(message: Mapping[str, Any]) -> tuple[TermSpec | None, list[TermSpec]]:
-    """The base loss and the regularizers of a ``compute`` message.
-
-    Raises:
-        ProtocolError: see the module.
-    """
-    base = get(message, "base_loss", (dict,), default=None)
-    regularizers = get(message, "regularizers", (list,))
-    return (
-        None if base is None else _base_loss(base),
-        [_regularizer(spec, f"regularizers[{index}]") for index, spec in enumerate(regularizers)],
+        data=decode_data(request.data, message.payload, len(shapes)),
+        step=request.step,
+        gradients=request.gradients,
     )
 
 
 def decode_batch(
-    batch: Mapping[str, Any], path: str
+    batch: Batch, payload: memoryview, path: str
 ) -> tuple[torch.Tensor, tuple[Shape | None, ...]]:
-    """A batch, as one flat tensor that is a view of its frame, and the shape a datum.
+    """A batch, as one flat tensor that is a view of the payload, and the shape a datum.
 
     Raises:
         ProtocolError, RequestError: see the module.
     """
-    name = get(batch, "dtype", (str,), path)
-    dtype = DTYPES.get(name)
+    dtype = DTYPES.get(batch.dtype)
     if dtype is None:
         raise RequestError(
-            f'unknown dtype "{name}" at `{path}.dtype`; expected one of {", ".join(DTYPES)}',
+            f'unknown dtype "{batch.dtype}" at `{path}.dtype`; expected one of {", ".join(DTYPES)}',
             path=f"{path}.dtype",
         )
-    shapes = tuple(
-        _shape(shape, f"{path}.shapes", index)
-        for index, shape in enumerate(get(batch, "shapes", (list,), path))
-    )
-    data: memoryview = get(batch, "data", (memoryview,), path)
-    count = sum(math.prod(shape) for shape in shapes if shape is not None)
-    if len(data) != count * dtype.itemsize:
+    shapes = batch.shapes
+    if max(map(len, filter(None, shapes)), default=0) > _MAX_RANK:
         raise RequestError(
-            f"the {len(shapes)} shapes at `{path}.shapes` hold {count} values of {name}, which is "
-            f"{count * dtype.itemsize} bytes, but `{path}.data` has {len(data)}",
+            f"expected at most {_MAX_RANK} sizes a tensor at `{path}.shapes`", path=f"{path}.shapes"
+        )
+    count = sum(math.prod(shape) for shape in shapes if shape is not None)
+    at, size = batch.data
+    if size != count * dtype.itemsize:
+        raise RequestError(
+            f"the {len(shapes)} shapes at `{path}.shapes` hold {count} values of {batch.dtype}, "
+            f"which is {count * dtype.itemsize} bytes, but `{path}.data` has {size}",
+            path=f"{path}.data",
+        )
+    if at + size > len(payload):
+        raise ProtocolError(
+            f"the {size} bytes from {at} on at `{path}.data` do not lie in the payload, which has "
+            f"{len(payload)}",
             path=f"{path}.data",
         )
     if not count:
         return torch.empty(0, dtype=dtype, device="cpu"), shapes
+    data = payload[at : at + size]
     if data.readonly:  # bytes, not a frame that was read into memory of its own
         data = memoryview(bytearray(data))
     return torch.frombuffer(data, dtype=dtype), shapes
 
 
-def encode_batch(batch: TensorBatch) -> dict[str, Any]:
-    """A batch as a value to pack; ``data`` is a view of its memory, if that is a CPU's."""
-    flat = batch.flat.detach().cpu().contiguous()
-    return {
-        "dtype": _DTYPE_NAMES[flat.dtype],
-        "shapes": [list(shape) for shape in batch.shapes],
-        "data": flat.view(torch.uint8).numpy().data,
-    }
-
-
-def decode_data(data: Mapping[str, Any] | None, count: int) -> WireData:
+def decode_data(data: Data | None, payload: memoryview, count: int) -> WireData:
     """The datums of a message, one for each of ``count`` tensors; without data, empty ones.
 
     Raises:
@@ -209,28 +204,24 @@ def decode_data(data: Mapping[str, Any] | None, count: int) -> WireData:
     """
     if data is None:
         return WireData(count, {})
-    announced = get(data, "count", (int,), "data")
-    if announced != count:
+    if data.count != count:
         raise RequestError(
-            f"`data.count` is {announced}, but there are {count} logprob tensors; expected one "
+            f"`data.count` is {data.count}, but there are {count} logprob tensors; expected one "
             "tensor a datum",
             path="data.count",
         )
     inputs = {}
-    for key, batch in get(data, "inputs", (dict,), "data", default={}).items():
-        where = f"data.inputs.{key}"
-        if not isinstance(batch, dict):
-            raise _unexpected(batch, "a map", where)
-        inputs[key] = _column(batch, count, where)
-    tokens = get(data, "tokens", (dict,), "data", default=None)
-    ids = None if tokens is None else _column(tokens, count, "data.tokens")
-    if ids is not None:
-        _check_ids(ids, "data.tokens")
-    return WireData(count, inputs, ids, _chunks(data, count))
+    for key, value in data.inputs.items():
+        path = f"data.inputs.{key}"
+        inputs[key] = _column(read(value, Batch, path), payload, count, path)
+    tokens = None
+    if data.tokens is not None:
+        tokens = _tokens(data.tokens, payload, count, "data.tokens")
+    return WireData(count, inputs, tokens, _chunks(data.chunks, payload, count))
 
 
-def _column(batch: Mapping[str, Any], count: int, path: str) -> Column:
-    column = Column(*decode_batch(batch, path))
+def _column(batch: Batch, payload: memoryview, count: int, path: str) -> Column:
+    column = Column(*decode_batch(batch, payload, path))
     if len(column.shapes) != count:
         raise RequestError(
             f"`{path}.shapes` has {len(column.shapes)} entries for {count} datums; expected one "
@@ -240,127 +231,47 @@ def _column(batch: Mapping[str, Any], count: int, path: str) -> Column:
     return column
 
 
-def _check_ids(column: Column, path: str) -> None:
+def _tokens(batch: Batch, payload: memoryview, count: int, path: str) -> Column:
+    column = _column(batch, payload, count, path)
     if column.flat.is_floating_point():
-        raise RequestError(
-            f'expected an integer dtype at `{path}.dtype`, got "{_DTYPE_NAMES[column.flat.dtype]}"',
-            path=f"{path}.dtype",
-        )
+        raise _wrong_dtype("an integer", batch, path)
     for index, shape in enumerate(column.shapes):
         if shape is not None and len(shape) != 1:
             raise RequestError(
                 f"expected one size at `{path}.shapes[{index}]`, got {list(shape)}",
                 path=f"{path}.shapes[{index}]",
             )
+    return column
 
 
-def _chunks(data: Mapping[str, Any], count: int) -> list[list[dict[str, Any]] | None] | None:
-    entries = get(data, "chunks", (list,), "data", default=None)
-    if entries is None:
+def _chunks(
+    chunks: list[list[_Chunk] | None] | None, payload: memoryview, count: int
+) -> list[list[dict[str, Any]] | None] | None:
+    """The keyword arguments of each chunk of a model input."""
+    if chunks is None:
         return None
-    if len(entries) != count:
+    if len(chunks) != count:
         raise RequestError(
-            f"`data.chunks` has {len(entries)} entries for {count} datums; expected one a datum, "
+            f"`data.chunks` has {len(chunks)} entries for {count} datums; expected one a datum, "
             "nil where `data.tokens` has it",
             path="data.chunks",
         )
-    result: list[list[dict[str, Any]] | None] = []
-    for index, entry in enumerate(entries):
-        where = f"data.chunks[{index}]"
-        if entry is not None and not isinstance(entry, list):
-            raise _unexpected(entry, "an array or nil", where)
-        result.append(
-            None if entry is None else [_chunk(c, f"{where}[{i}]") for i, c in enumerate(entry)]
-        )
-    return result
+
+    def arguments(chunk: _Chunk, path: str) -> dict[str, Any]:
+        own = {"type": chunk.__struct_config__.tag, **msgspec.structs.asdict(chunk)}
+        if isinstance(chunk, _Text):
+            own["tokens"] = _tokens(chunk.tokens, payload, 1, f"{path}.tokens").flat.tolist()
+        return own
+
+    return [
+        None
+        if entry is None
+        else [arguments(chunk, f"data.chunks[{index}][{i}]") for i, chunk in enumerate(entry)]
+        for index, entry in enumerate(chunks)
+    ]
 
 
-def _chunk(chunk: object, path: str) -> dict[str, Any]:
-    """The keyword arguments of a model input's chunk."""
-    if not isinstance(chunk, dict):
-        raise _unexpected(chunk, "a map", path)
-    kind = get(chunk, "type", (str,), path)
-    if kind == "encoded_text":
-        where = f"{path}.tokens"
-        ids = _column(get(chunk, "tokens", (dict,), path), 1, where)
-        _check_ids(ids, where)
-        return {"type": kind, "tokens": ids.flat.tolist()}
-    if kind == "image":
-        own = {"data": bytes(get(chunk, "data", (memoryview,), path))}
-    elif kind == "image_asset_pointer":
-        own = {"location": get(chunk, "location", (str,), path)}
-    else:
-        raise _unknown("type", kind, "encoded_text, image, image_asset_pointer", path)
-    image_format = get(chunk, "format", (str,), path)
-    if image_format not in ("png", "jpeg"):
-        raise _unknown("format", image_format, "png, jpeg", path)
-    expected_tokens = get(chunk, "expected_tokens", (int,), path, default=None)
-    return {"type": kind, "format": image_format, "expected_tokens": expected_tokens, **own}
-
-
-def _base_loss(spec: Mapping[str, Any]) -> TermSpec:
-    return TermSpec(get(spec, "fn", (str,), "base_loss"), _params(spec, "base_loss"))
-
-
-def _regularizer(spec: object, path: str) -> TermSpec:
-    if not isinstance(spec, dict):
-        raise _unexpected(spec, "a map", path)
-    options = {
-        "name": get(spec, "name", (str,), path),
-        "weight": get(spec, "weight", (float,), path),
-        "run_in_executor": get(spec, "run_in_executor", (bool, str), path, default=False),
-        "timeout": get(spec, "timeout", (float,), path, default=None),
-        "on_error": get(spec, "on_error", (str,), path, default="raise"),
-        "on_non_finite": get(spec, "on_non_finite", (str,), path, default="raise"),
-        "enabled": get(spec, "enabled", (bool,), path, default=True),
-    }
-    return TermSpec(get(spec, "fn", (str,), path), _params(spec, path), options)
-
-
-def _params(spec: Mapping[str, Any], path: str) -> dict[str, Any]:
-    params: dict[str, Any] = _owned(get(spec, "params", (dict,), path, default={}))
-    return params
-
-
-def _owned(value: Any) -> Any:
-    """A value that a function may keep: views of the frame become bytes."""
-    if isinstance(value, memoryview):
-        return bytes(value)
-    if isinstance(value, dict):
-        return {key: _owned(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_owned(inner) for inner in value]
-    return value
-
-
-def _shape(value: object, path: str, index: int) -> Shape | None:
-    if value is None:
-        return None
-    if not isinstance(value, list):
-        raise _unexpected(value, "an array of sizes or nil", f"{path}[{index}]")
-    for size in value:
-        if type(size) is not int or size < 0:
-            raise ProtocolError(
-                f"expected sizes, integers of at least 0, at `{path}[{index}]`, got {value}",
-                path=f"{path}[{index}]",
-            )
-    if len(value) > _MAX_RANK:
-        raise RequestError(
-            f"expected at most {_MAX_RANK} sizes at `{path}[{index}]`, got {len(value)}",
-            path=f"{path}[{index}]",
-        )
-    return tuple(value)
-
-
-def _unknown(key: str, value: str, known: str, path: str) -> RequestError:
-    where = f"{path}.{key}"
-    return RequestError(f'unknown {key} "{value}" at `{where}`; expected {known}', path=where)
-
-
-def name_of(value: object) -> str:
-    """What a decoded value is in MessagePack: "a string", "an array" and so on."""
-    return _NAMES.get(type(value), type(value).__name__)
-
-
-def _unexpected(value: object, expected: str, path: str) -> ProtocolError:
-    return ProtocolError(f"expected {expected} at `{path}`, got {name_of(value)}", path=path)
+def _wrong_dtype(expected: str, batch: Batch, path: str) -> RequestError:
+    return RequestError(
+        f'expected {expected} dtype at `{path}.dtype`, got "{batch.dtype}"', path=f"{path}.dtype"
+    )

@@ -20,10 +20,9 @@ from ..errors import CancelledError, CustomLossError, ProtocolError, RequestErro
 from .cancellation import Request, current_request
 from .frames import FrameReader, FrameTooLargeError, FrameWriter
 from .logs import LogStream
-from .messagepack import pack_pieces
-from .messages import get
+from .messagepack import Message, pack_pieces, unpack
 from .process import end, end_if_forked, resident_bytes
-from .service import Service, error_message, id_of, parse
+from .service import Service, error_message, id_of, op_of
 
 __all__ = ["Server"]
 
@@ -77,7 +76,7 @@ class Server:
                     self._writer.write(pack_pieces(error_message(error)))
                 end(2)
 
-    def _next_request(self) -> tuple[Request, dict[str, Any]]:
+    def _next_request(self) -> tuple[Request, Message]:
         """Read until there is something to compute; answer everything else at once.
 
         A request is registered before the next frame is read, so a ``cancel`` finds it.
@@ -90,9 +89,9 @@ class Server:
                 end(2)
             if frame is None:
                 end(0)
-            message: dict[str, Any] = {}
+            message = None
             try:
-                message = parse(frame)
+                message = unpack(frame)
                 request = self._dispatch(message)
             except CustomLossError as error:
                 # What is wrong with an id cannot be told under that id.
@@ -102,8 +101,8 @@ class Server:
             if request is not None:
                 return request, message
 
-    def _dispatch(self, message: dict[str, Any]) -> Request | None:
-        op = get(message, "op", (str,))
+    def _dispatch(self, message: Message) -> Request | None:
+        op = op_of(message)
         request_id = id_of(message)
         if request_id is None:
             raise ProtocolError(
@@ -140,7 +139,7 @@ class Server:
             request = self._in_flight[request_id] = Request(request_id)
         return request
 
-    def _compute(self, request: Request, message: dict[str, Any]) -> None:
+    def _compute(self, request: Request, message: Message) -> None:
         current_request.set(request)
         try:
             reply = {**self._service.compute(message, request.cancelled), "id": request.id}

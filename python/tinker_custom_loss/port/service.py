@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import threading
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import msgpack
+import msgspec
 
 from ..composer import Composer
 from ..composition import ComposedLoss, Composition
@@ -23,30 +24,33 @@ from ..terms import Term
 from ..terms.registry import Registry
 from .cancellation import ending_if_forked, interruptible
 from .logs import shorten
-from .messagepack import Buffer
-from .messages import TermSpec, decode_compute, decode_terms, encode_batch, name_of, unpack
+from .messagepack import Message
+from .messages import Regularizer, Terms, decode_compute
+from .messages import Term as TermSpec
+from .typed import read
 
-__all__ = ["Service", "composer_arguments", "error_message", "id_of", "parse"]
+__all__ = ["Service", "composer_arguments", "error_message", "id_of", "op_of"]
 
 _MOST_COMPOSERS = 64
 _CONSTANTS = {type(None), bool, int, float, str}
 
 
-def parse(frame: Buffer) -> dict[str, Any]:
-    """The message of a frame.
+class _Request(msgspec.Struct):
+    op: str
+
+
+def op_of(message: Message) -> str:
+    """What a message asks for.
 
     Raises:
-        ProtocolError: the frame does not hold a map.
+        ProtocolError: it does not say.
     """
-    message = unpack(frame)
-    if not isinstance(message, dict):
-        raise ProtocolError(f"a message is a map, but the frame holds {name_of(message)}")
-    return message
+    return read(message.fields, _Request).op
 
 
-def id_of(message: Mapping[str, Any]) -> int | None:
+def id_of(message: Message | None) -> int | None:
     """The id of a request; None if it has none, or one that is not valid."""
-    request_id = message.get("id")
+    request_id = None if message is None else message.fields.get("id")
     return request_id if type(request_id) is int and request_id >= 0 else None
 
 
@@ -67,9 +71,7 @@ class Service:
         self._inline_lock = inline_lock
         self._composers: dict[bytes, Composer] = {}
 
-    def compute(
-        self, message: Mapping[str, Any], cancelled: threading.Event | None = None
-    ) -> dict[str, Any]:
+    def compute(self, message: Message, cancelled: threading.Event | None = None) -> dict[str, Any]:
         """The ``result`` of a ``compute`` message, without its id.
 
         Raises:
@@ -85,7 +87,7 @@ class Service:
         return {
             "op": "result",
             "loss_total": computed.loss_total,
-            "gradients": None if gradient is None else encode_batch(gradient),
+            "gradients": gradient,
             "telemetry": computed.telemetry,
         }
 
@@ -93,16 +95,16 @@ class Service:
         """The ``result`` of a ``terms`` message, without its id."""
         return {"op": "result", "terms": self.registry.describe()}
 
-    def _composer(self, message: Mapping[str, Any]) -> Composer:
+    def _composer(self, message: Message) -> Composer:
         """A training loop asks for the same terms at every step: check them once."""
-        key = msgpack.packb([message.get("base_loss"), message.get("regularizers")], default=repr)
+        key = _packed([message.fields.get("base_loss"), message.fields.get("regularizers")])
         composer = self._composers.get(key)
         if composer is None:
-            base, regularizers = decode_terms(message)
+            terms = read(message.fields, Terms)
             composer = Composer(
-                **composer_arguments(base, regularizers, self._fn), inline_lock=self._inline_lock
+                **composer_arguments(terms, self._fn), inline_lock=self._inline_lock
             )
-            if not any(_could_change(spec.params) for spec in [base, *regularizers] if spec):
+            if not any(_could_change(term) for term in [terms.base_loss, *terms.regularizers]):
                 if len(self._composers) >= _MOST_COMPOSERS:
                     self._composers.clear()
                 self._composers[key] = composer
@@ -110,16 +112,14 @@ class Service:
 
     def _fn(self, spec: TermSpec) -> LossFn:
         fn = self.registry.resolve(spec.fn)
-        where = spec.options.get("run_in_executor")
+        where = isinstance(spec, Regularizer) and spec.run_in_executor
         if where == "process" or isinstance(fn, Term):
             return fn
         elsewhere = where or is_coroutine_function(fn)
         return ending_if_forked(fn) if elsewhere else interruptible(fn)
 
 
-def composer_arguments(
-    base: TermSpec | None, regularizers: list[TermSpec], resolve: Callable[[TermSpec], LossFn]
-) -> dict[str, Any]:
+def composer_arguments(terms: Terms, resolve: Callable[[TermSpec], LossFn]) -> dict[str, Any]:
     """The arguments of a :class:`~tinker_custom_loss.Composer`, with the functions for their names.
 
     Raises:
@@ -132,23 +132,29 @@ def composer_arguments(
         except RequestError as error:
             raise RequestError(f"{path}: {error}", path=f"{path}.fn") from None
 
+    base = terms.base_loss
     return {
         "base_loss_fn": None if base is None else resolved(base, BASE_LOSS),
         "base_params": None if base is None else base.params,
         "regularizers": [
-            {
-                **spec.options,
-                "fn": resolved(spec, f"regularizers[{index}]"),
-                "params": spec.params,
-            }
-            for index, spec in enumerate(regularizers)
+            {**msgspec.structs.asdict(spec), "fn": resolved(spec, f"regularizers[{index}]")}
+            for index, spec in enumerate(terms.regularizers)
         ],
     }
 
 
-def _could_change(params: Mapping[str, Any]) -> bool:
+def _packed(terms: object) -> bytes:
+    """Equal for terms that are the same, and for no others: 1, 1.0 and True differ."""
+    try:
+        packed: bytes = msgpack.packb(terms, default=repr)
+    except ValueError as error:
+        raise ProtocolError(f"the params of a term cannot be packed again: {error}") from None
+    return packed
+
+
+def _could_change(term: TermSpec | None) -> bool:
     """Whether a term could change its params, which no other request must see."""
-    return not _CONSTANTS.issuperset(map(type, params.values()))
+    return term is not None and not _CONSTANTS.issuperset(map(type, term.params.values()))
 
 
 def error_message(error: BaseException, request_id: int | None = None) -> dict[str, Any]:

@@ -27,7 +27,9 @@ from ..tensors.batch import Shape, TensorBatch
 from .context import running
 from .differentiation import Evaluation, check_unchanged, differentiate, leaf_of
 from .event_loop import OWN_LOOP, Waiting
+from .lifetimes import set_up
 from .modes import Modes
+from .shipping import ShippedCall
 from .threads import on_this_thread
 
 _CATALOGUE = f"{__package__.removesuffix('.running')}.terms."
@@ -77,6 +79,7 @@ def evaluate(
     leaf = call.leaf(logprobs)
     with on_this_thread():
         with running(call.name), modes.entered(), guarding(call.name, leaf):
+            set_up(call.fn, lambda returned: waiting.wait(returned, modes))
             returned = call(data, leaf)
             if inspect.isawaitable(returned):
                 returned = waiting.wait(returned, modes)
@@ -128,7 +131,7 @@ def _this_process() -> tuple[int, str]:
 class RemoteCall:
     """One term's work, ready to be pickled."""
 
-    call: Call
+    call: Call | ShippedCall
     data: Sequence[Any]
     values: np.ndarray[Any, Any]
     shapes: tuple[Shape, ...]
@@ -146,13 +149,18 @@ class RemoteReply:
 
 
 def evaluate_remote(remote: RemoteCall) -> RemoteReply:
-    """Evaluate a term where it was sent to. Errors travel as text: the original may not pickle."""
+    """Evaluate a term where it was sent to. Errors travel as text: the original may not pickle.
+
+    Raises:
+        UnknownFunctionError: its function was sent before, but is not here.
+    """
     try:
         values = remote.values if remote.values.flags.writeable else remote.values.copy()
         batch = TensorBatch(torch.from_numpy(values), remote.shapes)
-        done = evaluate(
-            remote.call, remote.data, batch, remote.gradients, remote.modes, Waiting(OWN_LOOP)
-        )
+        call = remote.call
+        if isinstance(call, ShippedCall):
+            call = Call(call.name, *call.load())
+        done = evaluate(call, remote.data, batch, remote.gradients, remote.modes, Waiting(OWN_LOOP))
         if done.parameter_gradients and remote.home != _this_process():
             shapes = [list(part.parameter.shape) for part in done.parameter_gradients]
             raise TermError(

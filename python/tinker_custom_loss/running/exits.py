@@ -16,6 +16,7 @@ import time
 
 from . import processes
 from .event_loop import OWN_LOOP
+from .lifetimes import close_all
 from .threads import interrupt_all, still_running
 
 __all__: list[str] = []
@@ -27,6 +28,7 @@ _SECONDS = 1.0
 def _end() -> None:
     expires = time.monotonic() + _SECONDS
     interrupt_all()
+    close_all(_SECONDS / 2)
     processes.end_all()
     OWN_LOOP.close(_SECONDS / 2)
     late = still_running(expires - time.monotonic())

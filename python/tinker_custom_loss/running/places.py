@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextvars
-import pickle
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -36,11 +34,13 @@ from .evaluation import (
     guarding,
 )
 from .event_loop import OWN_LOOP, Loop, Waiting
+from .lifetimes import set_up_async
 from .modes import Modes
 from .processes import ProcessRun
+from .shipping import ShippedCall
 from .threads import THREADS
 
-__all__ = ["Started", "Surroundings", "check_picklable", "run_inline", "runs_inline", "start"]
+__all__ = ["Started", "Surroundings", "run_inline", "runs_inline", "shipped", "start"]
 
 
 @dataclass(frozen=True)
@@ -106,32 +106,37 @@ def runs_inline(term: Regularizer) -> bool:
     return term.run_in_executor is False and not term.is_async
 
 
-def check_picklable(term: Regularizer) -> None:
-    """Refuse, when a composer is built, a term that cannot be sent to a process.
+def shipped(term: Regularizer) -> ShippedCall | None:
+    """The call of a term that is sent to a process, pickled once, when a composer is built.
 
     Raises:
-        RequestError: naming the term, why, and what to do.
+        RequestError: it cannot be sent there; naming the term, why, and what to do.
     """
     place = term.run_in_executor
-    if place != "process" and not isinstance(place, concurrent.futures.ProcessPoolExecutor):
-        return
+    if place != "process":
+        if not isinstance(place, concurrent.futures.ProcessPoolExecutor):
+            return None
+        _check_start_method(term, place)
     try:
-        pickle.dumps((term.fn, dict(term.params)))
-        _check_importable(term.fn)
+        return ShippedCall.of(term.name, term.fn, term.params)
     except Exception as error:
         raise RequestError(
             f'regularizer "{term.name}" cannot run in a process, because its function or params '
-            f"cannot be pickled: {error}; define the function at the top level of a module file, "
+            f"cannot be pickled: {error}; create there what cannot travel, in the function itself, "
             "or set run_in_executor to True",
             path="run_in_executor",
         ) from error
 
 
-def _check_importable(fn: object) -> None:
-    """What a notebook or a prompt defines pickles by a name that no other process can look up."""
-    main = sys.modules["__main__"]
-    if getattr(fn, "__module__", None) == "__main__" and not hasattr(main, "__file__"):
-        raise pickle.PicklingError("it is defined in a notebook or at a prompt")
+def _check_start_method(term: Regularizer, pool: concurrent.futures.ProcessPoolExecutor) -> None:
+    context = getattr(pool, "_mp_context", None)  # which the pool keeps to itself
+    if context is not None and context.get_start_method() == "fork":
+        raise RequestError(
+            f'the pool of regularizer "{term.name}" forks its processes, in which torch hangs at '
+            "its first parallel operation; give it "
+            'mp_context=multiprocessing.get_context("spawn")',
+            path="run_in_executor",
+        )
 
 
 def run_inline(
@@ -149,6 +154,7 @@ def run_inline(
 def start(
     term: Regularizer,
     call: Call,
+    shipped: ShippedCall | None,
     data: Sequence[Any],
     logprobs: TensorBatch,
     gradients: bool,
@@ -168,7 +174,9 @@ def start(
         return _start_thread(call, data, logprobs, gradients, surroundings, expires)
 
     values = logprobs.flat.detach().cpu().numpy()
-    remote_call = RemoteCall(call, data, values, logprobs.shapes, gradients, surroundings.modes)
+    remote_call = RemoteCall(
+        shipped or call, data, values, logprobs.shapes, gradients, surroundings.modes
+    )
 
     def finish(reply: RemoteReply) -> Evaluation:
         return evaluation_from(reply, logprobs.flat)
@@ -201,6 +209,7 @@ def _start_async(
 
     async def awaited() -> Any:
         with running(call.name), guarding(call.name, leaf, awaiting=True):
+            await set_up_async(call.fn)
             return await call(data, leaf)
 
     def finish(returned: object) -> Evaluation:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import multiprocessing
+import multiprocessing.process
 import os
 import pickle
 import signal
@@ -17,6 +18,7 @@ import sys
 import threading
 import time
 import traceback
+from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING
 
@@ -24,6 +26,8 @@ import torch
 
 from ..errors import TermError, TermTimeoutError
 from .evaluation import RemoteCall, RemoteReply, evaluate_remote
+from .lifetimes import close_all
+from .shipping import ShippedCall, UnknownFunctionError
 from .threads import THREADS
 
 if TYPE_CHECKING:
@@ -42,6 +46,9 @@ _lock = threading.Lock()
 def _forget_after_fork() -> None:
     """The processes are the parent's: two of us on one pipe would read each other's replies."""
     global _lock
+    # Or multiprocessing would terminate them when the child exits, in mid-term of the parent.
+    children: set[object] = multiprocessing.process._children  # type: ignore[attr-defined]
+    children.difference_update(worker.process for worker in _alive)
     _alive.clear()
     _idle.clear()
     _lock = threading.Lock()  # another thread may have held it
@@ -77,8 +84,22 @@ def _spawn() -> _Worker:
     return worker
 
 
+def end_idle(seconds: float = 1.0) -> None:
+    """End the processes that run no term, once they have closed what terms have open there."""
+    with _lock:
+        workers = list(_idle)
+        _idle.clear()
+    for worker in workers:
+        worker.hang_up()
+    expires = time.monotonic() + seconds
+    for worker in workers:
+        worker.process.join(max(0.0, expires - time.monotonic()))
+        worker.end()
+
+
 def end_all() -> None:
     """End every process: the interpreter ends."""
+    end_idle(0.5)
     with _lock:
         workers = list(_alive)
     for worker in workers:
@@ -104,14 +125,10 @@ class ProcessRun:
             TermError: its process died, or its work cannot be pickled.
         """
         name = self._name
-        try:
-            work = pickle.dumps(self._call, protocol=pickle.HIGHEST_PROTOCOL)
-        except Exception as error:
-            raise TermError.from_exception(name, error) from error
         worker = self._take_worker()
         try:
             worker.await_ready(name)
-            reply = worker.ask(work, self._timeout, name)
+            reply = worker.ask(self._call, self._timeout)
         except BaseException:
             with self._guard:
                 self._worker = None
@@ -124,14 +141,6 @@ class ProcessRun:
         else:
             with _lock:
                 _idle.append(worker)
-        if reply.failure is not None and reply.failure["term"] is None:
-            raise TermError(
-                f'the process of the term "{name}" cannot load it: {reply.failure["message"]}; '
-                "its function must be at the top level of a module that can be imported there",
-                term=name,
-                error_type=reply.failure["error_type"],
-                traceback=reply.failure["traceback"],
-            )
         return reply
 
     def kill(self) -> None:
@@ -165,9 +174,15 @@ class _Worker:
         self.process: SpawnProcess = context.Process(
             target=_serve, args=(theirs, os.getpid()), name="tinker-custom-loss-term", daemon=True
         )
-        self.process.start()
+        # Ctrl-C reaches every process of the terminal, and theirs while it still starts.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
         self._ready = False
+        self._functions: set[str] = set()  # that were sent to it
         with _lock:
             _alive.add(self)
 
@@ -176,11 +191,37 @@ class _Worker:
             self._receive(_START_UP_SECONDS, name, "did not start")
             self._ready = True
 
-    def ask(self, work: bytes, timeout: float | None, name: str) -> RemoteReply:
+    def ask(self, call: RemoteCall, timeout: float | None) -> RemoteReply:
+        """Have a term evaluated. Its function is sent the first time only."""
+        shipped, name = call.call, call.call.name
+        if isinstance(shipped, ShippedCall) and shipped.digest in self._functions:
+            reply = self._exchange(replace(call, call=shipped.without_function()), timeout, name)
+            if reply is not None:
+                return reply
+        reply = self._exchange(call, timeout, name)
+        assert reply is not None
+        if isinstance(shipped, ShippedCall):
+            self._functions.add(shipped.digest)
+        return reply
+
+    def _exchange(self, call: RemoteCall, timeout: float | None, name: str) -> RemoteReply | None:
+        try:
+            work = pickle.dumps(call, protocol=pickle.HIGHEST_PROTOCOL)
+        except Exception as error:
+            raise TermError.from_exception(name, error) from error
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # seen again in receive
             self._pipe.send_bytes(work)
-        reply: RemoteReply = pickle.loads(self._receive(timeout, name, "ran out of time"))
+        reply: RemoteReply | None
+        reply = pickle.loads(self._receive(timeout, name, "ran out of time"))
+        if reply is not None and reply.failure is not None and reply.failure["term"] is None:
+            message = f'the term "{name}" was not run: {reply.failure["message"]}'
+            kind, trace = reply.failure["error_type"], reply.failure["traceback"]
+            raise TermError(message, term=name, error_type=kind, traceback=trace)
         return reply
+
+    def hang_up(self) -> None:
+        """Let it end by itself."""
+        self._pipe.close()
 
     def end(self) -> None:
         """Kill it and close what belongs to it. No other thread may be using it."""
@@ -230,27 +271,32 @@ def _serve(pipe: Connection, parent: int) -> None:
     """The worker process: one call at a time until the parent closes the pipe."""
     die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     torch.set_num_threads(1)
     pipe.send_bytes(b"ready")
     while True:
         try:
             work = pipe.recv_bytes()
         except (EOFError, OSError):
+            close_all(1.0)
             return
         pipe.send_bytes(pickle.dumps(_answer(work), protocol=pickle.HIGHEST_PROTOCOL))
 
 
-def _answer(work: bytes) -> RemoteReply:
+def _answer(work: bytes) -> RemoteReply | None:
+    """None: the function has to be sent again."""
     try:
-        remote_call: RemoteCall = pickle.loads(work)
-    except Exception as error:  # whose term it is, only the parent knows
-        return RemoteReply(
-            None,
-            {
-                "message": str(error),
-                "term": None,
-                "error_type": type(error).__qualname__,
-                "traceback": "".join(traceback.format_exception(error)),
-            },
-        )
-    return evaluate_remote(remote_call)
+        call: RemoteCall = pickle.loads(work)
+    except Exception as error:
+        failure = {
+            "message": f"its process cannot load the data: {error}; their types must be "
+            "importable there",
+            "term": None,  # which one it is, only the parent knows
+            "error_type": type(error).__qualname__,
+            "traceback": "".join(traceback.format_exception(error)),
+        }
+        return RemoteReply(None, failure)
+    try:
+        return evaluate_remote(call)
+    except UnknownFunctionError:
+        return None

@@ -47,10 +47,7 @@ class TermOnBatch:
         bound = made.__signature__.bind(data, logprobs, **params)
         bound.apply_defaults()
         given = dict(bound.arguments)
-        for name, allowed in made.choices.items():
-            if given[name] not in allowed:
-                known = ", ".join(map(str, allowed))
-                raise ValueError(f"unknown {name} {given[name]!r}; expected one of {known}")
+        made.check_params(**params)
         self._term, self._logprobs, flat = made, logprobs, logprobs.flat
         self._reduction = Reduction(given["reduction"], given["normalizer"])
         shapes = logprobs.shapes

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..tensors import gradients as grad
 from ..tensors.batch import TensorBatch
 from .on_batch import Evaluated, TermOnBatch
-from .reduction import ReductionName
+from .reduction import Reduction, ReductionName
 
 __all__ = ["Evaluated", "Scope", "Term", "ValueFn", "term"]
 
@@ -173,6 +173,18 @@ class Term:
             logprobs = TensorBatch.from_tensors(logprobs)
         with torch.no_grad():
             return dict(TermOnBatch(self, data, logprobs, params).totals)
+
+    def check_params(self, **params: Any) -> None:
+        """Check what can be checked of parameters before there is a batch.
+
+        Raises:
+            ValueError: one has a value that it cannot have.
+        """
+        for name, allowed in self.choices.items():
+            if name in params and params[name] not in allowed:
+                known = ", ".join(map(str, allowed))
+                raise ValueError(f"unknown {name} {params[name]!r}; expected one of {known}")
+        Reduction(params.get("reduction", "token_sum"), params.get("normalizer"))
 
     def __reduce__(self) -> str:
         return self.__qualname__  # pickled by name, like a function

@@ -1,6 +1,7 @@
 defmodule Tinkex.CustomLoss.Test.Vectors do
   @moduledoc "The messages of tests/vectors; their README says how they are written."
 
+  alias Tinkex.CustomLoss.Wire.MessagePack
   alias Tinkex.CustomLoss.Wire.MessagePack.{Ext, Timestamp}
   alias Tinkex.CustomLoss.Test.JSON
 
@@ -24,6 +25,7 @@ defmodule Tinkex.CustomLoss.Test.Vectors do
       name: name,
       frame: Base.decode16!(json["hex"], case: :lower),
       value: value(json["value"]),
+      payload: Base.decode16!(Map.get(json, "payload", ""), case: :lower),
       canonical?: Map.get(json, "canonical", true),
       from: json["from"]
     }
@@ -43,6 +45,34 @@ defmodule Tinkex.CustomLoss.Test.Vectors do
   defp value(%{} = map), do: Map.new(map, fn {key, value} -> {key, value(value)} end)
   defp value(list) when is_list(list), do: Enum.map(list, &value/1)
   defp value(scalar), do: scalar
+
+  @doc "The payload of a frame, and the MessagePack of its message."
+  def split(<<0xC6, size::32, payload::binary-size(size), message::binary>>),
+    do: {payload, message}
+
+  def split(message), do: {<<>>, message}
+
+  @doc "The frame of a payload and a message."
+  def join(payload, message) do
+    header = if payload == "", do: "", else: <<0xC6, byte_size(payload)::32>>
+    IO.iodata_to_binary([header, payload, MessagePack.encode(message)])
+  end
+
+  @doc "The message of a frame, with the bytes of each batch as its data."
+  def open(frame) do
+    {payload, message} = split(frame)
+    {:ok, message} = MessagePack.decode(message)
+    opened(message, payload)
+  end
+
+  defp opened(%{"data" => [at, size], "dtype" => _} = batch, payload),
+    do: %{batch | "data" => binary_part(payload, at, size)}
+
+  defp opened(%{} = map, payload) when not is_struct(map),
+    do: Map.new(map, fn {key, value} -> {key, opened(value, payload)} end)
+
+  defp opened(list, payload) when is_list(list), do: Enum.map(list, &opened(&1, payload))
+  defp opened(other, _payload), do: other
 
   @doc "What decoding yields for a term that was encoded: bins and strings are both binaries."
   def decoded({:bin, bytes}), do: IO.iodata_to_binary(bytes)

@@ -27,7 +27,7 @@ defmodule Tinkex.CustomLoss.Sandbox do
 
   alias Tinkex.CustomLoss.{Options, Regularizer, Schema, WorkerError}
   alias Tinkex.CustomLoss.Pool.{Call, Log, Python}
-  alias Tinkex.CustomLoss.Wire.{Batch, Data, MessagePack, Numbers, Protocol}
+  alias Tinkex.CustomLoss.Wire.{Batch, Data, Frame, Numbers, Protocol}
 
   @type server :: GenServer.server()
 
@@ -242,14 +242,14 @@ defmodule Tinkex.CustomLoss.Sandbox do
 
   defp create_model(%{port: port, config: config, next: id} = state) do
     message = %{"op" => "create_model", "id" => id, "seed" => config.seed}
-    command(port, MessagePack.encode(message))
+    command(port, Frame.encode(message))
     await_message("result", %{state | next: id + 1})
   end
 
   defp await_message(op, %{port: port, config: %{start_timeout: timeout}} = state) do
     receive do
       {^port, {:data, frame}} ->
-        case MessagePack.decode(frame) do
+        case Frame.decode(frame) do
           {:ok, %{"op" => ^op}} -> {:ok, state}
           {:ok, %{"op" => "log"}} -> await_message(op, log(frame, state))
           _other -> Python.not_started("the sandbox did not start: " <> refusal(frame))
@@ -276,7 +276,7 @@ defmodule Tinkex.CustomLoss.Sandbox do
 
   @impl true
   def handle_info({port, {:data, frame}}, %{port: port} = state) do
-    case MessagePack.decode(frame) do
+    case Frame.decode(frame) do
       {:ok, %{"op" => "result", "id" => id} = result} -> answer(id, {:ok, result}, state)
       {:ok, %{"op" => "log"}} -> {:noreply, log(frame, state)}
       _other -> refused(Protocol.decode(frame), state)
@@ -304,7 +304,7 @@ defmodule Tinkex.CustomLoss.Sandbox do
 
   defp send_request(%{port: port, next: id} = state, op, fields, waiting) do
     message = Map.merge(fields, %{"op" => op, "id" => id, "model" => 0})
-    command(port, MessagePack.encode(message))
+    command(port, Frame.encode(message))
     %{state | next: id + 1, waiting: Map.put(state.waiting, id, waiting)}
   end
 

@@ -21,18 +21,18 @@ defmodule Tinkex.CustomLoss.Wire.Batch do
           forms: [term()]
         }
 
-  @doc "The batch as a map of the wire."
-  @spec to_wire(t()) :: map()
-  def to_wire(%__MODULE__{} = batch) do
+  @doc "The batch as a map of the wire, its data being the `size` bytes from `at` on of a payload."
+  @spec to_wire(t(), non_neg_integer(), non_neg_integer()) :: map()
+  def to_wire(%__MODULE__{} = batch, at, size) do
     %{
-      "data" => {:bin, batch.data},
+      "data" => [at, size],
       "dtype" => Atom.to_string(batch.dtype),
       "shapes" => batch.shapes
     }
   end
 
   @doc """
-  The batch in a map from the wire; its `data` is a part of the frame.
+  The batch in a map from the wire whose `data` was taken from the payload; it is a part of the frame.
 
   On error, says what is wrong and where in the map.
   """
@@ -73,7 +73,7 @@ defmodule Tinkex.CustomLoss.Wire.Batch do
       else: {:error, ["data"], "has #{byte_size(data)} bytes; its shapes hold #{expected}"}
   end
 
-  defp check_data(_data, _shapes, _dtype), do: {:error, ["data"], "is not a bin"}
+  defp check_data(_data, _shapes, _dtype), do: {:error, ["data"], "lies nowhere in the payload"}
 
   @doc "Whether a term is a list of sizes."
   @spec shape?(term()) :: boolean()

@@ -29,7 +29,7 @@ defmodule Tinkex.CustomLoss.Wire.Data do
         }
 
   @doc """
-  The `data` of a compute message (docs/protocol.md, "Data"), nil for nil.
+  The `data` of a compute message (docs/protocol.md, "Data") for `Frame.encode/1`, nil for nil.
 
   `count` is the number of logprob tensors that the datums belong to.
   """
@@ -133,8 +133,7 @@ defmodule Tinkex.CustomLoss.Wire.Data do
     Map.new(names, fn name ->
       default = if name == "target_tokens", do: :int64, else: :float32
       tensors = Enum.map(inputs, &Map.get(&1, name))
-      batch = Tensor.batch(tensors, default, &[name, "loss_fn_inputs", &1, "data"])
-      {name, Batch.to_wire(batch)}
+      {name, Tensor.batch(tensors, default, &[name, "loss_fn_inputs", &1, "data"])}
     end)
   end
 
@@ -182,7 +181,7 @@ defmodule Tinkex.CustomLoss.Wire.Data do
     if Numbers.float?(batch.dtype),
       do: refuse!(path.(0), "has tokens of #{batch.dtype}, which is no type of integers")
 
-    Batch.to_wire(batch)
+    batch
   end
 
   defp chunks(datum, path) do

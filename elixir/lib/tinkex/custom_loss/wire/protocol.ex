@@ -8,9 +8,9 @@ defmodule Tinkex.CustomLoss.Wire.Protocol do
   keys for what users name. A tensor is a `Tinkex.CustomLoss.Wire.Batch` that is a part of the frame.
   """
 
-  alias Tinkex.CustomLoss.Wire.{Batch, MessagePack}
+  alias Tinkex.CustomLoss.Wire.{Batch, Frame, MessagePack}
 
-  @version 1
+  @version 2
 
   @doc "The version of the protocol that this module speaks."
   @spec version() :: pos_integer()
@@ -39,10 +39,10 @@ defmodule Tinkex.CustomLoss.Wire.Protocol do
   """
   @spec encode_compute(compute()) :: iodata()
   def encode_compute(%{id: id, logprobs: %Batch{} = logprobs} = request) do
-    MessagePack.encode(%{
+    Frame.encode(%{
       "op" => "compute",
       "id" => id,
-      "logprobs" => Batch.to_wire(logprobs),
+      "logprobs" => logprobs,
       "data" => Map.get(request, :data),
       "base_loss" => term(Map.get(request, :base_loss)),
       "regularizers" => request |> Map.get(:regularizers, []) |> Enum.map(&term/1),
@@ -165,7 +165,7 @@ defmodule Tinkex.CustomLoss.Wire.Protocol do
           | {:log, map()}
           | {:invalid, String.t()}
   def decode(frame) do
-    case MessagePack.decode(frame) do
+    case Frame.decode(frame) do
       {:ok, %{} = message} -> message(message)
       {:ok, other} -> {:invalid, "the worker's message is #{kind_of(other)}, not a map"}
       {:error, error} -> {:invalid, "the worker's message is #{Exception.message(error)}"}
