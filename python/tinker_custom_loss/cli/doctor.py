@@ -14,7 +14,15 @@ from functools import partial
 
 __all__ = ["REQUIRED", "Finding", "examine"]
 
-REQUIRED = {"msgpack": "1.0", "msgspec": "0.19", "numpy": "1.26", "tinker": "0.30", "torch": "2.4"}
+REQUIRED = {
+    "cloudpickle": "3.0",
+    "msgpack": "1.0",
+    "msgspec": "0.19",
+    "numpy": "1.26",
+    "rich": "13",
+    "tinker": "0.30",
+    "torch": "2.4",
+}
 """Packages and the lowest versions of them, as in pyproject.toml."""
 
 _PYTHON = (3, 11)
