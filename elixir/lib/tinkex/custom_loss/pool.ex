@@ -144,10 +144,11 @@ defmodule Tinkex.CustomLoss.Pool do
   def handle_call(:drain, from, state),
     do: {:noreply, settle(%{state | draining: [from | state.draining || []]})}
 
+  # Of those that were to be started anew, only the first one may have loaded what was edited since.
   def handle_call(:reload, from, state) do
-    renewals = for index <- Map.keys(state.slots), do: {index, :reloaded}
-    state = %{state | reloading: [from | state.reloading], renewals: state.renewals ++ renewals}
-    {:noreply, settle(state)}
+    begun = Enum.take(state.renewals, 1)
+    renewals = begun ++ for index <- Map.keys(state.slots), do: {index, :reloaded}
+    {:noreply, settle(%{state | reloading: [from | state.reloading], renewals: renewals})}
   end
 
   def handle_call(other, _from, state), do: stray(other, state)

@@ -27,7 +27,7 @@ anything is sent."
       default: %{},
       doc:
         "a map or keyword list: keyword arguments of the function. An atom among them is sent as \
-a string, so that `reduction: :mean` is `reduction=\"mean\"`."
+a string, so that `reduction: :token_mean` is `reduction=\"token_mean\"`."
     ],
     run_in_executor: [
       type: {:in, [false, true, :process]},
