@@ -90,6 +90,11 @@ bench: setup ## measure: one line a figure, NAME VALUE (target T) ok|short
 	-@$(BIN)/python tests/bench/native.py
 	-@$(BIN)/python tests/bench/concurrency.py 2>/dev/null
 
+.PHONY: pictures
+pictures: setup ## make the pictures of docs/ from the run in docs/runs/demo
+	@$(BIN)/python -m tinker_custom_loss report docs/runs/demo -o .make/report.html --svg .make/pictures
+	@for picture in docs/pictures/*.svg; do cp .make/pictures/$${picture##*/} $$picture; done
+
 .PHONY: clean
 clean: ## remove all that make made
 	rm -rf .venv .make _build .mypy_cache .ruff_cache .pytest_cache .hypothesis

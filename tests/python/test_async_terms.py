@@ -78,7 +78,8 @@ class TestModes:
             for leaving, task in zip(leave, helpers, strict=True):
                 leaving.set()
                 await task
-            return library.square(data, logprobs)
+            (result,) = await asyncio.gather(library.square_async(data, logprobs))
+            return result
 
         composer = Composer(None, [Regularizer(gathers, 1.0, "gathers", timeout=60)])
         for _ in range(2):

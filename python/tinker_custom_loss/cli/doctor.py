@@ -15,6 +15,7 @@ from functools import partial
 __all__ = ["REQUIRED", "Finding", "examine"]
 
 REQUIRED = {
+    "cloudpickle": "3.0",
     "msgpack": "1.0",
     "msgspec": "0.19",
     "numpy": "1.26",
