@@ -24,6 +24,12 @@ def test_a_norm_neither_overflows_nor_underflows(scale):
     assert norm(values) == pytest.approx(float(values.double().norm()), rel=1e-6, abs=0)
 
 
+@pytest.mark.parametrize("scale", [1e-200, 1e200])
+def test_a_norm_in_double_precision_does_neither(scale):
+    values = torch.tensor([3.0, -4.0], dtype=torch.float64) * scale
+    assert norm(values) == pytest.approx(5 * scale, rel=1e-12, abs=0)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("position", [0, 70_000])
 def test_a_norm_is_finite_only_if_every_entry_is(bad, position):
@@ -42,6 +48,27 @@ def test_cosine():
     assert cosine(huge, -huge, norm(huge), norm(huge)) == pytest.approx(-1.0)
 
 
+@pytest.mark.parametrize(
+    ("scale", "dtype"),
+    [
+        (1e-24, torch.float32),
+        (3e-38, torch.float32),
+        (1e-200, torch.float64),
+        (1e200, torch.float64),
+    ],
+)
+@pytest.mark.parametrize("size", [2, 70_000])
+def test_a_cosine_is_that_of_the_directions_at_every_scale(scale, dtype, size):
+    a = torch.tensor([1.0, 0.0], dtype=dtype).repeat(size // 2) * scale
+    b = torch.tensor([1.0, 1.0], dtype=dtype).repeat(size // 2) * scale
+    across = torch.tensor([0.0, 1.0], dtype=dtype).repeat(size // 2) * scale
+    assert cosine(a, a, norm(a), norm(a)) == pytest.approx(1.0)
+    assert cosine(a, -b, norm(a), norm(b)) == pytest.approx(-math.sqrt(0.5))
+    assert cosine(a, across, norm(a), norm(across)) == 0.0
+    one = torch.ones_like(a)
+    assert cosine(a, one, norm(a), norm(one)) == pytest.approx(math.sqrt(0.5), rel=1e-4)
+
+
 def test_rounding_takes_no_cosine_beyond_1():
     generator = torch.Generator().manual_seed(0)
     for a in torch.rand(1000, 7, generator=generator):
@@ -57,7 +84,7 @@ def test_a_weighted_sum_leaves_its_terms_alone():
     assert weighted_sum([(1.0, a)], a) is a
 
 
-def test_a_carrier_hands_each_leaf_its_gradient_to_keep():
+def test_a_surrogate_hands_each_leaf_its_gradient_to_keep():
     leaves = [torch.zeros(2, requires_grad=True), torch.zeros(1, 2, requires_grad=True)]
     gradients = [torch.tensor([1.0, 2.0]), torch.tensor([[3.0, 4.0]])]
     value = 0.1 + 0.2  # not a float32

@@ -187,22 +187,51 @@ class TestKL:
         rows = Rows([(1, 3), (2,)])
         rows.logprobs[0][0, 1] = -math.inf
         composition = rows.compute("kl", weights=None)
-        assert math.isfinite(composition.loss_total)
+        assert composition.gradients[0][0, 1] == 0
+        p, q = rows.logprobs[0][:, [0, 2]], rows.references[0][:, [0, 2]]
+        possible = (p.exp() * (p - q)).sum()
+        sampled = (rows.logprobs[1] - rows.references[1]).square().sum() / 2
+        assert composition.loss_total == pytest.approx(float(possible + sampled))
+        composition = rows.compute("entropy", weights=None)
+        value = (p.exp() * p).sum() + rows.logprobs[1].sum()
+        assert composition.loss_total == pytest.approx(float(value))
         assert composition.gradients[0][0, 1] == 0
 
 
-def test_the_entropy_surrogate_has_the_gradient_of_the_entropy_in_expectation():
-    """Summed over all tokens by their probability, the estimate is exact."""
-    logits = torch.tensor([0.3, -1.2, 0.7, 0.1], dtype=torch.float64, requires_grad=True)
-    log_p = torch.log_softmax(logits, 0)
-    (exact,) = torch.autograd.grad((log_p.exp() * log_p).sum(), logits, retain_graph=True)
-    expected = torch.zeros(4, dtype=torch.float64)
-    for token, probability in enumerate(log_p.exp().detach()):
-        sampled = log_p[token : token + 1]
-        composition = Composer(entropy, base_params={"weights": None}).compute([None], [sampled])
-        (chain,) = torch.autograd.grad(sampled, logits, composition.gradients[0], retain_graph=True)
-        expected += probability * chain
-    assert expected.numpy() == pytest.approx(exact.numpy())
+@pytest.mark.parametrize("name", ["kl", "entropy"])
+def test_one_alternative_a_position_is_a_sampled_token(name):
+    rows = Rows([(5,)])
+    flat = rows.compute(name, weights=None)
+    rows.data[0] = datum(5, reference_logprobs=rows.references[0][:, None])
+    rows.logprobs[0] = rows.logprobs[0][:, None]
+    column = rows.compute(name, weights=None)
+    assert column.loss_total == flat.loss_total
+    assert torch.equal(column.gradients[0][:, 0], flat.gradients[0])
+
+
+@pytest.mark.parametrize("size", [3, 300_000])
+def test_l2_can_be_given_to_torch_func_at_every_size(size):
+    values = -torch.rand(size)
+    gradient = torch.func.grad(lambda x: l2([None], [x], weights=None)[0])(values)
+    torch.testing.assert_close(gradient, 2 * values)
+
+
+@pytest.mark.parametrize("name", ["kl", "entropy", "nll", "l2"])
+@pytest.mark.parametrize("reduction", ["token_sum", "sequence_mean_token_mean"])
+def test_a_default_device_has_no_part_in_a_term(name, reduction):
+    rows = Rows([(3, 2), (4,), (2,)])
+    rows.data = [
+        datum(len(r), reference_logprobs=r, **({} if i else {"weights": torch.ones(3)}))
+        for i, r in enumerate(rows.references)  # two have no weights
+    ]
+    expected = rows.compute(name, reduction=reduction)
+    torch.set_default_device("meta")
+    try:
+        composition = rows.compute(name, reduction=reduction)
+    finally:
+        torch.set_default_device(None)
+    assert composition.loss_total == expected.loss_total
+    assert torch.equal(composition.gradient.flat, expected.gradient.flat)
 
 
 class TestWhatATermSaysOfBadInput:

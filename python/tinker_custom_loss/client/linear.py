@@ -148,7 +148,7 @@ def _tensor_data(weight: Tensor) -> TensorData:
 
 
 def _zeros(datum: Datum) -> TensorData:
-    return _tensor_data(torch.zeros(_shape(datum.loss_fn_inputs["target_tokens"])))
+    return _tensor_data(torch.zeros(_shape(datum.loss_fn_inputs["target_tokens"]), device="cpu"))
 
 
 def _shape(tensor: TensorData) -> Shape:

@@ -189,7 +189,7 @@ def decode_batch(
             path=f"{path}.data",
         )
     if not count:
-        return torch.empty(0, dtype=dtype), shapes
+        return torch.empty(0, dtype=dtype, device="cpu"), shapes
     data = payload[at : at + size]
     if data.readonly:  # bytes, not a frame that was read into memory of its own
         data = memoryview(bytearray(data))

@@ -54,7 +54,11 @@ def norm(a: Tensor) -> float:
     square = dot(a, a)
     if math.isfinite(square) and square > 1e-30:
         return math.sqrt(square)
-    return float(torch.linalg.vector_norm(a, dtype=torch.float64))  # squares over- or underflow
+    largest = float(a.abs().max()) if a.numel() else 0.0
+    if largest == 0.0 or not math.isfinite(largest):
+        return largest
+    # Squares over- or underflow.
+    return largest * float(torch.linalg.vector_norm(a.double() / largest))
 
 
 def cosine(a: Tensor, b: Tensor, norm_a: float, norm_b: float) -> float:
@@ -151,24 +155,27 @@ def surrogate(
 class _Surrogate(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
         value: float,
         gradients: Sequence[Tensor],
         parameter_gradients: Sequence[ParameterGradient],
         *logprobs: Tensor,
     ) -> Tensor:
+        return torch.tensor(value, dtype=torch.float64, device="cpu")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, gradients, parameter_gradients, *_ = inputs
         ctx.save_for_backward(*gradients)  # a second backward() is refused, as of any graph
         ctx.parameter_gradients = parameter_gradients
         ctx.set_materialize_grads(False)
-        return torch.tensor(value, dtype=torch.float64, device="cpu")
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> Any:
         if torch.is_grad_enabled():
             raise RequestError(
                 "a composed loss cannot be differentiated twice (create_graph=True): its terms "
-                "have been differentiated already, and the second derivative would be 0; give "
-                "the terms to torch.autograd yourself, without a Composer"
+                "have been differentiated already, so the second derivative would be 0; call the "
+                "terms yourself, without a Composer, and give their loss to torch.autograd"
             )
         gradients: Sequence[Tensor] = ctx.saved_tensors
         (grad_output,) = grad_outputs

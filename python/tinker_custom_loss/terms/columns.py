@@ -100,7 +100,7 @@ def _auto_weights(data: Sequence[Any], shapes: tuple[Shape, ...]) -> TensorBatch
         inputs = _inputs(datum)
         found = next((inputs[key] for key in ("weights", "mask") if key in inputs), None)
         without += found is None
-        tensors.append(torch.ones(shape) if found is None else _tensor(found))
+        tensors.append(torch.ones(shape, device="cpu") if found is None else _tensor(found))
     if without:
         _warn_of_ones()
     return None if without == len(tensors) else _joined(tensors)

@@ -104,12 +104,16 @@ class Term:
     def __call__(
         self, data: Sequence[Any], logprobs: Sequence[Tensor], **params: Any
     ) -> tuple[Tensor, dict[str, float]]:
-        return self.evaluate_flat(data, TensorBatch.from_tensors(logprobs), **params)
+        """Differentiated by autograd: as often as you like, and under ``torch.func``."""
+        batch = TensorBatch.from_tensors(logprobs)
+        evaluated = TermOnBatch(self, data, batch, params).reduced(gradient=False)
+        return evaluated.loss, evaluated.metrics
 
     def evaluate_flat(
         self, data: Sequence[Any], logprobs: TensorBatch, **params: Any
     ) -> tuple[Tensor, dict[str, float]]:
-        """The same over the batch as one buffer. The composer calls this form."""
+        """The same over the batch as one buffer, with the gradient in closed form if there is one.
+        The composer calls this form."""
         wanted = torch.is_grad_enabled() and logprobs.flat.requires_grad
         if not wanted or self._derivative is None:
             evaluated = TermOnBatch(self, data, logprobs, params).reduced(gradient=False)
