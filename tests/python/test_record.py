@@ -83,6 +83,12 @@ class TestMetrics:
 RECORD = {"loss_total": 2, "base_loss": None, "regularizers": {"kl": {"custom": {"a:b": 1.0}}}}
 
 
+@pytest.mark.parametrize(("weight", "cosine"), [(0.5, 1.0), (-0.5, 1.0), (0.0, 0.0)])
+def test_the_only_gradient_is_the_total_as_weighted(logprobs, weight, cosine):
+    record = Composer(None, [term(square, weight)]).compute(DATA, logprobs).telemetry
+    assert record["regularizers"]["term"]["cosine_to_total"] == cosine
+
+
 class TestFlatten:
     def test_every_key_begins_with_the_prefix(self):
         expected = {"train/loss_total": 2.0, "train/regularizers/kl/custom/a.b": 1.0}
