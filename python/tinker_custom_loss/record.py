@@ -36,6 +36,7 @@ class BaseLossRecord(TypedDict):
     grad_rms: float | None
     cosine_to_total: float | None
     differentiable: bool
+    zero_gradient: bool | None
     seconds: float
     non_finite_zeroed: int
     custom: dict[str, float | None]
@@ -46,7 +47,8 @@ class RegularizerRecord(TypedDict):
 
     ``contribution`` is ``weight · value``, what the term added to ``loss_total``;
     ``cosine_to_total`` is that of its weighted gradient and the total gradient (-1: it works
-    against the step, 0: unrelated, or either is zero).
+    against the step, 0: unrelated, or either is zero). ``zero_gradient``: its loss depends on the
+    logprobs, it had tokens, and its gradient is 0 at every one of them, whatever its weight.
     """
 
     value: float | None
@@ -57,6 +59,7 @@ class RegularizerRecord(TypedDict):
     grad_rms: float | None
     cosine_to_total: float | None
     differentiable: bool
+    zero_gradient: bool | None
     seconds: float | None
     skipped: bool
     error: str | None
@@ -118,6 +121,7 @@ def _of_base_loss(record: RegularizerRecord) -> BaseLossRecord:
         "grad_rms": record["grad_rms"],
         "cosine_to_total": record["cosine_to_total"],
         "differentiable": record["differentiable"],
+        "zero_gradient": record["zero_gradient"],
         "seconds": record["seconds"],
         "non_finite_zeroed": record["non_finite_zeroed"],
         "custom": record["custom"],

@@ -34,7 +34,12 @@ from .threads import on_this_thread
 
 _CATALOGUE = f"{__package__.removesuffix('.running')}.terms."
 
-__all__ = ["Call", "RemoteCall", "RemoteReply", "evaluate"]
+__all__ = ["Call", "RemoteCall", "RemoteReply", "evaluate", "is_of_catalogue"]
+
+
+def is_of_catalogue(fn: object) -> bool:
+    """Whether a function is one of this package's own terms, which are known to be right."""
+    return (getattr(fn, "__module__", None) or "").startswith(_CATALOGUE)
 
 
 @dataclass(frozen=True)
@@ -51,8 +56,7 @@ class Call:
 
     def leaf(self, logprobs: TensorBatch) -> TensorBatch:
         """What it is to be called with. The terms of the catalogue change nothing."""
-        home = getattr(self.fn, "__module__", None) or ""
-        return leaf_of(logprobs, shares_memory=home.startswith(_CATALOGUE))
+        return leaf_of(logprobs, shares_memory=is_of_catalogue(self.fn))
 
     def __call__(self, data: Sequence[Any], logprobs: TensorBatch) -> Any:
         evaluate_flat = getattr(self.fn, "evaluate_flat", None)
