@@ -98,6 +98,13 @@ class TestParameters:
         asyncio.run(composer.compute_async(DATA, logprobs))
         assert temperature.grad.item() == -6
 
+    @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+    def test_also_where_the_caller_has_gradients_off(self, logprobs, temperature, mode):
+        with mode():
+            Composer(scaled_by(temperature)).compute(DATA, logprobs)
+        assert temperature.grad.item() == -6
+        assert not temperature.grad.is_inference()
+
     def test_a_step_that_fails_leaves_them_alone(self, logprobs, temperature):
         with pytest.raises(TermError):
             Composer(scaled_by(temperature), [term(raises)]).compute(DATA, logprobs)
