@@ -139,7 +139,7 @@ class RemoteCall:
     shapes: tuple[Shape, ...]
     gradients: bool
     modes: Modes
-    totals: Mapping[str, float] | None
+    totals: Mapping[str, float] | None = None
     home: tuple[int, str] = field(default_factory=_this_process)
 
 
