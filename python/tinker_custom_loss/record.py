@@ -250,6 +250,7 @@ def _merged_base_loss(
         "grad_rms": root_mean_square(norm, size),
         "cosine_to_total": _merged_cosine(cosines, norms, norm, totals, total),
         "differentiable": any(part["differentiable"] for part in parts),
+        "zero_gradient": _merged_zero(parts, norm),
         "seconds": math.fsum(part["seconds"] for part in parts),
         "non_finite_zeroed": sum(part["non_finite_zeroed"] for part in parts),
         "custom": _merged_custom([part["custom"] for part in parts]),
@@ -274,12 +275,23 @@ def _merged_regularizer(
         "grad_rms": root_mean_square(norm, size),
         "cosine_to_total": _merged_cosine(cosines, norms, norm, totals, total),
         "differentiable": any(part["differentiable"] for part in parts),
+        "zero_gradient": _merged_zero(parts, norm),
         "seconds": _sum([part["seconds"] for part in parts]),
         "skipped": any(part["skipped"] for part in parts),
         "error": next((part["error"] for part in parts if part["error"]), None),
         "non_finite_zeroed": sum(part["non_finite_zeroed"] for part in parts),
         "custom": _merged_custom([part["custom"] for part in parts]),
     }
+
+
+def _merged_zero(
+    parts: Sequence[BaseLossRecord] | Sequence[RegularizerRecord], norm: float | None
+) -> bool | None:
+    """A part that had no tokens says nothing; one that was skipped or zeroed is not known to be."""
+    if norm is None:
+        return None
+    spoiled = any(part.get("skipped") or part["non_finite_zeroed"] for part in parts)
+    return norm == 0.0 and not spoiled and any(part["zero_gradient"] for part in parts)
 
 
 def _sum(values: Sequence[float | None]) -> float | None:
