@@ -32,6 +32,7 @@ from term_library import (
 )
 from tinker_custom_loss import (
     CancelledError,
+    ChangedLogprobsError,
     Composer,
     NonFiniteError,
     RequestError,
@@ -231,6 +232,11 @@ class TestComposition:
         torch.testing.assert_close(cosines, torch.tensor([[1.0, -1], [-1, 1]]).double())
         assert composition.term_gradients["down"].flat.tolist() == [-1] * 7
 
+    def test_term_gradients_stay_when_the_caller_scales_the_total(self, logprobs):
+        composition = Composer(total).compute(DATA, logprobs, term_gradients=True)
+        composition.gradient.flat.mul_(5)
+        assert composition.term_gradients["base_loss"].flat.tolist() == [1] * 7
+
     def test_weights_follow_a_schedule(self, logprobs):
         composer = Composer(total, [spec(square, lambda step: step / 10, "square")])
         for step in (0, 5):
@@ -352,9 +358,13 @@ class TestTermsThatFail:
         assert 'the term "bad"' in bad["error"]
         assert (bad["value"], bad["contribution"]) == (None, 0.0)
 
-    def test_changing_the_logprobs_cannot_be_skipped(self, logprobs):
-        terms = [spec(changes_in_place, 1.0, "bad", on_error="skip"), spec(square, 1.0, "good")]
-        with pytest.raises(TermError, match='"bad" changed the logprobs in place'):
+    @pytest.mark.parametrize("place", [False, True, "process"])
+    def test_changing_the_logprobs_cannot_be_skipped(self, logprobs, place):
+        terms = [
+            spec(changes_in_place, 1.0, "bad", on_error="skip", run_in_executor=place),
+            spec(square, 1.0, "good"),
+        ]
+        with pytest.raises(ChangedLogprobsError, match='"bad" changed the logprobs in place'):
             Composer(None, terms).compute(DATA, logprobs)
 
     def test_keyboard_interrupt_passes_through(self, logprobs):

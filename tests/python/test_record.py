@@ -51,9 +51,10 @@ class TestMetrics:
         assert record["schedule_step"] == 7
         assert record["compute_seconds"] > 0
 
-    def test_two_that_are_one_in_the_flat_form_are_refused(self, logprobs):
-        metrics = {"a:b": 1.0, "a.b": 2.0}
-        with pytest.raises(TermError, match=r'metrics "a:b" and "a\.b", which are the same one'):
+    @pytest.mark.parametrize(("one", "other"), [("a:b", "a.b"), ("a.b:c", "a:b.c")])
+    def test_two_that_are_one_in_the_flat_form_are_refused(self, logprobs, one, other):
+        metrics = {one: 1.0, other: 2.0}
+        with pytest.raises(TermError, match=f'metrics "{one}" and "{other}", which are the same'):
             Composer(total, [term(returning(metrics))]).compute(DATA, logprobs)
 
     @pytest.mark.parametrize(

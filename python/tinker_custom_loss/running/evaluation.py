@@ -171,7 +171,8 @@ def evaluate_remote(remote: RemoteCall) -> RemoteReply:
             )
     except TermError as error:
         failure = {"message": str(error), "term": error.term, "error_type": error.error_type}
-        return RemoteReply(None, {**failure, "traceback": error.traceback})
+        # Its class decides whether it may be skipped.
+        return RemoteReply(None, {**failure, "traceback": error.traceback, "class": type(error)})
     gradient = None if done.gradient is None else done.gradient.contiguous().numpy()
     return RemoteReply(
         (
@@ -190,7 +191,7 @@ def evaluation_from(reply: RemoteReply, like: Tensor) -> Evaluation:
     """The evaluation of a term that ran elsewhere, with its gradient on the device of ``like``."""
     if reply.failure is not None:
         failure = dict(reply.failure)
-        raise TermError(failure.pop("message"), **failure)
+        raise failure.pop("class")(failure.pop("message"), **failure)
     assert reply.evaluation is not None
     value, metrics, differentiable, gradient, seconds, parameters = reply.evaluation
     tensor = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -57,21 +56,24 @@ def checked(name: str, returned: object) -> tuple[Tensor, dict[str, float | None
             "of numbers",
             term=name,
         )
+    dotted: dict[str, str] = {}
     for key in metrics:
-        _check_key(name, key, metrics)
+        _check_key(name, key, dotted)
     return loss, {key: _number(name, key, value) for key, value in metrics.items()}
 
 
-def _check_key(name: str, key: object, metrics: Mapping[Any, Any]) -> None:
+def _check_key(name: str, key: object, dotted: dict[str, str]) -> None:
+    """``dotted`` are the keys before it, by what they are for a logger."""
     if not isinstance(key, str):
         raise TermError(
             f'the term "{name}" returned a metric whose name is {_describe(key)}; expected a '
             "string",
             term=name,
         )
-    if ":" in key and (dotted := key.replace(":", ".")) in metrics:
+    other = dotted.setdefault(key.replace(":", "."), key)
+    if other != key:
         raise TermError(
-            f'the term "{name}" returned the metrics "{key}" and "{dotted}", which are the same '
+            f'the term "{name}" returned the metrics "{other}" and "{key}", which are the same '
             'one for a logger, where "." stands for ":"; rename one of them',
             term=name,
         )

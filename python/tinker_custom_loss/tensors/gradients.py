@@ -116,8 +116,8 @@ class ParameterGradient:
 
     def accumulate(self) -> None:
         """Add it to the parameter's ``.grad``, as ``backward()`` does, with the same hooks."""
-        accumulates: Any = get_gradient_edge(self.parameter).node
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # in inference mode it has no edge
+            accumulates: Any = get_gradient_edge(self.parameter).node
             accumulates(self.gradient)
 
     def __repr__(self) -> str:
