@@ -123,10 +123,10 @@ def _auto_weights(data: Sequence[Any], shapes: tuple[Shape, ...]) -> TensorBatch
     tensors, without = [], 0
     for index, (datum, shape) in enumerate(zip(data, shapes, strict=True)):
         inputs = _inputs(datum)
-        key = next((key for key in ("weights", "mask") if key in inputs), None)
-        without += key is None
+        found = next((key for key in ("weights", "mask") if key in inputs), None)
+        without += found is None
         ones = torch.ones(shape, device="cpu")
-        tensors.append(ones if key is None else _tensor(key, index, inputs[key]))
+        tensors.append(ones if found is None else _tensor(found, index, inputs[found]))
     if without:
         _warn_of_ones()
     return None if without == len(tensors) else _joined(tensors)
