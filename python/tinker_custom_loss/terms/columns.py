@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..tensors.batch import Shape, TensorBatch
 
-__all__ = ["is_present", "read", "read_groups", "read_weights"]
+__all__ = ["is_present", "read", "read_chosen", "read_groups", "read_weights"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -61,14 +61,18 @@ def read_weights(
     return None if bool((flat == 1).all()) else flat
 
 
-def read_groups(
-    group: str, chosen: str, data: Sequence[Any], device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """The integer group of every datum, and whether it is chosen: two tensors [B]."""
-    ids, flags = _numbers(group, data), _numbers(chosen, data)
-    _check_all(group, ids, ids == ids.floor(), "an integer")
-    _check_all(chosen, flags, (flags == 0) | (flags == 1), "0 or 1")
-    return ids.to(device, torch.int64), (flags == 1).to(device)
+def read_groups(key: str, data: Sequence[Any]) -> Tensor:
+    """The integer group of every datum, [B]: a scalar, or an array of one entry."""
+    ids = _numbers(key, data)
+    _check_all(key, ids, ids == ids.floor(), "an integer")
+    return ids.to(torch.int64)
+
+
+def read_chosen(key: str, data: Sequence[Any]) -> Tensor:
+    """Whether each datum is chosen, [B], from a 1 or a 0."""
+    flags = _numbers(key, data)
+    _check_all(key, flags, (flags == 0) | (flags == 1), "0 or 1")
+    return flags == 1
 
 
 def _check_all(key: str, numbers: Tensor, good: Tensor, expected: str) -> None:

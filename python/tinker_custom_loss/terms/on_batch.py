@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..tensors.batch import TensorBatch
-from .columns import is_present, read, read_groups, read_weights
+from .columns import is_present, read, read_chosen, read_groups, read_weights
 from .groups import Groups
 from .reduction import Reduction, Sequences
 
@@ -82,7 +82,8 @@ class TermOnBatch:
         if made.scope == "sequence":
             self._params["sequences"] = self._sequences
         if made.scope == "group":
-            ids, chosen = read_groups(given["group"], given["chosen"], data, flat.device)
+            ids = read_groups(given["group"], data).to(flat.device)
+            chosen = read_chosen(given["chosen"], data).to(flat.device)
             self._params["groups"] = Groups(ids, chosen, self._sequences)
 
     @functools.cached_property

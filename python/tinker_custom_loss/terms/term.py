@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..tensors import gradients as grad
 from ..tensors.batch import TensorBatch
-from .columns import read_numbers
+from .columns import read_groups
 from .on_batch import Evaluated, TermOnBatch
 from .reduction import Reduction, ReductionName
 
@@ -189,7 +189,7 @@ class Term:
         ``group``."""
         if self.scope != "group":
             return {}
-        ids = read_numbers(params.get("group", "group"), data).to(torch.int64)
+        ids = read_groups(params.get("group", "group"), data)
         indices, counts = torch.unique(ids, return_counts=True)
         return dict(zip(map(str, indices.tolist()), counts.tolist(), strict=True))
 
