@@ -195,10 +195,15 @@ def group_is_empty(pid: int, within: float = 10.0) -> bool:
     """Whether every process of a worker's group is gone, or is within some seconds."""
     deadline = time.monotonic() + within
     while time.monotonic() < deadline:
-        if not any(_group_of(entry) == pid for entry in os.listdir("/proc") if entry.isdigit()):
+        if not group(pid):
             return True
         time.sleep(0.01)
     return False
+
+
+def group(pid: int) -> list[int]:
+    """The processes of a worker's group."""
+    return [int(name) for name in os.listdir("/proc") if name.isdigit() and _group_of(name) == pid]
 
 
 def _group_of(pid: str) -> int | None:

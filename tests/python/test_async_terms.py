@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import contextvars
 import functools
 import os
@@ -424,7 +425,13 @@ class TestOnTheCallersLoop:
         asyncio.run(asyncio.wait_for(main(), 60))
 
     def test_cancelled_it_runs_no_further_inline_term(self, logprobs):
-        after = threading.Event()
+        after, left = threading.Event(), threading.Event()
+
+        class Turn(contextlib.AbstractContextManager):
+            """What inline terms hold: left when the last one that runs has ended."""
+
+            def __exit__(self, *_):
+                left.set()
 
         async def main():
             running = threading.Event()
@@ -439,9 +446,8 @@ class TestOnTheCallersLoop:
                 after.set()
                 return library.square(data, logprobs)
 
-            composer = Composer(
-                None, [Regularizer(first, 1.0, "first"), Regularizer(second, 1.0, "second")]
-            )
+            terms = [Regularizer(first, 1.0, "first"), Regularizer(second, 1.0, "second")]
+            composer = Composer(None, terms, inline_lock=Turn())
             future = asyncio.create_task(composer.compute_async(DATA, logprobs))
             await until(running)
             future.cancel()
@@ -450,6 +456,5 @@ class TestOnTheCallersLoop:
             go_on.set()
 
         asyncio.run(main())
-        # A thread that is used again has ended what it did: the next computation runs on it.
-        asyncio.run(Composer(library.square).compute_async(DATA, logprobs))
+        assert left.wait(60)
         assert not after.is_set()

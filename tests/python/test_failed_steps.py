@@ -121,18 +121,29 @@ class TestStop:
         client.optim_step(ADAM).result(60)
         assert not torch.equal(sandbox.parameters(client.model_id), before)
 
-    def test_what_waited_behind_the_failure_stays_refused(self, client):
+    def test_what_waited_behind_the_failure_stays_refused(self, new_client):
         """Also if it was acknowledged before their turn came."""
-        never = Gate()
+        acknowledged = []
+
+        class Acknowledges(tinker.TrainingClient):
+            def forward_backward(self, *args, **kwargs):  # the last thing before the next turn
+                acknowledged.append(client.acknowledge_failure())
+                return super().forward_backward(*args, **kwargs)
+
+        bare = new_client()
+        bare.__class__ = Acknowledges
+        client = with_regularizers(bare, on_failure="stop")
+        gate, never = Gate(), Gate()
+        client.forward_backward_custom(datums(), None, [gate.term()])
         failed = client.forward_backward_custom(datums(), None, [FAILS])
         behind = client.forward_backward_custom(datums(), None, [never.term()])
-        with pytest.raises(TermError):
+        gate.open.set()
+        with pytest.raises(TermError) as info:
             failed.result(60)
-        client.acknowledge_failure()
-        after = client.optim_step(ADAM)
         with pytest.raises(StoppedError):
             behind.result(60)
-        assert after.result(60)
+        assert acknowledged == [None, info.value]
+        assert client.optim_step(ADAM).result(60)
         assert not never.reached.is_set()
 
     def test_a_step_that_its_caller_withdrew_stops_nothing(self, client):

@@ -14,7 +14,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from port_client import PATHOLOGICAL, PortClient, batch, compute, gradients, group_is_empty, l2
+from port_client import (
+    PATHOLOGICAL,
+    PortClient,
+    batch,
+    compute,
+    gradients,
+    group,
+    group_is_empty,
+    l2,
+)
 from tinker_custom_loss.port.messagepack import pack
 
 HERE = Path(__file__).parent
@@ -501,7 +510,18 @@ class TestTheEnd:
         own.process.wait(10)
         assert group_is_empty(own.ready["pid"])
 
-    @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG")
+    def test_it_is_gone_when_the_host_hangs_up_on_it_stopped(self, own):
+        own.process.send_signal(signal.SIGSTOP)
+        own.hang_up()
+        own.process.wait(10)
+
+    def test_it_ends_by_itself_where_its_guardian_was_killed(self, own):
+        (guardian,) = set(group(own.ready["pid"])) - {own.ready["pid"]}
+        os.kill(guardian, signal.SIGKILL)
+        started(own, "sleeps", "sleeping")
+        own.hang_up()
+        own.process.wait(10)
+
     def test_it_dies_with_its_parent_while_c_code_holds_the_interpreter(self, tmp_path):
         script = (
             "import os, sys, signal\n"

@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from ..running.processes import die_with_parent
 from .frames import widen_pipe
 
 __all__ = ["attached", "end", "end_if_forked", "resident_bytes", "settle"]
@@ -47,8 +46,6 @@ def settle() -> tuple[int, int]:
         os.setsid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a shell is the host's to handle
     signal.signal(signal.SIGTERM, lambda *_: end(0))
-    # While C code holds the interpreter's lock no thread of ours can run, but the kernel can act.
-    die_with_parent(os.getppid())
     _start_guardian(from_host)
     _keep_freed_memory()
     return from_host, to_host

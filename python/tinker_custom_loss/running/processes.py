@@ -33,7 +33,7 @@ from .threads import THREADS
 if TYPE_CHECKING:
     from multiprocessing.context import SpawnProcess
 
-__all__ = ["ProcessRun", "die_with_parent", "warm"]
+__all__ = ["ProcessRun", "warm"]
 
 _START_UP_SECONDS = 120.0  # importing torch from a cold disk, with room
 _LOOK_EVERY_SECONDS = 1.0
@@ -58,7 +58,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_after_fork)
 
 
-def die_with_parent(expected_parent: int) -> None:
+def _die_with_parent(expected_parent: int) -> None:
     """Have the kernel kill this process when its parent ends (Linux); exit if it already has."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
@@ -269,7 +269,7 @@ class _Worker:
 
 def _serve(pipe: Connection, parent: int) -> None:
     """The worker process: one call at a time until the parent closes the pipe."""
-    die_with_parent(parent)
+    _die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     torch.set_num_threads(1)

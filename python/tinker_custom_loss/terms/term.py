@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..tensors import gradients as grad
 from ..tensors.batch import TensorBatch
+from .columns import read_numbers
 from .on_batch import Evaluated, TermOnBatch
 from .reduction import Reduction, ReductionName
 
@@ -110,15 +111,20 @@ class Term:
         return evaluated.loss, evaluated.metrics
 
     def evaluate_flat(
-        self, data: Sequence[Any], logprobs: TensorBatch, **params: Any
+        self,
+        data: Sequence[Any],
+        logprobs: TensorBatch,
+        totals: Mapping[str, float] | None = None,
+        /,
+        **params: Any,
     ) -> tuple[Tensor, dict[str, float]]:
         """The same over the batch as one buffer, with the gradient in closed form if there is one.
-        The composer calls this form."""
+        The composer calls this form, with the ``totals`` of the step where it is split."""
         wanted = torch.is_grad_enabled() and logprobs.flat.requires_grad
         if not wanted or self._derivative is None:
-            evaluated = TermOnBatch(self, data, logprobs, params).reduced(gradient=False)
+            evaluated = TermOnBatch(self, data, logprobs, params, totals).reduced(gradient=False)
             return evaluated.loss, evaluated.metrics
-        evaluated = self.value_and_gradient(data, logprobs, **params)
+        evaluated = self.value_and_gradient(data, logprobs, totals=totals, **params)
         assert evaluated.gradient is not None
         return grad.surrogate(
             float(evaluated.loss), [evaluated.gradient], [logprobs.flat]
@@ -173,6 +179,15 @@ class Term:
             logprobs = TensorBatch.from_tensors(logprobs)
         with torch.no_grad():
             return dict(TermOnBatch(self, data, logprobs, params).totals)
+
+    def group_sizes(self, data: Sequence[Any], **params: Any) -> dict[str, int]:
+        """The number of datums in each group, by its index as text; {} unless the scope is
+        ``group``."""
+        if self.scope != "group":
+            return {}
+        ids = read_numbers(params.get("group", "group"), data).to(torch.int64)
+        indices, counts = torch.unique(ids, return_counts=True)
+        return dict(zip(map(str, indices.tolist()), counts.tolist(), strict=True))
 
     def check_params(self, **params: Any) -> None:
         """Check what can be checked of parameters before there is a batch.

@@ -14,6 +14,7 @@ defmodule Tinkex.CustomLoss.Faults.OrphansTest do
   @states %{
     "idle" => {[], nil},
     "awaiting" => {[], "pathological:never_resolves"},
+    "stopped, and its guardian too" => {[], nil},
     "blocked in a sleep" => {[], "pathological:sleeps"},
     "in a tight loop" => {[], "pathological:loops"},
     "holding the interpreter's lock" => {[], "holds_the_interpreter:holds_the_interpreter"},
@@ -43,6 +44,7 @@ defmodule Tinkex.CustomLoss.Faults.OrphansTest do
       assert length(group(os_pid)) >= if(state == "with processes of all kinds", do: 5, else: 1)
     end
 
+    signal("-#{Map.new(groups)["stopped, and its guardian too"]}", "STOP")
     killed = System.monotonic_time(:millisecond)
     signal(:peer.call(peer, :os, :getpid, []), "KILL")
 
