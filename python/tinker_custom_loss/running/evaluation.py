@@ -42,12 +42,14 @@ class Call:
     """A function with its keyword arguments, under the name that errors use.
 
     A function that has an attribute ``evaluate_flat``, as built-in terms do, is called through it
-    with the :class:`TensorBatch` itself in place of the list of tensors.
+    with the :class:`TensorBatch` itself in place of the list of tensors, and with the ``totals``
+    of the step where this is a part of one.
     """
 
     name: str
     fn: LossFn
     params: Mapping[str, Any]
+    totals: Mapping[str, float] | None = None
 
     def leaf(self, logprobs: TensorBatch) -> TensorBatch:
         """What it is to be called with. The terms of the catalogue change nothing."""
@@ -57,7 +59,7 @@ class Call:
     def __call__(self, data: Sequence[Any], logprobs: TensorBatch) -> Any:
         evaluate_flat = getattr(self.fn, "evaluate_flat", None)
         if evaluate_flat is not None:
-            return evaluate_flat(data, logprobs, **self.params)
+            return evaluate_flat(data, logprobs, self.totals, **self.params)
         return self.fn(data, logprobs.tensors(), **self.params)
 
 
@@ -137,6 +139,7 @@ class RemoteCall:
     shapes: tuple[Shape, ...]
     gradients: bool
     modes: Modes
+    totals: Mapping[str, float] | None = None
     home: tuple[int, str] = field(default_factory=_this_process)
 
 
@@ -159,7 +162,7 @@ def evaluate_remote(remote: RemoteCall) -> RemoteReply:
         batch = TensorBatch(torch.from_numpy(values), remote.shapes)
         call = remote.call
         if isinstance(call, ShippedCall):
-            call = Call(call.name, *call.load())
+            call = Call(call.name, *call.load(), remote.totals)
         done = evaluate(call, remote.data, batch, remote.gradients, remote.modes, Waiting(OWN_LOOP))
         if done.parameter_gradients and remote.home != _this_process():
             shapes = [list(part.parameter.shape) for part in done.parameter_gradients]
