@@ -20,9 +20,10 @@ from .errors import (
     TermError,
     TermTimeoutError,
 )
-from .record import BaseLossRecord, RegularizerRecord, StepRecord, flatten
+from .record import BaseLossRecord, RegularizerRecord, StepRecord, flatten, merge
 from .regularizer import LossFn, Regularizer
 from .tensors.batch import TensorBatch
+from .totals import add_totals
 
 if TYPE_CHECKING:
     from .client import (
@@ -61,12 +62,14 @@ __all__ = [
     "TensorBatch",
     "TermError",
     "TermTimeoutError",
+    "add_totals",
     "diagnose",
     "flatten",
     "forward_backward_custom",
     "forward_backward_custom_async",
     "linearize",
     "live",
+    "merge",
     "term",
     "watch",
     "with_regularizers",

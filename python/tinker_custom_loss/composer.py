@@ -16,6 +16,7 @@ import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -33,6 +34,7 @@ from .running.shipping import ShippedCall
 from .running.threads import THREADS, on_this_thread
 from .tensors.batch import TensorBatch, checked_batch
 from .tensors.gradients import surrogate
+from .totals import denominators, shapes_of_targets, totals_of
 
 __all__ = ["Composer"]
 
@@ -111,6 +113,7 @@ class Composer:
         logprobs: Sequence[Tensor] | TensorBatch,
         *,
         step: int | None = None,
+        totals: Mapping[str, Any] | None = None,
         term_gradients: bool = False,
         cancelled: threading.Event | None = None,
     ) -> Composition:
@@ -126,18 +129,19 @@ class Composer:
             logprobs: one float tensor a datum, [T] or [T,K]. They are not modified, and no
                 graph that they belong to is used.
             step: the training step, for weight schedules.
+            totals: of the whole step, where these datums are a part of it: see :meth:`totals`.
             term_gradients: True keeps each term's own gradient in the composition.
             cancelled: set it from another thread to withdraw the computation.
 
         Raises:
-            RequestError: data and logprobs do not fit together, or a weight is a schedule and
-                there is no step.
+            RequestError: data and logprobs do not fit together, a weight is a schedule and
+                there is no step, or ``totals`` are not those of a step with these datums.
             TermError: a term failed, and its ``on_error`` is ``"raise"``; or no term is
                 differentiable.
             CancelledError: ``cancelled`` was set.
         """
         here = places.Surroundings.here()
-        composition = self._compute(data, logprobs, step, term_gradients, cancelled, here)
+        composition = self._compute(data, logprobs, step, totals, term_gradients, cancelled, here)
         _accumulate(composition)
         return composition
 
@@ -147,6 +151,7 @@ class Composer:
         logprobs: Sequence[Tensor] | TensorBatch,
         *,
         step: int | None = None,
+        totals: Mapping[str, Any] | None = None,
         cancelled: threading.Event | None = None,
     ) -> ComposedLoss:
         """:meth:`compute` without gradients: losses and metrics, for an evaluation.
@@ -156,7 +161,8 @@ class Composer:
         here = places.Surroundings.here()
         with torch.inference_mode(False), on_this_thread():
             composing = self._begin(data, logprobs, step)
-            results = self._evaluate(data, composing.batch, False, cancelled, here)
+            calls = self._parts(data, composing.batch, totals)
+            results = self._evaluate(calls, data, composing.batch, False, cancelled, here)
             return composing.composed_loss(results)
 
     async def compute_async(
@@ -165,6 +171,7 @@ class Composer:
         logprobs: Sequence[Tensor] | TensorBatch,
         *,
         step: int | None = None,
+        totals: Mapping[str, Any] | None = None,
         term_gradients: bool = False,
     ) -> Composition:
         """:meth:`compute`, awaited, while the caller's event loop stays free.
@@ -176,7 +183,7 @@ class Composer:
         async with CallersLoop() as loop:
             here = places.Surroundings.here(loop)
             future = THREADS.submit(
-                self._compute, data, logprobs, step, term_gradients, cancelled, here
+                self._compute, data, logprobs, step, totals, term_gradients, cancelled, here
             )
             try:
                 composition: Composition = await asyncio.wrap_future(future)
@@ -191,14 +198,49 @@ class Composer:
         data: Sequence[Any],
         logprobs: Sequence[Tensor] | TensorBatch,
         step: int | None,
+        totals: Mapping[str, Any] | None,
         term_gradients: bool,
         cancelled: threading.Event | None,
         surroundings: places.Surroundings,
     ) -> Composition:
         with torch.inference_mode(False), on_this_thread():
             composing = self._begin(data, logprobs, step)
-            results = self._evaluate(data, composing.batch, True, cancelled, surroundings)
+            calls = self._parts(data, composing.batch, totals)
+            results = self._evaluate(calls, data, composing.batch, True, cancelled, surroundings)
             return composing.composition(results, term_gradients)
+
+    def totals(self, data: Sequence[Any]) -> dict[str, dict[str, Any]]:
+        """What each term divides by, for an optimizer step that is sent in several calls.
+
+        ::
+
+            totals = composer.totals(data)
+            for part in parts:  # any partition of the data, in any order
+                composer.compute(part, logprobs_of(part), totals=totals)
+
+        gives the parts gradients that add up to those of one call with all ``data``. Plain values
+        that JSON can hold, by the names of the terms (the base loss under ``"base_loss"``). They
+        need no logprobs; those of parts add up with :func:`add_totals`. A term of scope ``group``
+        needs its groups whole in every part; what looks at the whole batch, as every plain function
+        may, has the scope ``"batch"`` and cannot be split.
+
+        Args:
+            data: all datums of the step, each with ``target_tokens`` [T] or [T,K].
+
+        Raises:
+            RequestError: a datum has no ``target_tokens``.
+            TermError: a term cannot read the datums.
+        """
+        return totals_of(self._terms, data, shapes_of_targets(data))
+
+    def check_totals(self, totals: Mapping[str, Any], data: Sequence[Any]) -> None:
+        """Refuse a part of a step that cannot be computed with ``totals``, before anything is.
+
+        Raises:
+            RequestError: they are not those of a step with these datums, the part tears a group,
+                or a term looks at the whole batch; naming the term.
+        """
+        denominators(self._terms, data, shapes_of_targets(data), totals)
 
     def check_step(self, step: int | None) -> None:
         """Refuse a step that these terms cannot be computed at, before anything is.
@@ -222,6 +264,15 @@ class Composer:
         batch = checked_batch(data, logprobs)
         return Step(self._terms, weights, logprobs, batch, step, started)
 
+    def _parts(
+        self, data: Sequence[Any], batch: TensorBatch, totals: Mapping[str, Any] | None
+    ) -> Sequence[Call]:
+        """The calls of the terms, each with the totals of its step if this is a part of one."""
+        if totals is None:
+            return self._calls
+        each = denominators(self._terms, data, batch.shapes, totals)
+        return [replace(call, totals=each.get(call.name)) for call in self._calls]
+
     def __call__(self, data: Sequence[Any], logprobs: list[Tensor]) -> tuple[Any, Any]:
         """``(loss, metrics)``, as the tinker SDK wants it from a custom loss function.
 
@@ -236,7 +287,7 @@ class Composer:
             loss, metrics = returned
             return loss, metrics
         here = places.Surroundings.here()
-        composition = self._compute(data, logprobs, None, False, None, here)
+        composition = self._compute(data, logprobs, None, None, False, None, here)
         loss = surrogate(
             composition.loss_total,
             composition.gradients,
@@ -281,6 +332,7 @@ class Composer:
 
     def _evaluate(
         self,
+        calls: Sequence[Call],
         data: Sequence[Any],
         batch: TensorBatch,
         gradients: bool,
@@ -296,7 +348,7 @@ class Composer:
                     with _skipping(term, index, results):
                         pending[index] = places.start(
                             term,
-                            self._calls[index],
+                            calls[index],
                             self._shipped.get(term.name),
                             data,
                             batch,
@@ -309,7 +361,7 @@ class Composer:
                     _check_cancelled(cancelled)
                     with _skipping(self._terms[index], index, results):
                         results[index] = places.run_inline(
-                            self._calls[index], data, batch, gradients, surroundings
+                            calls[index], data, batch, gradients, surroundings
                         )
             self._collect(pending, results, cancelled)
         finally:

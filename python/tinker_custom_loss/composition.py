@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -14,12 +15,17 @@ from .errors import NonFiniteError, TermError
 from .record import RegularizerRecord, StepRecord, flatten, step_record
 from .regularizer import BASE_LOSS, Regularizer
 from .running.differentiation import Evaluation
+from .running.evaluation import is_of_catalogue
 from .running.non_finite import CheckedEvaluation, check_finite, record_of
 from .tensors import gradients as grad
 from .tensors.batch import TensorBatch
 from .tensors.gradients import ParameterGradient
 
 __all__ = ["ComposedLoss", "Composition", "Step"]
+
+logger = logging.getLogger(__name__)
+
+_warned_of_zero: set[tuple[str, str]] = set()  # a client makes a new composer at every step
 
 
 @dataclass(frozen=True)
@@ -142,6 +148,7 @@ class Step:
         ]
         total = grad.weighted_sum(weighted, self.batch.flat)
         loss_total, record = self._recorded(checked, total, self._total_norm(total, checked))
+        self._warn_of_zero_gradients(record)
         kept = {  # of a single term of weight 1 it is the total, which belongs to the caller
             term.name: self.batch.with_flat(
                 part.gradient.clone() if part.gradient is total else part.gradient
@@ -184,6 +191,29 @@ class Step:
             schedule_step=self.schedule_step,
             compute_seconds=time.perf_counter() - self.started,
         )
+
+    def _warn_of_zero_gradients(self, record: StepRecord) -> None:
+        """Of terms that train nothing, most often because of a detach too many.
+
+        Not of the catalogue's: their gradients are proven, and are 0 where the data say so, as the
+        kl's of a model that is still its own reference. The record has it all the same.
+        """
+        for term, weight in zip(self.terms, self.weights, strict=True):
+            of_term = record["regularizers"].get(term.name) or record["base_loss"]
+            assert of_term is not None
+            if not of_term["zero_gradient"] or weight == 0.0 or is_of_catalogue(term.fn):
+                continue
+            key = (term.name, getattr(term.fn, "__qualname__", ""))
+            if key not in _warned_of_zero:
+                _warned_of_zero.add(key)
+                logger.warning(
+                    'the gradient of the term "%s" is exactly 0 at every logprob of a batch with '
+                    "tokens in it, so it trained nothing; if that is not where its formula is "
+                    "flat, as a hinge is, look for .detach(), .item() or a comparison between the "
+                    "logprobs and its loss (said once; zero_gradient in the record says it of "
+                    "every step)",
+                    term.name,
+                )
 
     @staticmethod
     def _sum_of_contributions(records: Mapping[str, RegularizerRecord]) -> float:

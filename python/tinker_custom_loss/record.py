@@ -11,7 +11,7 @@ value of a term that was skipped, the schedule's step when nobody gave one.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypedDict
 
 from .errors import RequestError
@@ -22,6 +22,7 @@ __all__ = [
     "StepRecord",
     "flatten",
     "is_record_key",
+    "merge",
     "metrics_of",
     "root_mean_square",
     "step_record",
@@ -36,6 +37,7 @@ class BaseLossRecord(TypedDict):
     grad_rms: float | None
     cosine_to_total: float | None
     differentiable: bool
+    zero_gradient: bool | None
     seconds: float
     non_finite_zeroed: int
     custom: dict[str, float | None]
@@ -46,7 +48,8 @@ class RegularizerRecord(TypedDict):
 
     ``contribution`` is ``weight · value``, what the term added to ``loss_total``;
     ``cosine_to_total`` is that of its weighted gradient and the total gradient (-1: it works
-    against the step, 0: unrelated, or either is zero).
+    against the step, 0: unrelated, or either is zero). ``zero_gradient``: its loss depends on the
+    logprobs, it had tokens, and its gradient is 0 at every one of them, whatever its weight.
     """
 
     value: float | None
@@ -57,6 +60,7 @@ class RegularizerRecord(TypedDict):
     grad_rms: float | None
     cosine_to_total: float | None
     differentiable: bool
+    zero_gradient: bool | None
     seconds: float | None
     skipped: bool
     error: str | None
@@ -118,6 +122,7 @@ def _of_base_loss(record: RegularizerRecord) -> BaseLossRecord:
         "grad_rms": record["grad_rms"],
         "cosine_to_total": record["cosine_to_total"],
         "differentiable": record["differentiable"],
+        "zero_gradient": record["zero_gradient"],
         "seconds": record["seconds"],
         "non_finite_zeroed": record["non_finite_zeroed"],
         "custom": record["custom"],
@@ -174,3 +179,149 @@ def _leaves(value: Any, key: str) -> Iterable[tuple[str, float]]:
             yield from _leaves(inner, f"{start}{inner_key}")
     elif isinstance(value, (int, float)):
         yield key, value
+
+
+def merge(records: Sequence[StepRecord]) -> StepRecord:
+    """The record of a step that was computed in parts, from those of its parts.
+
+    For parts that were computed with the step's ``totals``: then it is the record of the one call
+    that computes them together. Values, contributions and metrics add up, and so do counts and
+    seconds. The parts' logprobs are disjoint, so squared norms and dot products add up too, from
+    which norms and cosines follow. None is what cannot be known: the value of a term that was
+    skipped in a part, and the step of a schedule where the parts differ in it.
+
+    Raises:
+        RequestError: there are none, or they are not of one step: other terms, or other weights.
+    """
+    if isinstance(records, Mapping) or not records:
+        raise RequestError("merge needs a list of records, with one at least", path="records")
+    _check_parts(records)
+    size = sum(record["logprob_count"] for record in records)
+    totals = [record["total_grad_norm"] for record in records]
+    total = _merged_norm(totals)
+    base_losses = [record["base_loss"] for record in records if record["base_loss"]]
+    steps = {record["schedule_step"] for record in records}
+    return {
+        "loss_total": math.fsum(record["loss_total"] for record in records),
+        "regularizer_total": math.fsum(record["regularizer_total"] for record in records),
+        "base_loss": (_merged_base_loss(base_losses, totals, total, size) if base_losses else None),
+        "regularizers": {
+            name: _merged_regularizer(
+                [record["regularizers"][name] for record in records], totals, total, size
+            )
+            for name in records[0]["regularizers"]
+        },
+        "total_grad_norm": total,
+        "total_grad_rms": root_mean_square(total, size),
+        "logprob_count": size,
+        "datum_count": sum(record["datum_count"] for record in records),
+        "schedule_step": steps.pop() if len(steps) == 1 else None,
+        "compute_seconds": math.fsum(record["compute_seconds"] for record in records),
+    }
+
+
+def _check_parts(records: Sequence[StepRecord]) -> None:
+    def terms(record: StepRecord) -> dict[str, float]:
+        weights = {name: each["weight"] for name, each in record["regularizers"].items()}
+        return {"base_loss": 1.0, **weights} if record["base_loss"] else weights
+
+    for index, record in enumerate(records):
+        if terms(record) != terms(records[0]):
+            raise RequestError(
+                f"record {index} is not of the same step as record 0: its terms and their weights "
+                f"are {terms(record)}, those of record 0 {terms(records[0])}; give every part of a "
+                "step the same terms and the same step=",
+                path=f"records[{index}]",
+            )
+
+
+def _merged_base_loss(
+    parts: Sequence[BaseLossRecord],
+    totals: Sequence[float | None],
+    total: float | None,
+    size: int,
+) -> BaseLossRecord:
+    norms = [part["grad_norm"] for part in parts]
+    norm = _merged_norm(norms)
+    cosines = [part["cosine_to_total"] for part in parts]
+    return {
+        "value": math.fsum(part["value"] for part in parts),
+        "grad_norm": norm,
+        "grad_rms": root_mean_square(norm, size),
+        "cosine_to_total": _merged_cosine(cosines, norms, norm, totals, total),
+        "differentiable": any(part["differentiable"] for part in parts),
+        "zero_gradient": _merged_zero(parts, norm),
+        "seconds": math.fsum(part["seconds"] for part in parts),
+        "non_finite_zeroed": sum(part["non_finite_zeroed"] for part in parts),
+        "custom": _merged_custom([part["custom"] for part in parts]),
+    }
+
+
+def _merged_regularizer(
+    parts: Sequence[RegularizerRecord],
+    totals: Sequence[float | None],
+    total: float | None,
+    size: int,
+) -> RegularizerRecord:
+    norms = [part["grad_norm"] for part in parts]
+    norm, weight = _merged_norm(norms), parts[0]["weight"]
+    cosines = [part["cosine_to_total"] for part in parts]
+    return {
+        "value": _sum([part["value"] for part in parts]),
+        "weight": weight,
+        "contribution": math.fsum(part["contribution"] for part in parts),
+        "grad_norm": norm,
+        "grad_norm_weighted": None if norm is None else abs(weight) * norm,
+        "grad_rms": root_mean_square(norm, size),
+        "cosine_to_total": _merged_cosine(cosines, norms, norm, totals, total),
+        "differentiable": any(part["differentiable"] for part in parts),
+        "zero_gradient": _merged_zero(parts, norm),
+        "seconds": _sum([part["seconds"] for part in parts]),
+        "skipped": any(part["skipped"] for part in parts),
+        "error": next((part["error"] for part in parts if part["error"]), None),
+        "non_finite_zeroed": sum(part["non_finite_zeroed"] for part in parts),
+        "custom": _merged_custom([part["custom"] for part in parts]),
+    }
+
+
+def _merged_zero(
+    parts: Sequence[BaseLossRecord] | Sequence[RegularizerRecord], norm: float | None
+) -> bool | None:
+    """A part that had no tokens says nothing; one that was skipped or zeroed is not known to be."""
+    if norm is None:
+        return None
+    spoiled = any(part.get("skipped") or part["non_finite_zeroed"] for part in parts)
+    return norm == 0.0 and not spoiled and any(part["zero_gradient"] for part in parts)
+
+
+def _sum(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return math.fsum(known) if len(known) == len(values) else None
+
+
+def _merged_norm(norms: Sequence[float | None]) -> float | None:
+    known = [norm for norm in norms if norm is not None]
+    return math.hypot(*known) if len(known) == len(norms) else None
+
+
+def _merged_cosine(
+    cosines: Sequence[float | None],
+    norms: Sequence[float | None],
+    norm: float | None,
+    totals: Sequence[float | None],
+    total: float | None,
+) -> float | None:
+    """``Σ cos·|g|·|G| / (|g|·|G|)`` over the parts; divided first, so that nothing overflows."""
+    if norm is None or total is None or None in cosines:
+        return None
+    if norm == 0.0 or total == 0.0:
+        return 0.0
+    shares = zip(cosines, norms, totals, strict=True)
+    value = math.fsum((c or 0.0) * ((g or 0.0) / norm) * ((t or 0.0) / total) for c, g, t in shares)
+    return max(-1.0, min(1.0, value))
+
+
+def _merged_custom(parts: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
+    """Metrics are reduced as the values are, so they add up; one that a part lacks is 0 there."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: _sum([part.get(name, 0.0) for part in parts]) for name in names}

@@ -114,7 +114,8 @@ class Regularizer:
             self._refuse("enabled", "True or False", self.enabled)
 
     @property
-    def _title(self) -> str:
+    def title(self) -> str:
+        """What messages call it."""
         return "the base loss" if self.name == BASE_LOSS else f'regularizer "{self.name}"'
 
     @cached_property
@@ -130,7 +131,7 @@ class Regularizer:
         """
         if step is None and callable(self.weight):
             raise RequestError(
-                f"the weight of {self._title} is a schedule, and nobody said which step this is; "
+                f"the weight of {self.title} is a schedule, and nobody said which step this is; "
                 "give step=, or train through with_regularizers(training_client), which counts",
                 path="step",
             )
@@ -195,13 +196,13 @@ class Regularizer:
             return
         if not hasattr(self.fn, "check_params"):
             raise RequestError(
-                f"{self._title} has a reduction, but its function does its own: only terms of the "
+                f"{self.title} has a reduction, but its function does its own: only terms of the "
                 "catalogue and those written with @term have that option",
                 path="reduction",
             )
         if self.params.get("reduction", self.reduction) != self.reduction:
             raise RequestError(
-                f"{self._title} has two reductions, {self.reduction!r} and, in its params, "
+                f"{self.title} has two reductions, {self.reduction!r} and, in its params, "
                 f"{self.params['reduction']!r}",
                 path="reduction",
             )
@@ -220,7 +221,7 @@ class Regularizer:
             signature.bind([], [], **self.params)
         except TypeError as error:
             raise RequestError(
-                f"the function of {self._title} cannot be called as "
+                f"the function of {self.title} cannot be called as "
                 f"fn(data, logprobs{''.join(f', {key}=…' for key in self.params)}): {error}; "
                 f"its signature is {signature}",
                 path="params" if self.params else "fn",
@@ -230,7 +231,7 @@ class Regularizer:
             try:
                 check_params(**self.params)
             except ValueError as error:
-                raise RequestError(f"{self._title}: {error}", path="params") from error
+                raise RequestError(f"{self.title}: {error}", path="params") from error
 
     def _check_weight(self) -> None:
         if not callable(self.weight) and not _is_finite_number(self.weight):
@@ -248,7 +249,7 @@ class Regularizer:
             self._refuse("timeout", "a positive number of seconds, or None", self.timeout)
         if place is False and not self.is_async:
             raise RequestError(
-                f"{self._title} has a timeout but runs inline, where nothing can "
+                f"{self.title} has a timeout but runs inline, where nothing can "
                 'interrupt it; set run_in_executor to True, "process" or an executor, or make '
                 "its function async",
                 path="timeout",
@@ -261,7 +262,7 @@ class Regularizer:
 
     def _refuse(self, option: str, expected: str, got: object) -> NoReturn:
         raise RequestError(
-            f'invalid value for "{option}" of {self._title}: expected {expected}, got {show(got)}',
+            f'invalid value for "{option}" of {self.title}: expected {expected}, got {show(got)}',
             path=option,
         )
 

@@ -49,7 +49,7 @@ defmodule Tinkex.CustomLoss.MixTasksTest do
 
       assert status == 1
       assert output =~ "FAIL  #{fixture("python_without_packages")} lacks "
-      assert output =~ "torch"
+      assert output =~ " -m pip install tinker-custom-loss cloudpickle msgpack msgspec "
       assert output =~ "run: mix tinkex.custom_loss.setup"
     end
 
@@ -117,7 +117,10 @@ defmodule Tinkex.CustomLoss.MixTasksTest do
 
     test "knows its options" do
       assert {output, 1} = mix(["tinkex.custom_loss.doctor", "--lod", "x"])
-      assert output =~ "--lod: there is no such option"
+      assert output =~ "--lod: there is no such option; to read of the options: mix help tinkex"
+
+      assert {output, 1} = mix(["tinkex.custom_loss.doctor", "--load"])
+      assert output =~ "--load: a value is missing"
     end
   end
 

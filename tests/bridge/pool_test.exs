@@ -370,6 +370,32 @@ defmodule Tinkex.CustomLoss.PoolTest do
     assert output =~ "given"
   end
 
+  # The pool and a worker send without an order between the two, which only a stand-in can show.
+  test "what an answer overtakes is left in nobody's mailbox" do
+    caller = self()
+
+    pool =
+      spawn_link(fn ->
+        receive do
+          {_cast, {:request, %{reply_to: reply_to}}} ->
+            :erlang.suspend_process(caller)
+            CustomLoss.Pool.answer(reply_to, {:error, %WorkerError{reason: :draining}})
+            CustomLoss.Pool.tell(reply_to, :granted)
+            :erlang.resume_process(caller)
+        end
+
+        Process.sleep(:infinity)
+      end)
+
+    config = %{name: pool, max_frame: 1_048_576}
+    handle = %{supervisor: pool, pool: pool, config: config, terms: nil}
+    :persistent_term.put({CustomLoss.Pool, pool}, handle)
+    on_exit(fn -> :persistent_term.erase({CustomLoss.Pool, pool}) end)
+
+    assert {:error, %WorkerError{reason: :draining}} = ask(pool, 1)
+    assert Process.info(self(), :messages) == {:messages, []}
+  end
+
   # Only the start waits: whoever restarts a pool finds the supervisor at once, and calls wait.
   @tag :tmp_dir
   test "a pool that starts anew does not wait for a worker again", %{tmp_dir: dir} do

@@ -18,7 +18,7 @@ import torch
 
 from tinker_custom_loss import Composer
 
-KINDS = ("async", "child", "thread", "process", "inline")
+KINDS = ("async", "child", "to_thread", "thread", "process", "inline")
 
 
 def runs_for_ever(data, logprobs, *, directory, kind):
@@ -43,6 +43,10 @@ async def waits_for_a_child(data, logprobs, *, directory, kind):
     await asyncio.gather(waits_for_ever(data, logprobs, directory=directory, kind=kind))
 
 
+async def waits_for_a_thread(data, logprobs, *, directory, kind):
+    await asyncio.to_thread(runs_for_ever, data, logprobs, directory=directory, kind=kind)
+
+
 def says_that_it_runs(directory, kind):
     (Path(directory) / kind).write_text(str(os.getpid()))
 
@@ -51,6 +55,7 @@ def compute(directory):
     terms = {
         "async": (waits_for_ever, False),
         "child": (waits_for_a_child, False),
+        "to_thread": (waits_for_a_thread, False),
         "thread": (computes_for_ever, True),
         "process": (runs_for_ever, "process"),
         "inline": (runs_for_ever, False),

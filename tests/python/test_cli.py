@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -22,6 +24,12 @@ def test_doctor_prints_a_line_a_check(capsys: pytest.CaptureFixture[str]) -> Non
     assert all(line.startswith("ok    ") for line in lines)
     assert re.match(r"ok    torch \d", lines[7])
     assert lines[-1] == "ok    a round trip: the gradient of l2 is 2 · logprobs"
+
+
+def test_doctor_warns_of_nothing_of_its_own() -> None:
+    command = [sys.executable, "-m", "tinker_custom_loss", "doctor"]
+    done = subprocess.run(command, cwd=ROOT / "python", capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_doctor_says_what_to_install(
@@ -64,7 +72,21 @@ def listed_losses(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def test_terms_lists_a_line_a_term(capsys: pytest.CaptureFixture[str], listed_losses: str) -> None:
+def test_terms_fits_the_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    widest = {}
+    for columns in ("80", "300"):
+        monkeypatch.setenv("COLUMNS", columns)
+        assert main(["terms"]) == 0
+        widest[columns] = max(map(len, capsys.readouterr().out.splitlines()))
+    assert widest["80"] <= 80 < widest["300"] <= 100
+
+
+def test_terms_lists_a_line_a_term(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, listed_losses: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
     assert main(["terms", "--load", listed_losses]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "built in"

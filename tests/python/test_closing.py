@@ -84,6 +84,16 @@ def test_on_the_callers_loop_it_lives_there(logprobs):
     assert term.log == [("setup", loop), ("call", loop), ("aclose", loop)]
 
 
+def test_after_the_end_of_its_loop_it_is_set_up_on_the_next(logprobs):
+    term = Session()
+    composer = Composer(term)
+    for _ in range(2):
+        asyncio.run(composer.compute_async(DATA, logprobs))
+    (_, first), (_, second) = term.log[0], term.log[2]
+    assert term.log == [("setup", first), ("call", first), ("setup", second), ("call", second)]
+    assert first is not second
+
+
 @pytest.mark.parametrize("place", [False, True, "process"])
 def test_a_sync_one_lives_where_it_runs(logprobs, tmp_path, place):
     path = tmp_path / "log"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -301,6 +302,40 @@ class TestChangedLogprobs:
 
         with pytest.raises(ChangedLogprobsError):
             Composer(total, [term(changes)]).compute(DATA, logprobs)
+
+    def test_by_another_term_before_they_are_differentiated_too(self, logprobs):
+        kept, returned = [], threading.Event()
+
+        async def keeps(data, logprobs):
+            kept.append(logprobs[0])
+            asyncio.get_running_loop().call_soon(returned.set)
+            return square(data, logprobs)
+
+        def changes(data, logprobs):
+            assert returned.wait(60)
+            by_numpy(kept[0])
+            return logprobs[0].sum(), {}
+
+        with pytest.raises(ChangedLogprobsError):
+            Composer(changes, [term(keeps)]).compute(DATA, logprobs)
+
+    def test_where_a_later_term_shares_them_too(self, logprobs):
+        kept = []
+
+        def keeps(data, logprobs):
+            kept.extend([logprobs[0], logprobs[0].square()])
+            return logprobs[0].sum(), {}
+
+        def changes(data, logprobs):
+            by_numpy(kept[0])
+            return logprobs[0].sum(), {}
+
+        def shares(data, logprobs):
+            return kept[1].sum(), {}
+
+        terms = [term(changes, name="changes"), term(shares, name="shares")]
+        with pytest.raises(ChangedLogprobsError):
+            Composer(keeps, terms).compute(DATA, logprobs)
 
     def test_nan_and_minus_zero_are_no_change(self):
         odd = [torch.tensor([math.nan, -0.0, 0.0, math.inf])]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -118,6 +119,71 @@ class TestSchedules:
     def test_a_step_is_counted_from_0(self, logprobs, step):
         with pytest.raises(RequestError, match='"step": expected a non-negative integer'):
             Composer(total).compute(DATA, logprobs, step=step)
+
+
+def flat(data, logprobs):
+    """A regularizer in whose graph the logprobs are, and in whose value they are not."""
+    return (logprobs[0].sum() - logprobs[0].detach().sum()) * 0.0, {}
+
+
+class TestZeroGradient:
+    @staticmethod
+    def warnings(caplog):
+        return [r.message for r in caplog.records if "is exactly 0 at every" in r.message]
+
+    def test_it_is_recorded_in_every_step_and_said_once(self, logprobs, caplog):
+        for _ in range(3):  # a client makes a composer a step
+            record = Composer(total, [term(flat, -0.5, "flat term")]).compute(DATA, logprobs)
+            assert record.telemetry["regularizers"]["flat term"]["zero_gradient"] is True
+            assert record.telemetry["base_loss"]["zero_gradient"] is False
+        (message,) = self.warnings(caplog)
+        assert '"flat term"' in message
+
+    def test_of_a_base_loss_too(self, logprobs, caplog):
+        record = Composer(flat, [term(square)]).compute(DATA, logprobs).telemetry
+        assert record["base_loss"]["zero_gradient"] is True
+        assert '"base_loss"' in self.warnings(caplog)[0]
+
+    def test_with_the_weight_0_it_is_a_fact_and_no_news(self, logprobs, caplog):
+        record = Composer(total, [term(flat, 0.0, "off")]).compute(DATA, logprobs).telemetry
+        assert record["regularizers"]["off"]["zero_gradient"] is True
+        record = Composer(total, [term(square, 0.0, "out")]).compute(DATA, logprobs).telemetry
+        assert record["regularizers"]["out"]["zero_gradient"] is False
+        assert not self.warnings(caplog)
+
+    def test_a_term_of_the_catalogue_may_rest(self, caplog):
+        logprobs = [torch.tensor([-1.0, -2.0])]
+        kl = {"fn": "kl", "weight": 0.1}
+        for weights, at_rest in [([0.0, 1.0], True), ([0.0, 0.0], False)]:
+            inputs = {"reference_logprobs": logprobs[0], "weights": torch.tensor(weights)}
+            data = [SimpleNamespace(loss_fn_inputs=inputs)]
+            record = Composer(total, [kl]).compute(data, logprobs).telemetry
+            assert record["regularizers"]["kl"]["zero_gradient"] is at_rest
+        assert not self.warnings(caplog)
+
+    def test_what_is_not_differentiable_or_was_made_zero_has_none(self, logprobs, caplog):
+        def constant(data, logprobs):
+            return 1.0, {}
+
+        def broken(data, logprobs):
+            return (logprobs[0] * math.nan).sum(), {}
+
+        def fails(data, logprobs):
+            raise ValueError
+
+        terms = [
+            term(constant, name="constant"),
+            term(broken, name="broken", on_non_finite="zero"),
+            term(fails, name="fails", on_error="skip"),
+        ]
+        record = Composer(total, terms).compute(DATA, logprobs).telemetry
+        assert {r["zero_gradient"] for r in record["regularizers"].values()} == {False}
+        assert not self.warnings(caplog)
+
+    def test_without_gradients_nobody_knows(self, logprobs):
+        record = Composer(total, [term(flat)]).compute_loss(DATA, logprobs).telemetry
+        assert record["regularizers"]["term"]["zero_gradient"] is None
+        assert record["base_loss"]["zero_gradient"] is None
 
 
 class TestOverflow:

@@ -147,6 +147,17 @@ def test_the_command_writes_the_page_and_figures_that_stand_alone(tmp_path, caps
     }
 
 
+def test_what_cannot_be_written_is_named_in_a_sentence(tmp_path, capsys):
+    recorded(tmp_path / "run", 3)
+    page = tmp_path / "no" / "such" / "r.html"
+    assert main(["report", str(tmp_path / "run"), "-o", str(page)]) == 2
+    assert capsys.readouterr().err == f"cannot open {page}: No such file or directory\n"
+
+
+def test_the_page_says_of_how_many_steps_it_judged(tmp_path):
+    assert "Nothing odd in the last 12 steps." in report_page([recorded(tmp_path, 12)])
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -41,7 +41,7 @@ def test_the_catalogue_passes(name):
         inputs={
             "logprobs": lambda shape: -0.5 - torch.rand(shape),
             "reference_logprobs": lambda shape: -0.5 - torch.rand(shape),
-            "teacher_logprobs": lambda shape: -0.5 - torch.rand(shape),
+            "teacher_logprobs": lambda shape: -1.5 - torch.rand(shape),
             "advantages": lambda shape: torch.full(shape, 0.7),
         },
         shapes=[(4, 3), (1, 2)] if name in ("label_smoothing", "margin", "distill") else None,

@@ -39,7 +39,10 @@ def main() -> None:
     tokens = torch.tensor(list(b"to be or not to be, that is the question"))
     datum = Datum(
         model_input=tinker.ModelInput.from_ints(tokens[:-1].tolist()),
-        loss_fn_inputs={"target_tokens": tinker.TensorData.from_torch(tokens[1:])},
+        loss_fn_inputs={
+            "target_tokens": tinker.TensorData.from_torch(tokens[1:]),
+            "weights": tinker.TensorData.from_torch(torch.ones(len(tokens) - 1)),
+        },
     )
     regularizers = [
         Regularizer(smoothness, 0.1, params={"power": 1.5}),

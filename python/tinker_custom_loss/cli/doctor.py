@@ -119,7 +119,8 @@ def _gradient() -> Finding:
     logprobs = torch.tensor([-0.5, -1.5, -2.5])
     batch = TensorBatch.from_tensors([logprobs])
     request = {"op": "compute", "id": 1, "logprobs": batch, "data": None, "regularizers": []}
-    reply = unpack(erlport.compute(pack(request | {"base_loss": {"fn": "l2"}})))
+    base_loss = {"fn": "l2", "params": {"weights": None}}
+    reply = unpack(erlport.compute(pack(request | {"base_loss": base_loss})))
     if reply.fields["op"] != "result":
         return Finding(f"a request was answered with {reply.fields}", _REPORT)
     gradients = read(reply.fields["gradients"], Batch, "gradients")

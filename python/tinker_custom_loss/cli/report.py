@@ -38,8 +38,11 @@ def report(options: argparse.Namespace) -> int:
                 for figure in figures(run, options.prefix):
                     file = Path(options.svg) / f"{run.title}-{figure.key}.svg"
                     file.write_text(standalone(figure), encoding="utf-8")
-    except (OSError, RequestError) as error:
+    except RequestError as error:
         print(error, file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"cannot open {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     steps = sum(len(run.steps) for run in runs)
     print(f"{options.output}: {len(runs)} run(s), {steps} steps, {len(page) / 1000:.0f} kB")

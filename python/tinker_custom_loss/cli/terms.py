@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import shutil
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
@@ -10,7 +11,8 @@ from typing import Any
 
 __all__ = ["describe", "overview"]
 
-_WIDTH = 100
+_WIDEST = 100
+_NARROWEST = 60
 _COLUMN = 36
 """Longer names have a line of their own."""
 
@@ -19,12 +21,13 @@ _Term = Mapping[str, Any]
 
 def overview(terms: Sequence[_Term]) -> Iterator[str]:
     """Lines: the terms of this package, then those of each loaded module, one after another."""
+    width = max(_NARROWEST, min(_WIDEST, shutil.get_terminal_size().columns))
     for module, group in groupby(terms, key=_module):
         members = list(group)
         column = min(max(len(term["name"]) for term in members) + 2, _COLUMN)
         yield module or "built in"
         for term in members:
-            yield from _row(term["name"], _summary(term), column)
+            yield from _row(term["name"], _summary(term), column, width)
         yield ""
     yield f"For what one takes, name it: terms {terms[-1]['name']}"
 
@@ -60,8 +63,8 @@ def _summary(term: _Term) -> str:
     return " ".join(first.replace("``", "").split())
 
 
-def _row(name: str, summary: str, column: int) -> Iterator[str]:
-    lines = textwrap.wrap(summary, _WIDTH - 2 - column)
+def _row(name: str, summary: str, column: int, width: int) -> Iterator[str]:
+    lines = textwrap.wrap(summary, width - 2 - column)
     if len(name) + 2 > column:
         yield f"  {name}"
     else:

@@ -25,8 +25,10 @@ __all__ = [
     "checked_data",
     "checked_defaults",
     "checked_step",
+    "checked_totals",
     "composer_of",
     "is_composed",
+    "no_totals",
     "sdk_loss",
 ]
 
@@ -93,6 +95,40 @@ def checked_step(step: int | None) -> int | None:
     """
     check_step(step)
     return step
+
+
+def checked_totals(
+    totals: Mapping[str, Any] | None, step: int | None, composer: Composer, data: list[Datum]
+) -> None:
+    """Refuse, before anything is sent, a part that cannot be computed with the step's totals.
+
+    Raises:
+        RequestError: see :meth:`Composer.check_totals`; or the weight of a term is a schedule, and
+            nobody said which step this is a part of.
+    """
+    if totals is None:
+        return
+    if step is None and any(callable(term.weight) for term in composer.regularizers):
+        raise RequestError(
+            "a weight is a schedule, and this call is a part of a step: counting calls would give "
+            "each part another weight; give all of them the same step=",
+            path="step",
+        )
+    composer.check_totals(totals, data)
+
+
+def no_totals(totals: Mapping[str, Any] | None) -> None:
+    """Refuse totals for a loss that knows nothing of them.
+
+    Raises:
+        RequestError: there are some.
+    """
+    if totals is not None:
+        raise RequestError(
+            "totals are for steps with regularizers, or a Composer as their loss: a plain function "
+            "looks at the whole batch of a call, so its step cannot be split",
+            path="totals",
+        )
 
 
 def checked_defaults(

@@ -11,7 +11,7 @@ import concurrent.futures
 import contextlib
 import logging
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,8 +28,10 @@ from .arguments import (
     checked_client,
     checked_data,
     checked_step,
+    checked_totals,
     composer_of,
     is_composed,
+    no_totals,
     sdk_loss,
 )
 from .call_queue import computing, refuse_within
@@ -49,6 +51,7 @@ def forward_backward_custom(
     regularizers: Regularizers | None = None,
     *,
     step: int | None = None,
+    totals: Mapping[str, Any] | None = None,
     flat_metrics: bool = False,
 ) -> APIFuture[Any]:
     """Forward pass, composed loss, backward pass, on a client that is not wrapped.
@@ -65,6 +68,7 @@ def forward_backward_custom(
             :class:`Composer` (then without ``regularizers``); or None.
         regularizers: :class:`Regularizer`\\ s or dicts with the options of one.
         step: the training step; needed if a weight is a function of it.
+        totals: of the whole step, where these datums are a part of it: :meth:`Composer.totals`.
         flat_metrics: False puts the nested record into the result's ``metrics``; True its flat
             form, floats alone, for loggers.
 
@@ -81,10 +85,15 @@ def forward_backward_custom(
     if isinstance(training_client, RegularizedTrainingClient):
         wrapped: Any = training_client
         future: APIFuture[Any] = wrapped.forward_backward_custom(
-            data, base_loss_fn, regularizers, step=step, flat_metrics=flat_metrics or None
+            data,
+            base_loss_fn,
+            regularizers,
+            step=step,
+            totals=totals,
+            flat_metrics=flat_metrics or None,
         )
         return future
-    client, datums, loss = _checked(training_client, data, base_loss_fn, regularizers, step)
+    client, datums, loss = _checked(training_client, data, base_loss_fn, regularizers, step, totals)
     if not isinstance(loss, _SurrogateLoss):
         return sdk.forward_backward_custom(client, datums, loss)
     with loss.logging_refusal():  # before tinker 0.38 by the call itself
@@ -99,6 +108,7 @@ async def forward_backward_custom_async(
     regularizers: Regularizers | None = None,
     *,
     step: int | None = None,
+    totals: Mapping[str, Any] | None = None,
     flat_metrics: bool = False,
 ) -> APIFuture[Any]:
     """:func:`forward_backward_custom` for async code: awaited, it gives the future.
@@ -108,9 +118,15 @@ async def forward_backward_custom_async(
     """
     if sdk.RETURNS_AT_ONCE or isinstance(training_client, RegularizedTrainingClient):
         return forward_backward_custom(
-            training_client, data, base_loss_fn, regularizers, step=step, flat_metrics=flat_metrics
+            training_client,
+            data,
+            base_loss_fn,
+            regularizers,
+            step=step,
+            totals=totals,
+            flat_metrics=flat_metrics,
         )
-    client, datums, loss = _checked(training_client, data, base_loss_fn, regularizers, step)
+    client, datums, loss = _checked(training_client, data, base_loss_fn, regularizers, step, totals)
     if not isinstance(loss, _SurrogateLoss):
         return await client.forward_backward_custom_async(datums, loss)
     with loss.logging_refusal():
@@ -124,6 +140,7 @@ def _checked(
     base_loss_fn: BaseLoss | None,
     regularizers: Regularizers | None,
     step: int | None,
+    totals: Mapping[str, Any] | None,
 ) -> tuple[TrainingClient, list[Datum], Any]:
     """The client, the datums, and the loss to hand to the SDK."""
     refuse_within(_SDK_THREAD, "forward_backward_custom")
@@ -131,10 +148,12 @@ def _checked(
     datums = checked_data(data)
     number = checked_step(step)
     if not is_composed(base_loss_fn, regularizers):
+        no_totals(totals)
         return client, datums, sdk_loss(base_loss_fn, datums, client)
     composer = composer_of(base_loss_fn, regularizers, datums, client)
     composer.check_step(number)
-    return client, datums, _SurrogateLoss(client, composer, number)
+    checked_totals(totals, number, composer, datums)
+    return client, datums, _SurrogateLoss(client, composer, number, totals)
 
 
 # The SDK computes the losses of all clients on one thread: a term that waits for another step
@@ -145,10 +164,17 @@ _SDK_THREAD = object()
 class _SurrogateLoss:
     """A custom loss for the SDK that computes one step and never raises."""
 
-    def __init__(self, client: TrainingClient, composer: Composer, step: int | None) -> None:
+    def __init__(
+        self,
+        client: TrainingClient,
+        composer: Composer,
+        step: int | None,
+        totals: Mapping[str, Any] | None,
+    ) -> None:
         self._client = client
         self._composer = composer
         self._step = step
+        self._totals = totals
         self._cancelled = threading.Event()
         self._record: StepRecord | None = None
         self._failure: BaseException | None = None
@@ -159,7 +185,11 @@ class _SurrogateLoss:
         try:
             with computing(self._client), computing(_SDK_THREAD):
                 composition = self._composer.compute(
-                    data, logprobs, step=self._step, cancelled=self._cancelled
+                    data,
+                    logprobs,
+                    step=self._step,
+                    totals=self._totals,
+                    cancelled=self._cancelled,
                 )
         # This runs on the SDK's event loop: KeyboardInterrupt or SystemExit would end the loop,
         # and every client of the process would wait for ever.

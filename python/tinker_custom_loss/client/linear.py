@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,7 @@ def linearize(
     regularizers: Regularizers | None = None,
     *,
     step: int | None = None,
+    totals: Mapping[str, Any] | None = None,
 ) -> tuple[list[Datum], StepRecord]:
     """Turn the result of a forward pass into the datums of the backward pass.
 
@@ -55,6 +56,7 @@ def linearize(
             without ``regularizers``).
         regularizers: as in :class:`Composer`.
         step: the training step; needed if a weight is a function of it.
+        totals: of the whole step, where these datums are a part of it: :meth:`Composer.totals`.
 
     Returns:
         ``(linear_data, telemetry)``: datums with the ``target_tokens`` and the provenance of the
@@ -67,7 +69,7 @@ def linearize(
     datums = checked_data(data)
     composer = composer_of(base_loss_fn, regularizers, datums)
     composer.check_step(checked_step(step))
-    linear, composition = linearize_with(composer, datums, forward_output, step)
+    linear, composition = linearize_with(composer, datums, forward_output, step, totals)
     return linear, composition.telemetry
 
 
@@ -76,11 +78,12 @@ def linearize_with(
     data: Sequence[Datum],
     forward_output: ForwardBackwardOutput,
     step: int | None,
+    totals: Mapping[str, Any] | None = None,
     cancelled: threading.Event | None = None,
 ) -> tuple[list[Datum], Composition]:
     """:func:`linearize` with a composer that exists already."""
     logprobs = _logprobs(data, forward_output)
-    composition = composer.compute(data, logprobs, step=step, cancelled=cancelled)
+    composition = composer.compute(data, logprobs, step=step, totals=totals, cancelled=cancelled)
     return linear_data(data, composition.gradient), composition
 
 

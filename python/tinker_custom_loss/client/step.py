@@ -6,6 +6,7 @@ import concurrent.futures
 import dataclasses
 import math
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 from tinker import APIFuture, Datum, ForwardBackwardOutput, TrainingClient
@@ -58,6 +59,7 @@ class CustomStep:
         data: list[Datum],
         composer: Composer,
         step: int,
+        totals: Mapping[str, Any] | None,
         flat: bool,
         failures: Failures,
     ) -> None:
@@ -67,6 +69,7 @@ class CustomStep:
         self._data = data
         self._composer = composer
         self._step = step
+        self._totals = totals
         self._flat = flat
         self._failures = failures
         self._era = failures.era
@@ -87,7 +90,12 @@ class CustomStep:
         try:
             with computing(self._client):
                 linear, composition = linearize_with(
-                    self._composer, self._data, forward, self._step, self._cancelled
+                    self._composer,
+                    self._data,
+                    forward,
+                    self._step,
+                    self._totals,
+                    self._cancelled,
                 )
             record = composition.telemetry
         except BaseException as error:

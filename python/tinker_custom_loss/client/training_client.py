@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from tinker import APIFuture, Datum, ForwardBackwardOutput, TrainingClient
@@ -20,8 +20,10 @@ from .arguments import (
     checked_data,
     checked_defaults,
     checked_step,
+    checked_totals,
     composer_of,
     is_composed,
+    no_totals,
     sdk_loss,
 )
 from .call_queue import CallQueue, computing, refuse_within
@@ -118,6 +120,7 @@ class RegularizedTrainingClient(_Client):
         regularizers: None = None,
         *,
         step: int | None = None,
+        totals: Mapping[str, Any] | None = None,
         flat_metrics: bool | None = None,
     ) -> APIFuture[StepOutput]: ...
 
@@ -129,6 +132,7 @@ class RegularizedTrainingClient(_Client):
         regularizers: None = None,
         *,
         step: int | None = None,
+        totals: Mapping[str, Any] | None = None,
         flat_metrics: bool | None = None,
     ) -> APIFuture[StepOutput]: ...
 
@@ -140,6 +144,7 @@ class RegularizedTrainingClient(_Client):
         *,
         regularizers: Regularizers,
         step: int | None = None,
+        totals: Mapping[str, Any] | None = None,
         flat_metrics: bool | None = None,
         loss_fn: BaseLoss | None = None,
     ) -> APIFuture[StepOutput]: ...
@@ -152,6 +157,7 @@ class RegularizedTrainingClient(_Client):
         regularizers: Regularizers,
         *,
         step: int | None = None,
+        totals: Mapping[str, Any] | None = None,
         flat_metrics: bool | None = None,
     ) -> APIFuture[StepOutput]: ...
 
@@ -163,6 +169,7 @@ class RegularizedTrainingClient(_Client):
         regularizers: None = None,
         *,
         step: int | None = None,
+        totals: Mapping[str, Any] | None = None,
         flat_metrics: bool | None = None,
         loss_fn: BaseLoss | None = None,
         loss_type_input: Literal["logprobs"] | None = None,
@@ -175,6 +182,7 @@ class RegularizedTrainingClient(_Client):
         regularizers: Regularizers | None = None,
         *,
         step: int | None = None,
+        totals: Mapping[str, Any] | None = None,
         flat_metrics: bool | None = None,
         loss_fn: BaseLoss | None = None,
         **sdk_options: Any,
@@ -192,6 +200,8 @@ class RegularizedTrainingClient(_Client):
                 default, ``[]`` for the base loss alone.
             step: the training step, for weight schedules. None counts on from the last custom
                 step of this client; the first is 0.
+            totals: of the whole step, where these datums are a part of it, and the gradients of
+                several calls add up to that of the step: :meth:`Composer.totals`.
             flat_metrics: True puts the record into ``metrics`` in its flat form, for loggers.
             loss_fn: the SDK's name for ``base_loss_fn``.
 
@@ -212,6 +222,7 @@ class RegularizedTrainingClient(_Client):
             loss_fn if base_loss_fn is None else base_loss_fn, regularizers
         )
         if not is_composed(base, regularizers):
+            no_totals(totals)
             loss = sdk_loss(base, datums, self._client)
             self._count(checked_step(step))
 
@@ -224,13 +235,14 @@ class RegularizedTrainingClient(_Client):
         if sdk_options:
             raise RequestError(
                 f"unknown option {next(iter(sdk_options))!r} of a step with regularizers; known "
-                "are step and flat_metrics",
+                "are step, totals and flat_metrics",
                 path=next(iter(sdk_options)),
             )
         composer = composer_of(base, regularizers, datums, self._client)
         flat = self._flat_metrics if flat_metrics is None else flat_metrics
-        number = self._count(checked_step(step))
-        composed = CustomStep(self._client, datums, composer, number, flat, self._failures)
+        checked_totals(totals, checked_step(step), composer, datums)
+        number = self._count(step)
+        composed = CustomStep(self._client, datums, composer, number, totals, flat, self._failures)
         self._queue.enqueue(composed.run)
         return StepFuture(composed.future)
 

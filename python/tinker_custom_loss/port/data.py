@@ -77,6 +77,10 @@ class WireData(Sequence["tinker.Datum"]):
         column = self._inputs.get(key)
         return None if column is None else column.batch
 
+    def some_have(self, key: str) -> bool:
+        """Whether there is a datum with ``loss_fn_inputs[key]``."""
+        return key in self._inputs
+
     @property
     def _datums(self) -> list[tinker.Datum]:
         if self._built is None:

@@ -123,6 +123,8 @@ def _gradients(
     taken: Sequence[Any] = torch.autograd.grad(
         loss, [*logprobs, *parameters], retain_graph=True, allow_unused=True
     )
+    for found in logprobs:  # they may have been changed since the terms returned, by others
+        check_unchanged(name, leaf.with_flat(found), None)
     parts = [part for part in taken[: len(logprobs)] if part is not None]
     return (
         sum(parts[1:], start=parts[0]) if parts else None,

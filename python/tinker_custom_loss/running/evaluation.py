@@ -34,7 +34,12 @@ from .threads import on_this_thread
 
 _CATALOGUE = f"{__package__.removesuffix('.running')}.terms."
 
-__all__ = ["Call", "RemoteCall", "RemoteReply", "evaluate"]
+__all__ = ["Call", "RemoteCall", "RemoteReply", "evaluate", "is_of_catalogue"]
+
+
+def is_of_catalogue(fn: object) -> bool:
+    """Whether a function is one of this package's own terms, which are known to be right."""
+    return (getattr(fn, "__module__", None) or "").startswith(_CATALOGUE)
 
 
 @dataclass(frozen=True)
@@ -42,22 +47,23 @@ class Call:
     """A function with its keyword arguments, under the name that errors use.
 
     A function that has an attribute ``evaluate_flat``, as built-in terms do, is called through it
-    with the :class:`TensorBatch` itself in place of the list of tensors.
+    with the :class:`TensorBatch` itself in place of the list of tensors, and with the ``totals``
+    of the step where this is a part of one.
     """
 
     name: str
     fn: LossFn
     params: Mapping[str, Any]
+    totals: Mapping[str, float] | None = None
 
     def leaf(self, logprobs: TensorBatch) -> TensorBatch:
         """What it is to be called with. The terms of the catalogue change nothing."""
-        home = getattr(self.fn, "__module__", None) or ""
-        return leaf_of(logprobs, shares_memory=home.startswith(_CATALOGUE))
+        return leaf_of(logprobs, shares_memory=is_of_catalogue(self.fn))
 
     def __call__(self, data: Sequence[Any], logprobs: TensorBatch) -> Any:
         evaluate_flat = getattr(self.fn, "evaluate_flat", None)
         if evaluate_flat is not None:
-            return evaluate_flat(data, logprobs, **self.params)
+            return evaluate_flat(data, logprobs, self.totals, **self.params)
         return self.fn(data, logprobs.tensors(), **self.params)
 
 
@@ -137,6 +143,7 @@ class RemoteCall:
     shapes: tuple[Shape, ...]
     gradients: bool
     modes: Modes
+    totals: Mapping[str, float] | None = None
     home: tuple[int, str] = field(default_factory=_this_process)
 
 
@@ -159,7 +166,7 @@ def evaluate_remote(remote: RemoteCall) -> RemoteReply:
         batch = TensorBatch(torch.from_numpy(values), remote.shapes)
         call = remote.call
         if isinstance(call, ShippedCall):
-            call = Call(call.name, *call.load())
+            call = Call(call.name, *call.load(), remote.totals)
         done = evaluate(call, remote.data, batch, remote.gradients, remote.modes, Waiting(OWN_LOOP))
         if done.parameter_gradients and remote.home != _this_process():
             shapes = [list(part.parameter.shape) for part in done.parameter_gradients]

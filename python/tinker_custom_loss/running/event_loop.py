@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from ..errors import RequestError
 from .context import current_term
 from .modes import Modes, OwnModes, child_tasks_have_own_modes
-from .threads import interrupt
+from .threads import THREADS, interrupt, on_this_thread
 
 __all__ = ["OWN_LOOP", "CallersLoop", "Loop", "Waiting"]
 
@@ -45,6 +45,15 @@ class Loop(Protocol):
         """
 
 
+class _OwnThreads(concurrent.futures.ThreadPoolExecutor):
+    """For ``asyncio.to_thread`` in a term: Python would wait for a pool of its own at exit."""
+
+    def submit(
+        self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any
+    ) -> concurrent.futures.Future[Any]:
+        return THREADS.submit(on_this_thread()(fn), *args, **kwargs)
+
+
 class OwnLoop:
     """One event loop, started when it is first needed and kept."""
 
@@ -62,6 +71,7 @@ class OwnLoop:
         with self._lock:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
+                self._loop.set_default_executor(_OwnThreads())
                 self._thread = threading.Thread(
                     target=self._run,
                     args=(self._loop,),

@@ -71,8 +71,9 @@ def _claim(term: Any) -> tuple[_Life | None, bool]:
     if not any(callable(getattr(term, name, None)) for name in ("setup", "aclose", "close")):
         return None, False
     with _lock:
-        if id(term) in _lives:
-            return _lives[id(term)], False
+        life = _lives.get(id(term))
+        if life is not None and not (life.loop is not None and life.loop.is_closed()):
+            return life, False
         life = _lives[id(term)] = _Life(term, _running_loop())
         return life, True
 

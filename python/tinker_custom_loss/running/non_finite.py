@@ -134,12 +134,23 @@ def record_of(
         "grad_rms": root_mean_square(norm, size),
         "cosine_to_total": _cosine_to_total(part, weight, total, total_norm, alone),
         "differentiable": evaluation is not None and evaluation.differentiable,
+        "zero_gradient": None if total is None else _is_zero(part, size),
         "seconds": None if evaluation is None else evaluation.seconds,
         "skipped": part.error is not None,
         "error": part.error,
         "non_finite_zeroed": part.zeroed,
         "custom": {} if evaluation is None else evaluation.metrics,
     }
+
+
+def _is_zero(part: CheckedEvaluation, size: int) -> bool:
+    """Whether a term had tokens, and its own gradient, not what ``on_non_finite`` made of it, is 0.
+
+    A term of the catalogue, or one written with ``@term``, says how many tokens have a weight.
+    """
+    if part.evaluation is None or part.gradient is None or part.norm != 0.0 or part.zeroed:
+        return False
+    return part.evaluation.metrics.get("tokens", size) != 0
 
 
 def _cosine_to_total(

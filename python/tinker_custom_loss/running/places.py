@@ -175,7 +175,13 @@ def start(
 
     values = logprobs.flat.detach().cpu().numpy()
     remote_call = RemoteCall(
-        shipped or call, data, values, logprobs.shapes, gradients, surroundings.modes
+        shipped or call,
+        data,
+        values,
+        logprobs.shapes,
+        gradients,
+        surroundings.modes,
+        call.totals,
     )
 
     def finish(reply: RemoteReply) -> Evaluation:

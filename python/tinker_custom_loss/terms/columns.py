@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,28 +14,31 @@ from torch import Tensor
 
 from ..tensors.batch import Shape, TensorBatch
 
-__all__ = ["read", "read_if_present", "read_numbers", "read_weights"]
+__all__ = ["is_present", "read", "read_chosen", "read_groups", "read_weights"]
 
 _LOG = logging.getLogger(__name__)
 
 
-def read(key: str, data: Sequence[Any], logprobs: TensorBatch) -> Tensor:
+def read(key: str, data: Sequence[Any], logprobs: TensorBatch, *, repeat: bool = True) -> Tensor:
     """``loss_fn_inputs[key]`` of every datum as one tensor [N], aligned with ``logprobs.flat``.
 
     A TensorData, numpy array or torch tensor of the logprobs' shape. A [T] array serves [T,K]
-    logprobs: it is repeated for the K alternatives; a single number serves the whole datum.
+    logprobs, repeated for the K alternatives, unless ``repeat`` is False; a single number serves
+    the whole datum.
 
     Raises:
         ValueError: a datum lacks the key, or has it in another shape.
     """
-    return _aligned(key, _column(key, data), logprobs.shapes, logprobs.flat)
+    column, shapes = _column(key, data), logprobs.shapes
+    flat = column.flat if column.shapes == shapes else _repeated(key, column, shapes, repeat)
+    return flat.to(logprobs.flat.device, logprobs.flat.dtype)
 
 
-def read_if_present(key: str, data: Sequence[Any], logprobs: TensorBatch) -> Tensor | None:
-    """The same, or None if not every datum has the key."""
-    if _batch_column(key, data) is None and not all(key in _inputs(datum) for datum in data):
-        return None
-    return read(key, data, logprobs)
+def is_present(key: str, data: Sequence[Any]) -> bool:
+    """Whether every datum has the key."""
+    if _batch_column(key, data) is not None:
+        return True
+    return all(key in _inputs(datum) for datum in data)
 
 
 def read_weights(
@@ -50,11 +54,34 @@ def read_weights(
     column = _auto_weights(data, shapes) if weights == "auto" else _column(weights, data)
     if column is None:
         return None
-    flat = _aligned("weights" if weights == "auto" else weights, column, shapes, like)
+    flat = column.flat
+    if column.shapes != shapes:
+        flat = _weights_of("weights" if weights == "auto" else weights, column, shapes)
+    flat = flat.to(like.device, like.dtype)
     return None if bool((flat == 1).all()) else flat
 
 
-def read_numbers(key: str, data: Sequence[Any]) -> Tensor:
+def read_groups(key: str, data: Sequence[Any]) -> Tensor:
+    """The integer group of every datum, [B]: a scalar, or an array of one entry."""
+    ids = _numbers(key, data)
+    _check_all(key, ids, ids == ids.floor(), "an integer")
+    return ids.to(torch.int64)
+
+
+def read_chosen(key: str, data: Sequence[Any]) -> Tensor:
+    """Whether each datum is chosen, [B], from a 1 or a 0."""
+    flags = _numbers(key, data)
+    _check_all(key, flags, (flags == 0) | (flags == 1), "0 or 1")
+    return flags == 1
+
+
+def _check_all(key: str, numbers: Tensor, good: Tensor, expected: str) -> None:
+    if not bool(good.all()):
+        index = int((~good).nonzero()[0, 0])
+        raise ValueError(f'"{key}" of datum {index} is {numbers[index]:g}; expected {expected}')
+
+
+def _numbers(key: str, data: Sequence[Any]) -> Tensor:
     """One number a datum, [B]: ``loss_fn_inputs[key]`` is a scalar, or an array of one entry."""
     column = _column(key, data)
     for index, size in enumerate(column.sizes):
@@ -86,7 +113,7 @@ def _column(key: str, data: Sequence[Any]) -> TensorBatch:
         if key not in inputs:
             has = ", ".join(sorted(inputs)) or "nothing"
             raise ValueError(f'datum {index} has no "{key}" in its loss_fn_inputs; it has: {has}')
-        tensors.append(_tensor(inputs[key]))
+        tensors.append(_tensor(key, index, inputs[key]))
     return _joined(tensors)
 
 
@@ -95,12 +122,15 @@ def _auto_weights(data: Sequence[Any], shapes: tuple[Shape, ...]) -> TensorBatch
         column = _batch_column(key, data)
         if column is not None:
             return column
+        if getattr(data, "some_have", lambda _: True)(key):  # then each is weighted on its own
+            break
     tensors, without = [], 0
-    for datum, shape in zip(data, shapes, strict=True):
+    for index, (datum, shape) in enumerate(zip(data, shapes, strict=True)):
         inputs = _inputs(datum)
-        found = next((inputs[key] for key in ("weights", "mask") if key in inputs), None)
+        found = next((key for key in ("weights", "mask") if key in inputs), None)
         without += found is None
-        tensors.append(torch.ones(shape, device="cpu") if found is None else _tensor(found))
+        ones = torch.ones(shape, device="cpu")
+        tensors.append(ones if found is None else _tensor(found, index, inputs[found]))
     if without:
         _warn_of_ones()
     return None if without == len(tensors) else _joined(tensors)
@@ -114,13 +144,18 @@ def _warn_of_ones() -> None:
     )
 
 
-def _tensor(value: Any) -> Tensor:
+def _tensor(key: str, index: int, value: Any) -> Tensor:
     if isinstance(value, Tensor):
         return value.detach()
     to_torch = getattr(value, "to_torch", None)
     if to_torch is not None:
         return to_torch()  # type: ignore[no-any-return]  # a view of the TensorData's own memory
-    return torch.from_numpy(np.array(value))
+    try:
+        return torch.from_numpy(np.array(value))
+    except (TypeError, ValueError) as error:  # text, None, rows of different lengths
+        raise ValueError(
+            f'"{key}" of datum {index} is no array of numbers, but {value!r:.60}'
+        ) from error
 
 
 def _joined(tensors: Sequence[Tensor]) -> TensorBatch:
@@ -129,23 +164,17 @@ def _joined(tensors: Sequence[Tensor]) -> TensorBatch:
     return TensorBatch.from_tensors(tensors)
 
 
-def _aligned(key: str, column: TensorBatch, shapes: tuple[Shape, ...], like: Tensor) -> Tensor:
-    flat = column.flat if column.shapes == shapes else _reshaped(key, column, shapes)
-    return flat.to(like.device, like.dtype)
-
-
-def _reshaped(key: str, column: TensorBatch, shapes: tuple[Shape, ...]) -> Tensor:
+def _repeated(key: str, column: TensorBatch, shapes: tuple[Shape, ...], repeat: bool) -> Tensor:
     parts = []
-    pairs = zip(column.tensors(), column.shapes, shapes, strict=True)
-    for index, (part, have, want) in enumerate(pairs):
-        if have == want:
+    for index, (part, want) in enumerate(zip(column.tensors(), shapes, strict=True)):
+        have = tuple(part.shape)
+        alike = repeat or len(want) == 1 or want[1] == 1
+        if have == want or (len(have) == 2 and have == (*want, 1)):
             parts.append(part.reshape(-1))
-        elif have in ((), (1,)):
-            parts.append(part.reshape(1).expand(int(np.prod(want))))
-        elif len(want) == 2 and have == want[:1]:
+        elif have == () or (have == (1,) and alike):
+            parts.append(part.reshape(1).expand(math.prod(want)))
+        elif have == want[:1] and alike:
             parts.append(part.repeat_interleave(want[1]))
-        elif len(have) == 2 and have[:1] == want:
-            parts.append(_one_a_position(key, index, part))
         else:
             raise ValueError(
                 f'"{key}" of datum {index} has shape {list(have)}, but its logprobs have '
@@ -154,11 +183,17 @@ def _reshaped(key: str, column: TensorBatch, shapes: tuple[Shape, ...]) -> Tenso
     return torch.cat(parts)
 
 
-def _one_a_position(key: str, index: int, part: Tensor) -> Tensor:
-    if bool((part != part[:, :1]).any()):
-        raise ValueError(
-            f'"{key}" of datum {index} differs between the alternatives of a position, but this '
-            "term has one value a position: give it weights of shape [T], under a key that the "
-            "parameter weights names, or say weights=None"
-        )
-    return part[:, 0]
+def _weights_of(key: str, column: TensorBatch, shapes: tuple[Shape, ...]) -> Tensor:
+    """Weights, of which the alternatives of a position may have one each if they are the same."""
+    parts = []
+    for index, (part, want) in enumerate(zip(column.tensors(), shapes, strict=True)):
+        if part.ndim == 2 and tuple(part.shape[:1]) == want:
+            if bool((part != part[:, :1]).any()):
+                raise ValueError(
+                    f'"{key}" of datum {index} differs between the alternatives of a position, but '
+                    "this term has one value a position: give it weights of shape [T], under a key "
+                    "that the parameter weights names, or say weights=None"
+                )
+            part = part[:, 0]
+        parts.append(part)
+    return _repeated(key, _joined(parts), shapes, repeat=True)

@@ -54,6 +54,7 @@ def distill(
         _check_sampled(direction)
         d = logprob - teacher
         return straight_through(d, d.square() / 2)
+    _check_teacher(teacher, support)
     log_p, log_q = _extended(logprob, support), _extended(teacher, support)
     if direction == "forward":
         return p_times(log_q, log_q - log_p).sum(-1)
@@ -108,7 +109,24 @@ def _has_rest(logprob: Tensor) -> Tensor:
 
 def _mixture(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
     """``log(βq + (1-β)p)``."""
-    return torch.log(beta * log_q.exp() + (1 - beta) * log_p.exp())
+    a, b = log_q + math.log(beta), log_p + math.log1p(-beta)
+    top = torch.maximum(a, b).detach()
+    top = torch.where(top == -torch.inf, 0.0, top)
+    total = (a - top).exp() + (b - top).exp()
+    some = total > 0  # a half, at least, of all that is possible
+    return torch.where(some, top + torch.where(some, total, 1.0).log(), -torch.inf)
+
+
+def _check_teacher(teacher: Tensor, support: Support) -> None:
+    if support == "renormalize":
+        return
+    largest = float(teacher.exp().sum(-1).max()) if teacher.numel() else 0.0
+    if largest > 1.02:  # rounded to bfloat16 they may exceed 1 by a little
+        raise ValueError(
+            f"the teacher's probabilities of a position add up to {largest:.4g}, more than 1: give "
+            "its logprobs, not its logits, and each alternative once; or say "
+            'support="renormalize"'
+        )
 
 
 def _check_beta(direction: Direction, beta: float) -> None:

@@ -23,7 +23,7 @@ def margin(logprob: Tensor, *, margin: float = 1.0, label: int = 0) -> Tensor:
     Crammer & Singer, "On the Algorithmic Implementation of Multiclass Kernel-based Vector
     Machines" (2001).
     """
-    return _shortfall(logprob, margin, label)[0].clamp(min=0)
+    return _shortfall(logprob, margin, label)[0].relu()
 
 
 @margin.derivative

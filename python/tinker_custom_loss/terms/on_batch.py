@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..tensors.batch import TensorBatch
-from .columns import read, read_if_present, read_numbers, read_weights
+from .columns import is_present, read, read_chosen, read_groups, read_weights
 from .groups import Groups
 from .reduction import Reduction, Sequences
 
@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Evaluated", "TermOnBatch"]
 
-_MASKED = -1.0
-"""What a function sees where a token has weight 0: a number that every formula can take."""
+_MASKED = -20.0
+"""What a function sees where a token has weight 0: a number that every formula can take, and of
+which any number of alternatives have a mass below 1."""
 
 
 @dataclass(frozen=True)
@@ -54,17 +55,22 @@ class TermOnBatch:
         if made.alternatives:
             shapes = tuple(shape[:1] for shape in shapes)
         mask = read_weights(given["weights"], data, shapes, flat)
+        if mask is not None and (made.scope != "token" or self._reduction.has_mean_over_tokens):
+            _check_mean(mask)
         self._kept = None
         if mask is not None and not bool((kept := mask != 0).all()):
             self._kept = kept
         sizes = tuple(shape[0] for shape in shapes) if made.alternatives else logprobs.sizes
         self._sequences = Sequences(sizes, mask, flat)
         self._given_totals = totals
+        repeat = not made.alternatives  # a sampled token's logprob says nothing of alternatives
         self._columns: list[Tensor | None] = [
-            *(read(given[name], data, logprobs) for name in made.inputs),
+            *(read(given[name], data, logprobs, repeat=repeat) for name in made.inputs),
             # Another key than the usual one was named on purpose.
             *(
-                (read_if_present if given[name] == usual else read)(given[name], data, logprobs)
+                read(given[name], data, logprobs, repeat=repeat)
+                if given[name] != usual or is_present(usual, data)
+                else None
                 for name, usual in made.optional.items()
             ),
         ]
@@ -76,8 +82,8 @@ class TermOnBatch:
         if made.scope == "sequence":
             self._params["sequences"] = self._sequences
         if made.scope == "group":
-            ids = read_numbers(given["group"], data).to(flat.device, torch.int64)
-            chosen = read_numbers(given["chosen"], data).to(flat.device) != 0
+            ids = read_groups(given["group"], data).to(flat.device)
+            chosen = read_chosen(given["chosen"], data).to(flat.device)
             self._params["groups"] = Groups(ids, chosen, self._sequences)
 
     @functools.cached_property
@@ -144,7 +150,7 @@ class TermOnBatch:
         parts: list[tuple[Tensor, Mapping[str, Tensor]]] = []
         for block in self._blocks:
             returned = self._term.__wrapped__(*block.tensors, **self._params)
-            values, metrics = returned if isinstance(returned, tuple) else (returned, {})
+            values, metrics = _values_and_metrics(returned)
             self._check_shape("returned", values, self._expected(block))
             for name, metric in metrics.items():
                 self._check_shape(f'returned the metric "{name}"', metric, tuple(values.shape))
@@ -216,6 +222,29 @@ class _Block:
     tensors: Sequence[Any]
     positions: Tensor | None = None
     entries: Tensor | None = None
+
+
+def _check_mean(mask: Tensor) -> None:
+    if mask.numel() and bool(mask.min() < 0):
+        raise ValueError(
+            "negative weights have no mean: it divides by the sum of the weights; take them with a "
+            'term of scope "token" and the reduction "token_sum"'
+        )
+
+
+def _values_and_metrics(returned: object) -> tuple[Any, Mapping[str, Any]]:
+    if not isinstance(returned, tuple):
+        return returned, {}
+    if len(returned) != 2:
+        raise TypeError(
+            f"it returned {len(returned)} things; expected values, or values and metrics"
+        )
+    values, metrics = returned
+    if not isinstance(metrics, Mapping):
+        raise TypeError(
+            f"its metrics are a {type(metrics).__name__}; expected a mapping of names to tensors"
+        )
+    return values, metrics
 
 
 def _alternatives(logprobs: TensorBatch) -> int | Tensor:

@@ -32,9 +32,9 @@ def orpo(logprob: Tensor, *, groups: Groups, beta: float = 0.1) -> tuple[Tensor,
     score = score.masked_fill(groups.sequences.lengths == 0, -math.log(2))  # even odds
     chosen, rejected = groups.pairs
     c, r = score[chosen], score[rejected]
-    # σ(o_c - o_r) = p_c·(1-p_r) / (p_c + p_r - 2·p_c·p_r), in which no odds are infinite
+    # σ(o_c - o_r) = p_c·(1-p_r) / (p_c·(1-p_r) + p_r·(1-p_c)), in which no odds are infinite
     top = torch.maximum(c, r).detach()
-    both = top + torch.log((c - top).exp() + (r - top).exp() - 2 * (c + r - top).exp())
-    values = -c - beta * (c + log1mexp(r) - both)
+    less = (c - top).exp() * torch.expm1(r) + (r - top).exp() * torch.expm1(c)
+    values = -c - beta * (c + log1mexp(r) - top - torch.log(-less))
     margin = (c - log1mexp(c)) - (r - log1mexp(r))
     return values, {"margin": margin, "accuracy": (c > r).to(c.dtype)}

@@ -110,6 +110,10 @@ class Reduction:
         if not real or not math.isfinite(number) or number <= 0:
             raise ValueError(f"normalizer must be a positive number or None, got {number!r}")
 
+    @property
+    def has_mean_over_tokens(self) -> bool:
+        return self.name in ("token_mean", "sequence_mean_token_mean")
+
     def of_tokens(self, sequences: Sequences, totals: Any) -> tuple[float, Tensor | None]:
         """A factor for all tokens, and one for each [N] (None: all 1), weights included."""
         if self.name != "sequence_mean_token_mean":

@@ -7,8 +7,10 @@ derivative is known, a gradient in one pass, without an autograd graph.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args, get_origin
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from ..tensors import gradients as grad
 from ..tensors.batch import TensorBatch
+from .columns import read_groups
 from .on_batch import Evaluated, TermOnBatch
 from .reduction import Reduction, ReductionName
 
@@ -28,6 +31,7 @@ ValueFn = Callable[..., Tensor | tuple[Tensor, Mapping[str, Tensor]]]
 """``fn(logprob, *inputs, **params) -> values``, or ``-> (values, metrics)``."""
 
 _SEEN_BY = {"token": (), "sequence": ("sequences",), "group": ("groups",)}
+_OF_ALL = ("data", "logprobs", "weights", "reduction", "normalizer")
 
 
 class Term:
@@ -61,6 +65,7 @@ class Term:
         self.alternatives = alternatives
         self._derivative: Callable[..., Tensor] | None = None
         parameters = [*inspect.signature(fn).parameters.values()]
+        _check_names(fn.__name__, scope, parameters)
         positional = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
         if len(positional) != 1 + len(inputs) + len(optional):
             raise TypeError(
@@ -72,7 +77,7 @@ class Term:
         self.optional: dict[str, str] = dict(
             zip(positional[1 + len(inputs) :], optional, strict=True)
         )
-        hints = typing.get_type_hints(fn) | {"reduction": ReductionName}
+        hints = _hints(fn) | {"reduction": ReductionName}
         self.choices: dict[str, tuple[Any, ...]] = {
             name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal
         }
@@ -110,15 +115,20 @@ class Term:
         return evaluated.loss, evaluated.metrics
 
     def evaluate_flat(
-        self, data: Sequence[Any], logprobs: TensorBatch, **params: Any
+        self,
+        data: Sequence[Any],
+        logprobs: TensorBatch,
+        totals: Mapping[str, float] | None = None,
+        /,
+        **params: Any,
     ) -> tuple[Tensor, dict[str, float]]:
         """The same over the batch as one buffer, with the gradient in closed form if there is one.
-        The composer calls this form."""
+        The composer calls this form, with the ``totals`` of the step where it is split."""
         wanted = torch.is_grad_enabled() and logprobs.flat.requires_grad
         if not wanted or self._derivative is None:
-            evaluated = TermOnBatch(self, data, logprobs, params).reduced(gradient=False)
+            evaluated = TermOnBatch(self, data, logprobs, params, totals).reduced(gradient=False)
             return evaluated.loss, evaluated.metrics
-        evaluated = self.value_and_gradient(data, logprobs, **params)
+        evaluated = self.value_and_gradient(data, logprobs, totals=totals, **params)
         assert evaluated.gradient is not None
         return grad.surrogate(
             float(evaluated.loss), [evaluated.gradient], [logprobs.flat]
@@ -174,6 +184,15 @@ class Term:
         with torch.no_grad():
             return dict(TermOnBatch(self, data, logprobs, params).totals)
 
+    def group_sizes(self, data: Sequence[Any], **params: Any) -> dict[str, int]:
+        """The number of datums in each group, by its index as text; {} unless the scope is
+        ``group``."""
+        if self.scope != "group":
+            return {}
+        ids = read_groups(params.get("group", "group"), data)
+        indices, counts = torch.unique(ids, return_counts=True)
+        return dict(zip(map(str, indices.tolist()), counts.tolist(), strict=True))
+
     def check_params(self, **params: Any) -> None:
         """Check what can be checked of parameters before there is a batch.
 
@@ -228,10 +247,53 @@ def term(
     if alternatives and scope != "token":
         raise TypeError(f'alternatives=True is for terms of scope "token", not "{scope}"')
 
+    for option, keys in (("inputs", inputs), ("optional", optional)):
+        if isinstance(keys, str):
+            raise TypeError(
+                f"{option} is the string {keys!r}; expected a tuple of keys: ({keys!r},)"
+            )
+
     def decorate(fn: ValueFn) -> Term:
         return Term(fn, scope, inputs, optional, alternatives)
 
     return decorate
+
+
+def _check_names(name: str, scope: Scope, parameters: Sequence[inspect.Parameter]) -> None:
+    """Whether a function has the arguments that its scope gives it, and none that mean another."""
+    for parameter in parameters:
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            raise TypeError(f"the term {name} takes {parameter}; name its arguments one by one")
+    taken = (*_OF_ALL, "group", "chosen") if scope == "group" else _OF_ALL
+    for parameter in parameters[1:]:
+        if parameter.name in taken:
+            raise TypeError(
+                f'the argument "{parameter.name}" of the term {name} must have another name: as a '
+                "parameter, it has a meaning for all terms"
+            )
+    keywords = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+    for other, given in _SEEN_BY.items():
+        for argument in given:
+            if other == scope and argument not in keywords:
+                raise TypeError(
+                    f'the term {name} of scope "{scope}" takes no keyword argument {argument}; '
+                    f"write it (…, *, {argument}, …)"
+                )
+            if other != scope and argument in keywords:
+                raise TypeError(
+                    f"the term {name} takes {argument}, which only a term of scope "
+                    f'"{other}" is given; it is of scope "{scope}"'
+                )
+
+
+def _hints(fn: ValueFn) -> dict[str, Any]:
+    """The types of a function's arguments, without those whose names mean nothing at run time."""
+    hints: dict[str, Any] = {}
+    for name, annotation in inspect.get_annotations(fn).items():
+        one = types.SimpleNamespace(__annotations__={name: annotation})
+        with contextlib.suppress(NameError):  # imported for a type checker only, say
+            hints |= typing.get_type_hints(one, globalns=getattr(fn, "__globals__", {}))
+    return hints
 
 
 def _public_parameters(made: Term, own: Sequence[inspect.Parameter]) -> list[inspect.Parameter]:

@@ -213,6 +213,22 @@ defmodule Tinkex.CustomLoss.Faults.BystandersTest do
       end
     end
 
+    # What ended a worker is in its mailbox, and before what starts it anew.
+    test "is not misled by a worker that ends just then" do
+      pool = start_peers!("behaves.py")
+      [os_pid] = os_pids(pool)
+      process = child(pool, CustomLoss.Pool)
+      [worker] = processes(pool) -- [process]
+      :sys.suspend(worker)
+      signal(os_pid, "KILL")
+      eventually(fn -> Process.info(worker, :message_queue_len) != {:message_queue_len, 0} end)
+      reload = Task.async(fn -> CustomLoss.reload(pool) end)
+      eventually(fn -> match?(%{reloading: [_]}, :sys.get_state(process)) end)
+      :sys.resume(worker)
+      assert Task.await(reload, 10_000) == :ok
+      assert_serving(pool)
+    end
+
     @tag :capture_log
     test "says why the first one does not start, and leaves the others", %{tmp_dir: dir} do
       env = %{"VERSION" => Path.join(dir, "version")}

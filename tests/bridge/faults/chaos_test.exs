@@ -10,6 +10,7 @@ defmodule Tinkex.CustomLoss.Faults.ChaosTest do
     result = Chaos.run(calls: 600, seed: 4, seconds: 30, fatal: 4)
     assert %{wrong: 0, orphans: 0, examples: []} = result
     assert result.answers == result.calls
-    assert result.outcomes.right > 100
+    # However many there were in the time.
+    assert result.outcomes.right > result.calls / 2
   end
 end

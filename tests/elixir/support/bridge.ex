@@ -84,7 +84,9 @@ defmodule Tinkex.CustomLoss.Bridge do
     spawn(fn ->
       workers =
         for {name, {calls, stuck}} <- states do
-          {:ok, pool} = CustomLoss.start_link(terms_opts(python, files))
+          # One that holds the interpreter's lock would be replaced while the others start.
+          opts = [ping_interval: 300_000] ++ terms_opts(python, files)
+          {:ok, pool} = CustomLoss.start_link(opts)
           {name, occupy(pool, calls, stuck)}
         end
 

@@ -28,7 +28,7 @@ defmodule Mix.Tasks.Tinkex.CustomLoss.Doctor do
 
   @impl true
   def run(args) do
-    config = args |> options!(@switches) |> pool_options() |> Options.start!()
+    config = args |> options!(@switches, __MODULE__) |> pool_options() |> Options.start!()
     ok("Elixir #{System.version()} on OTP #{System.otp_release()}")
 
     with {:ok, python, source} <- Python.choose(config.python),
@@ -43,19 +43,26 @@ defmodule Mix.Tasks.Tinkex.CustomLoss.Doctor do
 
   @doc false
   # Shared with the other tasks.
-  def options!(args, switches) do
-    case parse!(args, switches) do
+  def options!(args, switches, task) do
+    case parse!(args, switches, task) do
       {opts, []} -> opts
       {_opts, [word | _]} -> Mix.raise("#{word}: expected options")
     end
   end
 
   @doc false
-  def parse!(args, switches) do
+  def parse!(args, switches, task) do
     case OptionParser.parse(args, strict: switches) do
       {opts, words, []} -> {opts, words}
-      {_, _, [{option, _} | _]} -> Mix.raise("#{option}: there is no such option")
+      {_, _, [{option, _} | _]} -> Mix.raise(wrong(option, switches, task))
     end
+  end
+
+  # All our options take any text, so that a known one is wrong only without it.
+  defp wrong(option, switches, task) do
+    known = for {name, _} <- switches, do: "--" <> String.replace("#{name}", "_", "-")
+    what = if option in known, do: "a value is missing", else: "there is no such option"
+    "#{option}: #{what}; to read of the options: mix help #{Mix.Task.task_name(task)}"
   end
 
   @doc false
@@ -84,8 +91,10 @@ defmodule Mix.Tasks.Tinkex.CustomLoss.Doctor do
     opts = [load: config.load, await_ready: true, name: __MODULE__]
     opts = if config.python, do: [python: config.python] ++ opts, else: opts
 
+    base_loss = %{fn: :l2, params: %{weights: nil}}
+
     with {:ok, pool} <- CustomLoss.start_link(opts),
-         {:ok, output} <- CustomLoss.compute(pool, nil, [[-0.5, -1.5]], base_loss: :l2) do
+         {:ok, output} <- CustomLoss.compute(pool, nil, [[-0.5, -1.5]], base_loss: base_loss) do
       Supervisor.stop(pool)
 
       if output.gradients == [[-1.0, -3.0]],

@@ -36,7 +36,7 @@ defmodule Mix.Tasks.Tinkex.CustomLoss.Setup do
   @impl true
   def run(args) do
     {ours, installer_args} = Enum.split_while(args, &(&1 != "--"))
-    given = Doctor.options!(ours, @switches)
+    given = Doctor.options!(ours, @switches, __MODULE__)
 
     opts =
       Keyword.drop(given, [:extra, :torch]) ++

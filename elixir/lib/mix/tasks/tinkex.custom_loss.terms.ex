@@ -26,7 +26,7 @@ defmodule Mix.Tasks.Tinkex.CustomLoss.Terms do
 
   @impl true
   def run(args) do
-    {opts, names} = Doctor.parse!(args, @switches)
+    {opts, names} = Doctor.parse!(args, @switches, __MODULE__)
     config = opts |> Doctor.pool_options() |> Options.start!()
 
     with {:ok, python} <- Python.find(config.python),

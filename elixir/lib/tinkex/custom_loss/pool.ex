@@ -409,7 +409,8 @@ defmodule Tinkex.CustomLoss.Pool do
 
   defp renewed(%{renewals: [{index, why} | rest]} = state, index, news) do
     case {state.slots[index].renewal, news} do
-      {:ending, {:down, ^why}} ->
+      # Twice, if it had ended by itself when it was first told to.
+      {stage, {:down, ^why}} when stage in [:ending, :starting] ->
         put_in(state.slots[index].renewal, :starting)
 
       {:starting, :ok} ->

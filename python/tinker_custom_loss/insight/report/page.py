@@ -80,9 +80,10 @@ def _section(run: Run, found: Sequence[Figure], index: int, prefix: str, named: 
 
 
 def _findings(run: Run, prefix: str) -> str:
-    found = diagnose(list(run.steps.values())[-JUDGED:], prefix=prefix)
+    judged = list(run.steps.values())[-JUDGED:]
+    found = diagnose(judged, prefix=prefix)
     if not found:
-        return f'<p class="quiet">Nothing odd in the last {JUDGED} steps.</p>'
+        return f'<p class="quiet">Nothing odd in the last {len(judged)} steps.</p>'
     items = "".join(
         f"<li><strong>{escape(f.message)}</strong>: {escape(f.advice)}.</li>" for f in found
     )

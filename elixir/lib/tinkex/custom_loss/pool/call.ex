@@ -194,12 +194,13 @@ defmodule Tinkex.CustomLoss.Pool.Call do
     Pool.request(call.handle.pool, request)
     answer = await(call, ref, :computing)
     Process.demonitor(ref, [:flush])
+    flush(ref)
 
     case answer do
       {:ok, result} -> {:ok, result}
       {:error, %{__exception__: true} = error} -> {:error, error}
       {:error, error} -> {:error, exception(error)}
-      {:late, stage} -> call |> late(stage) |> flushed(ref)
+      {:late, stage} -> late(call, stage)
       {:down, reason} when if_the_pool_ends == :again -> again(call, {id, frame}, reason)
       {:down, reason} -> {:error, %WorkerError{reason: {:stopped, reason}}}
     end
@@ -229,12 +230,13 @@ defmodule Tinkex.CustomLoss.Pool.Call do
     end
   end
 
-  # Of what came before the alias was given up. An answer is the last of it.
-  defp flushed(result, ref) do
+  # What came before the alias was given up. An answer need not be the last of it: that is a worker's,
+  # the rest the pool's, and what two processes send keeps no order between them.
+  defp flush(ref) do
     receive do
-      {^ref, _message} -> flushed(result, ref)
+      {^ref, _message} -> flush(ref)
     after
-      0 -> result
+      0 -> :ok
     end
   end
 
