@@ -19,7 +19,14 @@ import torch
 
 import term_library as library
 import tinker_custom_loss
-from tinker_custom_loss import Composer, Regularizer, RequestError, TermError, TermTimeoutError
+from tinker_custom_loss import (
+    ChangedLogprobsError,
+    Composer,
+    Regularizer,
+    RequestError,
+    TermError,
+    TermTimeoutError,
+)
 from tinker_custom_loss.running import processes as term_processes
 from tinker_custom_loss.running import threads as term_threads
 from tinker_custom_loss.running.modes import Modes
@@ -490,8 +497,9 @@ def test_an_executor_that_is_shut_down_is_an_error_of_the_term(logprobs):
 
 
 def test_a_term_in_a_thread_pool_has_memory_of_its_own(logprobs):
-    """Skipped for changing its logprobs, it must not have changed those of the others."""
+    """One that changes its logprobs is refused, and has not changed those of the others."""
     changed = threading.Event()
+    seen = []
 
     def changes_in_place(data, logprobs):
         logprobs[0].detach().zero_()
@@ -500,16 +508,19 @@ def test_a_term_in_a_thread_pool_has_memory_of_its_own(logprobs):
 
     def computes_after(data, logprobs):
         assert changed.wait(60)
+        seen.append(logprobs[0].detach().clone())
         return logprobs[0].square().sum(), {}
 
+    given = logprobs[0].detach().clone()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         terms = [
             Regularizer(changes_in_place, 1.0, "bad", run_in_executor=pool, on_error="skip"),
             Regularizer(computes_after, 1.0, "good"),
         ]
-        composition = Composer(None, terms).compute([None, None], logprobs)
-    torch.testing.assert_close(composition.gradients[0], 2 * logprobs[0])
-    assert "in place" in composition.telemetry["regularizers"]["bad"]["error"]
+        with pytest.raises(ChangedLogprobsError, match='"bad" changed the logprobs in place'):
+            Composer(None, terms).compute([None, None], logprobs)
+    torch.testing.assert_close(seen, [given])
+    torch.testing.assert_close(logprobs[0].detach(), given)
 
 
 def test_what_travels_is_small_and_plain():
