@@ -98,7 +98,7 @@ defmodule Tinkex.CustomLoss.SandboxTest do
   test "finds the linearized gradient equal to the one from end to end", %{pid: pid} do
     assert {:ok, check} =
              Sandbox.check_gradient(pid, data(),
-               base_loss: {:nll, reduction: "token_mean"},
+               base_loss: {:nll, reduction: "token_mean", weights: nil},
                regularizers: [%{name: "l2", fn: :l2, weight: 0.1}]
              )
 
