@@ -95,10 +95,10 @@ import sys, torch
 from tinker_custom_loss import Composer, Regularizer
 
 def computes_for_ever(data, logprobs):
-    x = torch.ones(200, 200)
+    x = torch.rand(10_000)
     while True:
         try:
-            x = x @ x
+            x.sort()
         except BaseException:
             pass
 
