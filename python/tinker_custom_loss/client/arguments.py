@@ -15,9 +15,6 @@ from . import sdk
 if TYPE_CHECKING:
     from tinker import LossHandle
 
-if TYPE_CHECKING:
-    pass
-
 __all__ = [
     "BaseLoss",
     "Regularizers",
