@@ -10,7 +10,6 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from types import TracebackType
 from typing import Any, Self, TextIO, TypeVar
 
 from rich.console import Console, Group, RenderableType
@@ -108,12 +107,7 @@ class Live:
             self._recorder.attach(self)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._recorder is not None:
             self._recorder.detach(self)
         if self._terminal:
