@@ -309,6 +309,15 @@ defmodule Tinkex.CustomLoss.Faults.BystandersTest do
     end
   end
 
+  test "a :max_rss that a worker is over when it starts is said, and no reason to go on so" do
+    Process.flag(:trap_exit, true)
+    opts = [max_rss: 100_000_000, await_ready: true, backoff: {60_000, 60_000}]
+    assert {:error, %WorkerError{reason: {:not_started, sentence}}} = CustomLoss.start_link(opts)
+
+    assert sentence =~
+             ~r/starts with \d{9} bytes in memory, and :max_rss is 100000000: raise that/
+  end
+
   test "a worker over :max_rss is started anew when it has finished what it has" do
     pool = start_peers!("grows.py", max_rss: 2_500, ping_interval: 50)
     [os_pid] = os_pids(pool)
