@@ -338,7 +338,7 @@ class Composer:
             logprobs,
             composition.parameter_gradients,
         )
-        return loss, metrics_of(composition.telemetry)
+        return loss, metrics_of(composition.record)
 
     def close(self) -> None:
         """Close the terms that are objects with ``aclose`` or ``close``, where they run.
