@@ -77,7 +77,7 @@ class FlightRecorder:
             raise
         composition = observed.composition
         assert composition is not None
-        if self._is_wanted(observed.step) or _went_wrong(composition.telemetry):
+        if self._is_wanted(observed.step) or _went_wrong(composition.record):
             self._keep(observed, outcome_of(observed, None), seeds)
 
     def clear(self) -> None:

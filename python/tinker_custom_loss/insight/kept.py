@@ -81,7 +81,7 @@ def outcome_of(observed: ObservedStep, error: BaseException | None) -> Outcome:
     if composition is not None:
         return Outcome(
             composition.loss_total,
-            composition.telemetry,
+            composition.record,
             composition.gradients,
             term_gradients=composition.term_gradients,
         )
