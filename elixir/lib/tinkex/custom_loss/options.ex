@@ -143,7 +143,7 @@ or keyword list with `:fn` and `:params`. By default none."
     step: [
       type: :non_neg_integer,
       default: 0,
-      doc: "the training step, for telemetry, and for weights that are a function of it."
+      doc: "the training step, for the record, and for weights that are a function of it."
     ],
     gradients: [
       type: :boolean,
@@ -165,7 +165,7 @@ waits for a term that never returns as long as that takes."
              metrics: [
                type: {:in, [:nested, :flat]},
                default: :nested,
-               doc: "the form in which the telemetry joins the metrics of the training client: \
+               doc: "the form in which the record joins the metrics of the training client: \
 `:flat` for loggers that take names and numbers, see `Tinkex.CustomLoss.Output.flat/1`."
              ],
              client_opts: [

@@ -6,7 +6,7 @@ defmodule Tinkex.CustomLoss.Regularizer do
       type: :label,
       required: true,
       doc:
-        "a string or atom, unique within the call; it names the term in telemetry and errors, as a string."
+        "a string or atom, unique within the call; it names the term in the record and errors, as a string."
     ],
     fn: [
       type: :term,
@@ -46,7 +46,7 @@ deadline, and its worker, with it."
       default: :raise,
       doc:
         "`:raise` fails the call with a `Tinkex.CustomLoss.TermError`; `:skip` leaves the term \
-out and says so in telemetry."
+out and says so in the record."
     ],
     on_non_finite: [
       type: {:in, [:raise, :skip, :zero]},
@@ -128,7 +128,7 @@ the entries."
 
     with [name | _] <- names -- Enum.uniq(names) do
       raise ArgumentError,
-            "two regularizers are named #{inspect(name)}; names tell them apart in telemetry"
+            "two regularizers are named #{inspect(name)}; names tell them apart in the record"
     end
 
     regularizers

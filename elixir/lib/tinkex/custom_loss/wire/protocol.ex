@@ -94,14 +94,14 @@ defmodule Tinkex.CustomLoss.Wire.Protocol do
           max_in_flight: :integer,
           terms: {:list, @term}}
 
-  @telemetry {:part,
-              loss_total: :float,
-              regularizer_total: :float,
-              base_loss: {:nilable, {:part, value: {:nilable, :float}}},
-              regularizers:
-                {:map, {:part, value: {:nilable, :float}, weight: :float, contribution: :float}}}
+  @record {:part,
+           loss_total: :float,
+           regularizer_total: :float,
+           base_loss: {:nilable, {:part, value: {:nilable, :float}}},
+           regularizers:
+             {:map, {:part, value: {:nilable, :float}, weight: :float, contribution: :float}}}
 
-  @computed {:record, loss_total: :float, gradients: {:nilable, :batch}, telemetry: @telemetry}
+  @computed {:record, loss_total: :float, gradients: {:nilable, :batch}, record: @record}
   @listed {:record, terms: {:list, @term}}
   @alive {:record, in_flight: :integer, uptime: :float, rss: :integer}
 
