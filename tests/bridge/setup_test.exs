@@ -83,7 +83,6 @@ defmodule Tinkex.CustomLoss.SetupTest do
     env = [
       {"HOME", tmp},
       {"MIX_HOME", System.get_env("MIX_HOME", Path.expand("~/.mix"))},
-      {"MIX_INSTALL_DIR", Path.join(tmp, "mix")},
       {"TINKEX_CUSTOM_LOSS_DEPS", "none"},
       {"HEX_OFFLINE", "1"},
       # Where a Python is found without asking for one.
@@ -93,8 +92,12 @@ defmodule Tinkex.CustomLoss.SetupTest do
       {"TINKEX_PATH", nil} | packages()
     ]
 
-    options = [cd: tmp, env: env, stderr_to_stdout: true]
-    {output, status} = System.cmd("elixir", [script], options)
+    run = fn install_dir ->
+      env = [{"MIX_INSTALL_DIR", Path.join(tmp, install_dir)} | env]
+      System.cmd("elixir", [script], cd: tmp, env: env, stderr_to_stdout: true)
+    end
+
+    {output, status} = run.("first")
     assert status == 0, output
     # Of the call, and of the first and last step.
     assert output =~ "#Tinkex.CustomLoss.Output<\n  loss_total: 6.5281, gradients: [[3], [2]]\n"
@@ -102,8 +105,9 @@ defmodule Tinkex.CustomLoss.SetupTest do
     assert [_, losses] = Regex.run(~r/^\[([\d., \n]+)\]$/m, output)
     losses = losses |> String.split(~r/[,\s]+/) |> Enum.map(&String.to_float/1)
     assert length(losses) == 10 and List.last(losses) < hd(losses)
-    # Again, it is there.
-    {output, 0} = System.cmd("elixir", [script], options)
+    # Again, it is there. Mix, asked to install the same again, would look for Hex first.
+    {output, status} = run.("second")
+    assert status == 0, output
     assert output =~ "setup: the environment in #{tmp}/.cache/custom_loss/python is complete"
   end
 
