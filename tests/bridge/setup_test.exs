@@ -9,6 +9,7 @@ defmodule Tinkex.CustomLoss.SetupTest do
   alias Tinkex.CustomLoss
   alias Tinkex.CustomLoss.{Options, SetupError, WorkerError}
   alias Tinkex.CustomLoss.Pool.Python
+  alias Tinkex.CustomLoss.Setup.Progress
 
   @root Path.expand("../..", __DIR__)
   @moduletag timeout: 300_000
@@ -48,6 +49,9 @@ defmodule Tinkex.CustomLoss.SetupTest do
     assert output =~ "setup: making an environment in #{dir} with #{real_python()}"
     made = Path.join(dir, "bin/python")
     assert output =~ "setup: done; to check it: mix tinkex.custom_loss.doctor --python #{made}"
+    # Of pip there is nothing to read.
+    refute output =~ "Processing"
+    refute output =~ "Successfully"
 
     assert [_] =
              Path.wildcard(Path.join(dir, "lib/python*/site-packages/tinker_custom_loss/port"))
@@ -122,7 +126,20 @@ defmodule Tinkex.CustomLoss.SetupTest do
       end)
 
     assert output =~ "setup: making an environment in #{dir}"
+    # All that pip said, now that it matters.
+    assert output =~ "No matching distribution found for "
     refute File.exists?(dir)
+  end
+
+  test "shows large downloads as they begin" do
+    said = ["Collecting torch\n  Downl", "oading torch-2.13.0-cp311.whl (191.5 MB)\nDownload"]
+    small = ["ing numpy (12 kB)\nDownloading cudnn (1.2GiB)\n", "Installed"]
+    me = self()
+
+    assert Enum.into(said ++ small, %Progress{say: &send(me, &1)}) == Enum.join(said ++ small)
+    assert_received "downloading torch-2.13.0-cp311.whl (191.5 MB)"
+    assert_received "downloading cudnn (1.2GiB)"
+    refute_received "downloading numpy" <> _
   end
 
   test "is not done where something is missing", %{dir: dir, tmp_dir: tmp} do
@@ -182,7 +199,7 @@ defmodule Tinkex.CustomLoss.SetupTest do
   test "keeps an environment that is there", %{dir: dir} do
     {_, 0} = System.cmd(real_python(), ["-m", "venv", "--without-pip", dir])
     File.write!(Path.join(dir, "kept"), "")
-    opts = [dir: dir, args: ["--no-index"]]
+    opts = [dir: dir, args: ["--no-index"], verbose: true]
 
     capture_io(fn -> assert_raise SetupError, fn -> CustomLoss.setup!(opts) end end)
     assert File.exists?(Path.join(dir, "kept"))

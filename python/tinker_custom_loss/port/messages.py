@@ -116,7 +116,7 @@ class Terms(Struct):
 class _Compute(Struct):
     logprobs: Batch
     data: Data | None = None
-    step: int = 0
+    step: int | None = None
     gradients: bool = True
 
 
@@ -126,7 +126,7 @@ class ComputeRequest:
 
     logprobs: TensorBatch
     data: WireData
-    step: int
+    step: int | None
     gradients: bool
 
 

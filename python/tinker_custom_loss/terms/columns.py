@@ -124,14 +124,15 @@ def _auto_weights(data: Sequence[Any], shapes: tuple[Shape, ...]) -> TensorBatch
             return column
         if getattr(data, "some_have", lambda _: True)(key):  # then each is weighted on its own
             break
-    tensors, without = [], 0
+    tensors, without, unsaid = [], 0, False
     for index, (datum, shape) in enumerate(zip(data, shapes, strict=True)):
         inputs = _inputs(datum)
         found = next((key for key in ("weights", "mask") if key in inputs), None)
         without += found is None
+        unsaid |= found is None and len(inputs) > 0  # one without inputs is none: nobody gave data
         ones = torch.ones(shape, device="cpu")
         tensors.append(ones if found is None else _tensor(found, index, inputs[found]))
-    if without:
+    if unsaid:
         _warn_of_ones()
     return None if without == len(tensors) else _joined(tensors)
 

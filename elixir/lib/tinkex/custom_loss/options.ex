@@ -142,8 +142,9 @@ or keyword list with `:fn` and `:params`. By default none."
     ],
     step: [
       type: :non_neg_integer,
-      default: 0,
-      doc: "the training step, for the record, and for weights that are a function of it."
+      doc: "the training step, from 0: the record's `schedule_step`, and what weights that are a \
+function are called with. Nobody counts it for you; without one it is nil in the record, and such \
+a weight is an error."
     ],
     gradients: [
       type: :boolean,
@@ -216,6 +217,11 @@ to know it, one of a CUDA version, or a mirror."
       default: [],
       doc: "more arguments for `pip install` or `uv pip install`: other packages that your terms \
 import, a constraint, an index."
+    ],
+    verbose: [
+      type: {:in, [true, false]},
+      default: false,
+      doc: "whether all is shown that the installer says; without it, only when it fails."
     ]
   ]
 
@@ -280,10 +286,11 @@ import, a constraint, an index."
   # What is computed, from the options of a call whose step is known.
   defp call!(opts, schema, where) do
     options = Schema.validate!(opts, schema, where)
-    step = if Keyword.has_key?(opts, :step), do: options.step
 
     regularizers =
-      options.regularizers |> Regularizer.list!() |> Enum.map(&Regularizer.at_step(&1, step))
+      options.regularizers
+      |> Regularizer.list!()
+      |> Enum.map(&Regularizer.at_step(&1, options.step))
 
     base_loss = Terms.base_loss!(options.base_loss)
 
