@@ -27,11 +27,13 @@ from .totals import add_totals
 
 if TYPE_CHECKING:
     from .client import (
+        RegularizedServiceClient,
         RegularizedTrainingClient,
         StepOutput,
         forward_backward_custom,
         forward_backward_custom_async,
         linearize,
+        regularized,
         with_regularizers,
     )
     from .insight import Recorder, diagnose, live, watch
@@ -51,6 +53,7 @@ __all__ = [
     "NonFiniteError",
     "ProtocolError",
     "Recorder",
+    "RegularizedServiceClient",
     "RegularizedTrainingClient",
     "Regularizer",
     "RegularizerRecord",
@@ -70,6 +73,7 @@ __all__ = [
     "linearize",
     "live",
     "merge",
+    "regularized",
     "term",
     "watch",
     "with_regularizers",
@@ -78,11 +82,13 @@ __all__ = [
 # Importing the tinker client takes half a second that a worker of the port does not have.
 _SDK = frozenset(
     {
+        "RegularizedServiceClient",
         "RegularizedTrainingClient",
         "StepOutput",
         "forward_backward_custom",
         "forward_backward_custom_async",
         "linearize",
+        "regularized",
         "with_regularizers",
     }
 )
