@@ -36,7 +36,8 @@ if TYPE_CHECKING:
         regularized,
         with_regularizers,
     )
-    from .insight import Recorder, diagnose, live, watch
+    from .insight import Recorder, diagnose, replay, watch
+    from .insight.live import live
     from .terms.term import term
 
 __version__ = "0.1.0"
@@ -74,6 +75,7 @@ __all__ = [
     "live",
     "merge",
     "regularized",
+    "replay",
     "term",
     "watch",
     "with_regularizers",
@@ -93,7 +95,7 @@ _SDK = frozenset(
     }
 )
 # And rich a tenth of one.
-_INSIGHT = frozenset({"Recorder", "diagnose", "live", "watch"})
+_INSIGHT = frozenset({"Recorder", "diagnose", "live", "replay", "watch"})
 
 
 def __getattr__(name: str) -> Any:

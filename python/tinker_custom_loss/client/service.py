@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self, overload
 from tinker import APIFuture, ServiceClient, TrainingClient
 
 from ..errors import RequestError
+from ..observer import StepObserver, checked_observer
 from ..regularizer import show
 from . import sdk
 from .arguments import BaseLoss, Regularizers, checked_defaults
@@ -41,6 +42,7 @@ def regularized(
     base_loss: BaseLoss | None = None,
     flat_metrics: bool = False,
     on_failure: OnFailure = "continue",
+    recorder: StepObserver | None = None,
 ) -> RegularizedServiceClient: ...
 
 
@@ -52,6 +54,7 @@ def regularized(
     base_loss: BaseLoss | None = None,
     flat_metrics: bool = False,
     on_failure: OnFailure = "continue",
+    recorder: StepObserver | None = None,
 ) -> contextlib.AbstractContextManager[None]: ...
 
 
@@ -62,6 +65,7 @@ def regularized(
     base_loss: BaseLoss | None = None,
     flat_metrics: bool = False,
     on_failure: OnFailure = "continue",
+    recorder: StepObserver | None = None,
 ) -> Any:
     """A service client whose training clients have regularizers, for loops that make their own::
 
@@ -78,8 +82,8 @@ def regularized(
 
     Args:
         service_client: a client of the SDK, or None.
-        regularizers, base_loss, flat_metrics, on_failure: of every training client that it
-            creates, see :func:`with_regularizers`.
+        regularizers, base_loss, flat_metrics, on_failure, recorder: of every training client that
+            it creates, see :func:`with_regularizers`.
 
     Raises:
         RequestError: it is no service client, or an option is wrong; or, on entering the context,
@@ -87,12 +91,14 @@ def regularized(
     """
     checked_defaults(base_loss, regularizers)
     Failures(on_failure)
+    checked_observer(recorder)
     wrap = functools.partial(
         with_regularizers,
         base_loss=base_loss,
         regularizers=regularizers,
         flat_metrics=flat_metrics,
         on_failure=on_failure,
+        recorder=recorder,
     )
     if service_client is None:
         return _everywhere(wrap)

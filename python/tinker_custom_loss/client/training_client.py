@@ -12,6 +12,7 @@ from tinker import APIFuture, Datum, ForwardBackwardOutput, TrainingClient, type
 
 from ..composer import Composer
 from ..errors import RequestError
+from ..observer import StepObserver, checked_observer
 from . import sdk
 from .arguments import (
     BaseLoss,
@@ -51,6 +52,7 @@ def with_regularizers(
     regularizers: Regularizers | None = None,
     flat_metrics: bool = False,
     on_failure: OnFailure = "continue",
+    recorder: StepObserver | None = None,
 ) -> RegularizedTrainingClient:
     """The client, with regularizers in ``forward_backward`` and ``forward_backward_custom``::
 
@@ -71,21 +73,25 @@ def with_regularizers(
             the server's. ``"continue"``: they are sent; the step contributed nothing. ``"stop"``:
             they raise :class:`StoppedError`, and so does every later one that has a place in the
             order of training, until ``acknowledge_failure()``.
+        recorder: a :class:`Recorder` that writes down what is composed, and keeps steps with
+            regularizers if it was told to; it logs no metrics by itself.
 
     Raises:
         RequestError: it is no training client, or an option is wrong.
     """
     client = checked_client(training_client)
     if isinstance(client, RegularizedTrainingClient):
-        options = (base_loss, regularizers, flat_metrics, on_failure)
-        if options == (None, None, False, "continue"):
+        options = (base_loss, regularizers, flat_metrics, on_failure, recorder)
+        if options == (None, None, False, "continue", None):
             return client
         raise RequestError(
             "this training client has regularizers already; give the options to the call of "
             "with_regularizers that made it",
             path="training_client",
         )
-    return RegularizedTrainingClient(client, base_loss, regularizers, flat_metrics, on_failure)
+    return RegularizedTrainingClient(
+        client, base_loss, regularizers, flat_metrics, on_failure, recorder
+    )
 
 
 class RegularizedTrainingClient(_Client):
@@ -104,11 +110,13 @@ class RegularizedTrainingClient(_Client):
         regularizers: Regularizers | None,
         flat_metrics: bool,
         on_failure: OnFailure,
+        recorder: StepObserver | None,
     ) -> None:
         self._client = training_client
         self._base_loss, self._regularizers = checked_defaults(base_loss, regularizers)
         self._flat_metrics = flat_metrics
         self._failures = Failures(on_failure)
+        self._recorder = checked_observer(recorder)
         self._queue = CallQueue()
         self._step_lock = threading.Lock()
         self._next_step = 0
@@ -239,7 +247,7 @@ class RegularizedTrainingClient(_Client):
                 "are step, totals and flat_metrics",
                 path=next(iter(sdk_options)),
             )
-        composer = composer_of(base, regularizers, datums, self._client)
+        composer = self._recorded(composer_of(base, regularizers, datums, self._client))
         flat = self._flat_metrics if flat_metrics is None else flat_metrics
         checked_totals(totals, checked_step(step), composer, datums)
         number = self._count(step)
@@ -324,7 +332,7 @@ class RegularizedTrainingClient(_Client):
         refuse_within(self._client, "forward_backward")
         self._failures.refuse(self._failures.era)
         datums = checked_data(data)
-        composer = composer_of(None, regularizers, datums)
+        composer = self._recorded(composer_of(None, regularizers, datums))
         checked_totals(totals, checked_step(step), composer, datums)
         flat = self._flat_metrics if flat_metrics is None else flat_metrics
         call = functools.partial(
@@ -362,6 +370,9 @@ class RegularizedTrainingClient(_Client):
         if regularizers is None and not isinstance(base, Composer):
             regularizers = self._regularizers
         return base, regularizers
+
+    def _recorded(self, composer: Composer) -> Composer:
+        return composer if self._recorder is None else composer.recorded_by(self._recorder)
 
     def _count(self, step: int | None) -> int:
         """The number of a step, from which the next one counts on."""
