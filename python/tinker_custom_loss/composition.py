@@ -34,23 +34,23 @@ class ComposedLoss:
 
     Attributes:
         loss_total: the composed loss, in double precision.
-        telemetry: the record of the step, see :mod:`tinker_custom_loss.record`.
+        record: the record of the step, see :mod:`tinker_custom_loss.record`.
     """
 
     loss_total: float
-    telemetry: StepRecord
+    record: StepRecord
 
     @property
-    def flat_telemetry(self) -> dict[str, float]:
+    def flat_record(self) -> dict[str, float]:
         """The record under flat keys such as ``regularizers/<name>/value``."""
-        return flatten(self.telemetry)
+        return flatten(self.record)
 
     def __repr__(self) -> str:
         return f"ComposedLoss(loss_total={self.loss_total:.6g}, {self._regularizers})"
 
     @property
     def _regularizers(self) -> str:
-        return f"regularizers=[{', '.join(self.telemetry['regularizers'])}]"
+        return f"regularizers=[{', '.join(self.record['regularizers'])}]"
 
 
 @dataclass(frozen=True, repr=False)

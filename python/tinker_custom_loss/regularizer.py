@@ -50,7 +50,7 @@ Weight = float | Callable[[int], float]
 Place = bool | Literal["process"] | concurrent.futures.Executor
 
 BASE_LOSS = "base_loss"
-"""The name under which errors and telemetry speak of the base loss. No regularizer may take it."""
+"""The name under which errors and records speak of the base loss. No regularizer may take it."""
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,10 @@ class Regularizer:
         timeout: seconds this term may take in one step, or None. An inline sync function cannot
             be interrupted, so it cannot have one.
         on_error: ``"raise"`` ends the step with a :class:`TermError` that names the term;
-            ``"skip"`` lets the term contribute 0 and records the error in the telemetry.
+            ``"skip"`` lets the term contribute 0 and records the error in the record.
         on_non_finite: what a nan or infinite loss or gradient does. ``"raise"`` and ``"skip"`` as
             above; ``"zero"`` keeps the finite part: gradient entries that are not finite become
-            0, a loss that is not finite adds 0, and the telemetry says how many.
+            0, a loss that is not finite adds 0, and the record says how many.
         enabled: False leaves the term out altogether.
 
     Raises:
@@ -187,7 +187,9 @@ class Regularizer:
             )
         if ":" in self.name or "/" in self.name:
             self._refuse(
-                "name", 'a string without ":" and "/", which separate telemetry keys', self.name
+                "name",
+                'a string without ":" and "/", which separate the keys of a record',
+                self.name,
             )
 
     def _check_reduction(self) -> None:
@@ -296,7 +298,7 @@ def regularizers_from(
         if name in seen:
             raise RequestError(
                 f'{where}: the name "{name}" is already taken by regularizers[{seen[name]}]; '
-                "telemetry is keyed by name, so names must differ",
+                "the record is keyed by name, so names must differ",
                 path=f"{where}.name",
             )
         seen[name] = index

@@ -1,6 +1,6 @@
 # What the bridge costs, as a multiple of a port written by hand for this one computation:
 # the L2 loss of a batch of 8 datums and its gradient, float32 binaries in and out. The bridge
-# does the whole of its work for it: MessagePack, terms by name, telemetry with gradient norms.
+# does the whole of its work for it: MessagePack, terms by name, records with gradient norms.
 #
 #     mix run tests/bench/bridge.exs
 #

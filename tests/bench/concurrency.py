@@ -72,9 +72,9 @@ def concurrency(fn: Callable[..., Any], place: Any) -> float:
 
     def ratio() -> float:
         start = time.perf_counter()
-        telemetry = composer.compute([None] * 8, logprobs).telemetry
+        record = composer.compute([None] * 8, logprobs).record
         wall = time.perf_counter() - start
-        return wall / max(record["seconds"] for record in telemetry["regularizers"].values())
+        return wall / max(term["seconds"] for term in record["regularizers"].values())
 
     # A pool gives its first worker all there is to do while the others still import torch.
     warm_up = time.monotonic() + WARM_UP_SECONDS

@@ -1,6 +1,6 @@
 """What one would write by hand: float32 logprobs in, mean of squares, loss and gradient out.
 
-No MessagePack, no terms, no telemetry, no errors: what the bridge is measured against. Frames of
+No MessagePack, no terms, no record, no errors: what the bridge is measured against. Frames of
 ``{:packet, 4}`` on descriptors 0 and 1. A request is the logprobs of a batch, one after another;
 the reply is the loss as a little-endian float64, then the gradient as little-endian float32.
 """

@@ -46,7 +46,7 @@ defmodule Tinkex.CustomLoss.ReadmeTest do
   @tag :tmp_dir
   test "README.md", %{tmp_dir: dir} do
     bindings = run(@readme, dir)
-    record = bindings[:output].telemetry
+    record = bindings[:output].record
     assert_in_delta record["loss_total"], 5.0419, 5.0e-5
     assert_in_delta record["regularizers"]["smoothness"]["contribution"], 0.268, 5.0e-5
   end

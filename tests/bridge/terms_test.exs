@@ -46,7 +46,7 @@ defmodule Tinkex.CustomLoss.TermsTest do
   end
 
   describe "a composition" do
-    test "has loss, gradient and telemetry of each term", %{pool: pool} do
+    test "has loss, gradient and record of each term", %{pool: pool} do
       assert {:ok, %Output{} = output} =
                compute(pool,
                  base_loss: "pathological:squares",
@@ -58,13 +58,13 @@ defmodule Tinkex.CustomLoss.TermsTest do
                )
 
       # l2 is the mean or the sum of squares, as its params say; both are linear in Σ x².
-      l2 = output.telemetry["regularizers"]["l2"]
+      l2 = output.record["regularizers"]["l2"]
       assert_in_delta output.loss_total, 14.0 - 3.5 + l2["contribution"], 1.0e-5
-      assert output.telemetry["schedule_step"] == 7
-      assert output.telemetry["base_loss"]["value"] == 14.0
+      assert output.record["schedule_step"] == 7
+      assert output.record["base_loss"]["value"] == 14.0
 
       assert %{"value" => 14.0, "weight" => -0.25, "contribution" => -3.5, "skipped" => false} =
-               output.telemetry["regularizers"]["squares_async"]
+               output.record["regularizers"]["squares_async"]
 
       assert Output.flat(output)["regularizers/squares_async/contribution"] == -3.5
       [[first, second], [third]] = output.gradients
@@ -92,8 +92,7 @@ defmodule Tinkex.CustomLoss.TermsTest do
       assert {:ok, output} =
                compute(pool, [regularizers: [term(:sees, params: [key: "mask"])]], data)
 
-      assert %{"seen" => 3.5, "tokens" => 4.0} =
-               output.telemetry["regularizers"]["sees"]["custom"]
+      assert %{"seen" => 3.5, "tokens" => 4.0} = output.record["regularizers"]["sees"]["custom"]
     end
 
     test "without gradients has none", %{pool: pool} do

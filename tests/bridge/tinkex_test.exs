@@ -213,7 +213,7 @@ defmodule Tinkex.CustomLoss.TinkexTest do
                base_loss: "tinkex_terms:looks_at_chunks"
              )
 
-    assert output.telemetry["base_loss"]["custom"] ==
+    assert output.record["base_loss"]["custom"] ==
              %{"length_0" => 9.0, "length_1" => 3.0, "chunks" => 4.0, "image_bytes" => 4.0}
   end
 

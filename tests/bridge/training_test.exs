@@ -105,7 +105,7 @@ defmodule Tinkex.CustomLoss.TrainingTest do
     assert output.metrics["base_loss"]["value"] == 14.0
   end
 
-  test "the telemetry may be flat", %{pool: pool} do
+  test "the record may be flat", %{pool: pool} do
     {:ok, client} = Client.start_link()
     assert {:ok, output} = step(pool, client, [metrics: :flat] ++ @loss)
     assert output.metrics["base_loss/value"] == 14.0

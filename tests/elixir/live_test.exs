@@ -66,7 +66,7 @@ defmodule Tinkex.CustomLoss.LiveTest do
     text =
       capture_io(fn ->
         Live.new(ansi: false)
-        |> Live.put(%Output{loss_total: 8.0, gradients: nil, telemetry: record(0)})
+        |> Live.put(%Output{loss_total: 8.0, gradients: nil, record: record(0)})
         |> Live.put(%{odd | "loss_total" => :infinity})
         |> Live.finish()
       end)

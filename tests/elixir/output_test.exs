@@ -4,7 +4,7 @@ defmodule Tinkex.CustomLoss.OutputTest do
 
   alias Tinkex.CustomLoss.Output
 
-  @telemetry %{
+  @record %{
     "loss_total" => 2.5,
     "base_loss" => nil,
     "schedule_step" => 3,
@@ -20,8 +20,8 @@ defmodule Tinkex.CustomLoss.OutputTest do
     }
   }
 
-  test "flat telemetry is floats under names without a colon" do
-    assert Output.flat(%Output{loss_total: 2.5, gradients: nil, telemetry: @telemetry}) == %{
+  test "the flat record is floats under names without a colon" do
+    assert Output.flat(%Output{loss_total: 2.5, gradients: nil, record: @record}) == %{
              "loss_total" => 2.5,
              "schedule_step" => 3.0,
              "regularizers/kl/contribution" => 0.5,
@@ -45,12 +45,12 @@ defmodule Tinkex.CustomLoss.OutputTest do
     shapes = ["[2]", "[3, 2]", "[1]", "[1]", "[2]", "[1]", "[1]"]
 
     for {gradient, shape} <- Enum.zip(gradients, shapes) do
-      output = %Output{loss_total: 2.5, gradients: [gradient], telemetry: @telemetry}
+      output = %Output{loss_total: 2.5, gradients: [gradient], record: @record}
       assert inspect(output) =~ "loss_total: 2.5, gradients: [#{shape}]\n"
       refute inspect(output) =~ "0.125"
     end
 
-    output = %Output{loss_total: 2.5, gradients: gradients, telemetry: @telemetry}
+    output = %Output{loss_total: 2.5, gradients: gradients, record: @record}
     assert inspect(output) =~ "[[2], [3, 2], [1], … 7 in all]"
     assert inspect(%{output | gradients: nil}) =~ "gradients: nil"
   end
@@ -76,12 +76,12 @@ defmodule Tinkex.CustomLoss.OutputTest do
       "nan" => %{"value" => :nan, "weight" => 1.0, "contribution" => :nan}
     }
 
-    telemetry = %{
+    record = %{
       "base_loss" => %{"value" => 4.7, "grad_norm" => 2.2361, "cosine_to_total" => 0.98},
       "regularizers" => regularizers
     }
 
-    output = %Output{loss_total: 5.0419, gradients: [[0.5, 0.5], [0.5]], telemetry: telemetry}
+    output = %Output{loss_total: 5.0419, gradients: [[0.5, 0.5], [0.5]], record: record}
 
     assert inspect(output) == """
            #Tinkex.CustomLoss.Output<
@@ -95,13 +95,13 @@ defmodule Tinkex.CustomLoss.OutputTest do
            """
 
     # In something else, and cut.
-    assert inspect([%{output | telemetry: %{}}]) =~
+    assert inspect([%{output | record: %{}}]) =~
              ~r/#Tinkex.CustomLoss.Output<\n    loss_total: 5.0419, gradients: \[\[2\], \[1\]\]\n  >/
 
     assert inspect(output, limit: 1) =~ "\n  … 3 regularizers in all\n>"
     # Without gradients there are no columns for them.
     figures = %{"value" => 1.0, "grad_norm" => nil, "cosine_to_total" => nil}
-    output = %{output | telemetry: %{"base_loss" => figures, "regularizers" => %{}}}
+    output = %{output | record: %{"base_loss" => figures, "regularizers" => %{}}}
     assert inspect(output) =~ ~r/\]\]\n +value\n  base_loss    1.0\n>/
   end
 end

@@ -31,7 +31,7 @@ defmodule Tinkex.CustomLoss.ProtocolTest do
     assert result.loss_total == 2.5
     assert %Batch{dtype: :float32, shapes: [[50], [1, 50]]} = result.gradients
     assert :binary.referenced_byte_size(result.gradients.data) == byte_size(frame)
-    assert result.telemetry["regularizers"]["l2"]["contribution"] == 0.5
+    assert result.record["regularizers"]["l2"]["contribution"] == 0.5
 
     assert {:result, 7, %{gradients: nil}} =
              Protocol.decode(Vectors.message("result_compute_without_gradients").frame)
@@ -55,12 +55,12 @@ defmodule Tinkex.CustomLoss.ProtocolTest do
     assert result.loss_total == :infinity
 
     assert %{"value" => :nan, "contribution" => :neg_infinity} =
-             result.telemetry["regularizers"]["l2"]
+             result.record["regularizers"]["l2"]
 
-    assert {:result, 7, %{loss_total: 2.0, telemetry: telemetry}} =
+    assert {:result, 7, %{loss_total: 2.0, record: record}} =
              changed("result_compute", ["loss_total"], 2)
 
-    assert telemetry["loss_total"] === 2.5
+    assert record["loss_total"] === 2.5
   end
 
   test "a worker of another version is only known by its version" do
@@ -70,12 +70,12 @@ defmodule Tinkex.CustomLoss.ProtocolTest do
 
   test "a malformed answer is told to the one who waits, with its path" do
     for {vector, path, value, sentence} <- [
-          {"result_compute", ["telemetry", "loss_total"], "2",
-           "expected a float at `telemetry.loss_total`, got a string"},
-          {"result_compute", ["telemetry", "regularizers", "l2", "weight"], nil,
-           "expected a float at `telemetry.regularizers.l2.weight`, got nil"},
-          {"result_compute", ["telemetry", "regularizers"], [],
-           "expected a map at `telemetry.regularizers`, got an array"},
+          {"result_compute", ["record", "loss_total"], "2",
+           "expected a float at `record.loss_total`, got a string"},
+          {"result_compute", ["record", "regularizers", "l2", "weight"], nil,
+           "expected a float at `record.regularizers.l2.weight`, got nil"},
+          {"result_compute", ["record", "regularizers"], [],
+           "expected a map at `record.regularizers`, got an array"},
           {"result_compute", ["gradients"], [1.0], "`gradients` is not a batch"},
           {"result_compute", ["gradients", "dtype"], "float8",
            "`gradients.dtype` is not a dtype of the protocol"},

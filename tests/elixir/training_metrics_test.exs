@@ -6,7 +6,7 @@ defmodule Tinkex.CustomLoss.TrainingMetricsTest do
   @output %Output{
     loss_total: 2.5,
     gradients: [],
-    telemetry: %{
+    record: %{
       "loss_total" => 2.5,
       "regularizers" => %{},
       "schedule_step" => 3,
@@ -21,7 +21,7 @@ defmodule Tinkex.CustomLoss.TrainingMetricsTest do
   test "the base loss's own metrics stand at the top level and in the record" do
     metrics = Training.metrics(@server, @output, :nested)
     assert %{"dpo_loss" => 0.5, "reward:mean" => 2.0, "none" => nil} = metrics
-    assert metrics["base_loss"] == @output.telemetry["base_loss"]
+    assert metrics["base_loss"] == @output.record["base_loss"]
   end
 
   test "in the flat form too, as numbers" do

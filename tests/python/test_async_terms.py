@@ -167,7 +167,7 @@ class TestModes:
         composer = Composer(None, [term])
         for expected in (True, False):
             with torch.autocast("cpu", torch.bfloat16, enabled=expected):
-                record = composer.compute(DATA, logprobs).telemetry
+                record = composer.compute(DATA, logprobs).record
             assert record["regularizers"]["t"]["custom"]["autocast"] == expected
 
     def test_autocast_held_while_waiting_is_its_own(self, logprobs):
@@ -189,7 +189,7 @@ class TestModes:
             Regularizer(awaits_under_autocast, 1.0, "awaits", timeout=60),
             Regularizer(computes_meanwhile, 1.0, "computes", timeout=60),
         ]
-        record = Composer(None, terms).compute(DATA, logprobs).telemetry
+        record = Composer(None, terms).compute(DATA, logprobs).record
         assert record["regularizers"]["computes"]["custom"]["half"] == 0
 
     @pytest.mark.parametrize("place", [False, True])
@@ -238,9 +238,9 @@ class TestContext:
             composer = Composer(None, [Regularizer(fn, 1.0, "t", **options)])
             for number in ("1", "2"):
                 trace_id.set(number)
-                record = composer.compute(DATA, logprobs).telemetry
+                record = composer.compute(DATA, logprobs).record
                 assert record["regularizers"]["t"]["custom"]["id"] == int(number)
-                record = asyncio.run(composer.compute_async(DATA, logprobs)).telemetry
+                record = asyncio.run(composer.compute_async(DATA, logprobs)).record
                 assert record["regularizers"]["t"]["custom"]["id"] == int(number)
 
 
@@ -342,7 +342,7 @@ class TestInsideAnother:
                 "inner": (await inner.compute_async(data, logprobs)).loss_total
             }
 
-        record = compute(outer, logprobs, timeout=60).telemetry
+        record = compute(outer, logprobs, timeout=60).record
         expected = inner.compute(DATA, logprobs).loss_total
         assert record["regularizers"]["term"]["custom"]["inner"] == expected
 

@@ -137,7 +137,7 @@ def test_a_setup_that_fails_is_the_terms_failure_and_tried_again(logprobs):
 
     term = Regularizer(Fails(), 1.0, "t", on_error="skip")
     composer = Composer(lambda data, logprobs: (logprobs[0].sum(), {}), [term])
-    records = [composer.compute(DATA, logprobs).telemetry["regularizers"]["t"] for _ in range(2)]
+    records = [composer.compute(DATA, logprobs).record["regularizers"]["t"] for _ in range(2)]
     assert "no route to the judge" in records[0]["error"]
     assert records[1]["error"] is None
 

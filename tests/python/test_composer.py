@@ -74,7 +74,7 @@ class TestComposition:
         )
         assert [g.shape for g in composition.gradients] == [t.shape for t in logprobs]
 
-        record = composition.telemetry
+        record = composition.record
         assert record["loss_total"] == composition.loss_total
         assert record["regularizer_total"] == pytest.approx(0.5 * 280 + 18)
         assert record["total_grad_norm"] == pytest.approx(float(gradient.norm()))
@@ -195,13 +195,13 @@ class TestComposition:
     def test_a_plain_number_contributes_its_value_and_no_gradient(self, number, place, logprobs):
         term = spec(returns, 2.0, "number", params={"loss": number}, run_in_executor=place)
         composition = Composer(total, [term]).compute(DATA, logprobs)
-        record = composition.telemetry["regularizers"]["number"]
+        record = composition.record["regularizers"]["number"]
         assert (record["contribution"], record["differentiable"]) == (-12, False)
         assert composition.gradient.flat.tolist() == [1.0] * 7
 
     def test_a_constant_contributes_its_value_and_no_gradient(self, logprobs):
         composition = Composer(total, [spec(constant, 2.0, "constant")]).compute(DATA, logprobs)
-        record = composition.telemetry["regularizers"]["constant"]
+        record = composition.record["regularizers"]["constant"]
         assert composition.loss_total == -22
         assert record["differentiable"] is False
         assert record["grad_norm"] == 0.0
@@ -216,11 +216,11 @@ class TestComposition:
 
     def test_evaluation_without_gradients_has_the_same_keys(self, logprobs):
         composer = Composer(total, [spec(square, 1.0, "square")])
-        trained = composer.compute(DATA, logprobs).telemetry
+        trained = composer.compute(DATA, logprobs).record
         evaluated = composer.compute_loss(DATA, logprobs)
         assert evaluated.loss_total == trained["loss_total"]
-        assert evaluated.telemetry.keys() == trained.keys()
-        squares = evaluated.telemetry["regularizers"]["square"]
+        assert evaluated.record.keys() == trained.keys()
+        squares = evaluated.record["regularizers"]["square"]
         assert squares.keys() == trained["regularizers"]["square"].keys()
         assert squares["grad_norm"] is None
 
@@ -240,7 +240,7 @@ class TestComposition:
     def test_weights_follow_a_schedule(self, logprobs):
         composer = Composer(total, [spec(square, lambda step: step / 10, "square")])
         for step in (0, 5):
-            record = composer.compute(DATA, logprobs, step=step).telemetry
+            record = composer.compute(DATA, logprobs, step=step).record
             assert record["regularizers"]["square"]["weight"] == step / 10
 
     def test_a_schedule_that_gives_nonsense_is_named(self, logprobs):
@@ -250,7 +250,7 @@ class TestComposition:
 
     def test_a_disabled_term_has_no_part(self, logprobs):
         composer = Composer(total, [spec(raises, 1.0, "off", enabled=False)])
-        assert composer.compute(DATA, logprobs).telemetry["regularizers"] == {}
+        assert composer.compute(DATA, logprobs).record["regularizers"] == {}
 
     def test_it_works_under_no_grad_and_inference_mode(self, logprobs):
         with torch.no_grad():
@@ -352,8 +352,8 @@ class TestTermsThatFail:
         alone = Composer(total, terms[1:]).compute(DATA, logprobs)
         assert composition.loss_total == alone.loss_total
         assert torch.equal(composition.gradient.flat, alone.gradient.flat)
-        bad = composition.telemetry["regularizers"]["bad"]
-        assert bad.keys() == composition.telemetry["regularizers"]["good"].keys()
+        bad = composition.record["regularizers"]["bad"]
+        assert bad.keys() == composition.record["regularizers"]["good"].keys()
         assert bad["skipped"] is True
         assert 'the term "bad"' in bad["error"]
         assert (bad["value"], bad["contribution"]) == (None, 0.0)
@@ -413,12 +413,12 @@ class TestNonFinite:
         assert "it is skipped" in caplog.text
         assert composition.loss_total == -28
         assert composition.gradients[1].tolist() == [[1, 1], [1, 1]]
-        assert "datum 1" in composition.telemetry["regularizers"]["nan"]["error"]
+        assert "datum 1" in composition.record["regularizers"]["nan"]["error"]
 
     def test_zero_keeps_the_finite_part_and_counts(self, logprobs):
         term = spec(nan_gradient_in_datum_1, 1.0, "nan", on_non_finite="zero")
         composition = Composer(total, [term]).compute(DATA, logprobs)
-        record = composition.telemetry["regularizers"]["nan"]
+        record = composition.record["regularizers"]["nan"]
         assert composition.gradients[0].tolist() == [2, 2, 2]
         assert torch.isfinite(composition.gradient.flat).all()
         assert record["non_finite_zeroed"] >= 1
@@ -428,7 +428,7 @@ class TestNonFinite:
         term = spec(infinite_loss, 1.0, "inf", on_non_finite="zero")
         composition = Composer(total, [term]).compute(DATA, logprobs)
         assert composition.loss_total == -28
-        assert composition.telemetry["regularizers"]["inf"]["value"] == math.inf
+        assert composition.record["regularizers"]["inf"]["value"] == math.inf
 
 
 class TestBadRequests:
@@ -471,19 +471,19 @@ class TestBadRequests:
         assert composer.compute(DATA, logprobs).loss_total == -28
 
 
-def test_flat_telemetry_is_floats_without_colons(logprobs):
+def test_the_flat_record_is_floats_without_colons(logprobs):
     def with_metrics(data, logprobs):
         return logprobs[0].sum(), {"reward:mean": 0.5, "pass": True}
 
     composition = Composer(total, [spec(with_metrics, 1.0, "reward")]).compute(DATA, logprobs)
-    flat = composition.flat_telemetry
+    flat = composition.flat_record
     assert flat["regularizers/reward/custom/reward.mean"] == 0.5
     assert flat["regularizers/reward/custom/pass"] == 1.0
     assert flat["regularizers/reward/differentiable"] == 1.0
     assert flat["base_loss/value"] == -28
     assert not [key for key in flat if ":" in key]
     assert {type(value) for value in flat.values()} == {float}
-    assert flat == flatten(composition.telemetry)
+    assert flat == flatten(composition.record)
 
 
 @pytest.mark.parametrize(

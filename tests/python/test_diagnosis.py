@@ -25,7 +25,7 @@ def run(regularizer, steps=24, *, frozen=False, scale=lambda step: 1.0 - step / 
     return [
         composer.compute(
             DATA, [x * scale(step) for x in logprobs], step=0 if frozen else step
-        ).telemetry
+        ).record
         for step in range(steps)
     ]
 

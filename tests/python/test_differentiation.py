@@ -138,7 +138,7 @@ class TestParameters:
                 composer.compute(DATA, logprobs)
             assert parameter.grad is None
             return
-        record = composer.compute(DATA, logprobs).telemetry["regularizers"]["term"]
+        record = composer.compute(DATA, logprobs).record["regularizers"]["term"]
         assert record["skipped"] is (policy == "skip")
         assert record["non_finite_zeroed"] == (policy == "zero")
         grad = parameter.grad if parameter.grad is None else parameter.grad.tolist()

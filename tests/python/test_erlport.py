@@ -148,7 +148,7 @@ def test_nothing_printed_reaches_the_stream(loaded: Host) -> None:
 
 def test_a_term_that_reads_standard_input_takes_nothing_from_the_stream(loaded: Host) -> None:
     reply = loaded.compute("erlport_terms:reads_stdin")
-    assert reply["telemetry"]["base_loss"]["custom"] == {"bytes": 0.0}
+    assert reply["record"]["base_loss"]["custom"] == {"bytes": 0.0}
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,7 @@ class TestProcesses:
         return Composer(None, [Regularizer(fn, 1.0, "far", run_in_executor="process", **options)])
 
     def pid(self, composer, logprobs):
-        record = composer.compute([None, None], logprobs).telemetry
+        record = composer.compute([None, None], logprobs).record
         return int(record["regularizers"]["far"]["custom"]["pid"])
 
     def test_it_is_another_process_and_the_same_one_again(self, logprobs):
@@ -189,7 +189,7 @@ class TestProcesses:
             ),
         ]
         composition = Composer(None, terms).compute([None, None], logprobs)
-        record = composition.telemetry["regularizers"]["far"]
+        record = composition.record["regularizers"]["far"]
         assert record["skipped"]
         assert "SIGKILL" in record["error"]
         torch.testing.assert_close(composition.gradients[0], 2 * logprobs[0])
@@ -263,7 +263,7 @@ class TestProcesses:
         seen = {}
         for _ in range(6):
             composition = composer.compute(DATA, logprobs)
-            custom = composition.telemetry["regularizers"]["far"]["custom"]
+            custom = composition.record["regularizers"]["far"]["custom"]
             assert custom["calls"] == seen.get(custom["pid"], 0) + 1  # it keeps what it was sent
             seen[custom["pid"]] = custom["calls"]
         torch.testing.assert_close(composition.gradients[0], torch.full((5,), 3.0))
@@ -394,7 +394,7 @@ class TestTimeouts:
         term = Regularizer(waits, 1.0, "slow", run_in_executor=True, timeout=0.01, on_error="skip")
         composer = Composer(library.square, [term])
         errors = [
-            composer.compute(DATA, logprobs).telemetry["regularizers"]["slow"]["error"]
+            composer.compute(DATA, logprobs).record["regularizers"]["slow"]["error"]
             for _ in range(5)
         ]
         go_on.set()
@@ -475,7 +475,7 @@ class TestDask:
         far = Regularizer(process_id, 1.0, "where", run_in_executor=executor)
         composition = Composer(None, terms).compute([None, None], logprobs)
         torch.testing.assert_close(composition.gradients[1], 4 * logprobs[1])
-        record = Composer(None, [far]).compute([None, None], logprobs).telemetry
+        record = Composer(None, [far]).compute([None, None], logprobs).record
         workers = cluster.run(os.getpid).values()
         assert record["regularizers"]["where"]["custom"]["pid"] in workers
 

@@ -31,14 +31,14 @@ def forward_output(data):
 def test_weights_are_the_negative_gradient():
     data = datums()
     output = forward_output(data)
-    linear, telemetry = linearize(data, output, weighted_nll, TERMS, step=1)
+    linear, record = linearize(data, output, weighted_nll, TERMS, step=1)
 
     leaves = [
         record["logprobs"].to_torch().clone().requires_grad_() for record in output.loss_fn_outputs
     ]
     loss = weighted_nll(data, leaves)[0] + 0.1 * squares(data, leaves)[0] - spread(data, leaves)[0]
     loss.backward()
-    assert telemetry["loss_total"] == pytest.approx(float(loss.detach()))
+    assert record["loss_total"] == pytest.approx(float(loss.detach()))
     for datum, sent, leaf in zip(data, linear, leaves, strict=True):
         assert set(sent.loss_fn_inputs) == {"target_tokens", "weights"}
         targets = datum.loss_fn_inputs["target_tokens"]
@@ -92,8 +92,8 @@ def test_sparse_tensors_go_in_and_out():
     logprobs = torch.where(dense > 0, -2.0, 0.0)
     record = {"logprobs": TensorData.from_torch_sparse(logprobs)}
     output = ForwardBackwardOutput("ArrayRecord", [record], {})
-    (sent,), telemetry = linearize([datum], output, None, TERMS[:1])
-    assert telemetry["loss_total"] == pytest.approx(0.1 * 24)
+    (sent,), record = linearize([datum], output, None, TERMS[:1])
+    assert record["loss_total"] == pytest.approx(0.1 * 24)
     weights = sent.loss_fn_inputs["weights"]
     assert weights.sparse_crow_indices is not None
     torch.testing.assert_close(weights.to_torch(), -0.2 * logprobs)

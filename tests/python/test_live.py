@@ -30,9 +30,7 @@ def records(steps, names=("l2",)):
     terms = [{"fn": square, "weight": 0.1, "name": name} for name in names]
     composer = Composer(base, terms)
     for step in range(steps):
-        yield composer.compute(
-            [None], [torch.tensor([-2.0, -1.0]) / (1 + step)], step=step
-        ).telemetry
+        yield composer.compute([None], [torch.tensor([-2.0, -1.0]) / (1 + step)], step=step).record
 
 
 def test_without_a_terminal_there_are_plain_lines_and_the_table_at_the_end():
@@ -99,7 +97,7 @@ PROGRAM = textwrap.dedent(
     terms = [{"fn": against, "weight": 0.4, "name": "a_term_with_a_long_name"}]
     composer = Composer(base, terms)
     steps = (composer.compute([None], [torch.tensor([-2.0, -1.0])], step=s) for s in range(9))
-    for _ in watch((step.telemetry for step in steps), total=9):
+    for _ in watch((step.record for step in steps), total=9):
         pass
     """
 )

@@ -27,7 +27,7 @@ def worker(shared):
 
 
 def custom(reply):
-    return reply["telemetry"]["regularizers"]["term"]["custom"]
+    return reply["record"]["regularizers"]["term"]["custom"]
 
 
 class TestForks:

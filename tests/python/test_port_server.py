@@ -71,6 +71,7 @@ class TestReady:
         assert ready["protocol"] == 2
         assert ready["torch"] == torch.__version__
         assert ready["pid"] == shared.process.pid
+        assert ready["rss"] > 50_000_000
         assert (ready["max_frame"], ready["max_in_flight"]) == (1 << 30, 4)
         names = [term["name"] for term in ready["terms"]]
         assert {"nll", "l2", "entropy", "kl"} < {*names}
@@ -119,7 +120,7 @@ class TestCompute:
         assert first.tolist() == [[-2.0] * 3] * 2
         assert second.tolist() == [-4.0]
         assert reply["loss_total"] == 10.0
-        assert reply["telemetry"]["regularizers"]["term"]["value"] == 10.0
+        assert reply["record"]["regularizers"]["term"]["value"] == 10.0
 
     def test_without_gradients_there_are_none(self, worker):
         reply = worker.ask("compute", **l2(gradients=False))
@@ -138,7 +139,7 @@ class TestCompute:
             "compute", **compute("pathological:looks_at_data", logprobs=logprobs, data=data)
         )
         assert reply["loss_total"] == -14.0
-        assert reply["telemetry"]["regularizers"]["term"]["custom"] == {"tokens": 3, "first": 7}
+        assert reply["record"]["regularizers"]["term"]["custom"] == {"tokens": 3, "first": 7}
         for gradient, weight in zip(gradients(reply), weights, strict=True):
             assert torch.equal(gradient, weight)
 
@@ -182,7 +183,7 @@ class TestCompute:
         spec = compute("pathological:remembers", params={"seen": []})
         for _ in range(2):
             reply = worker.ask("compute", **spec)
-            assert reply["telemetry"]["regularizers"]["term"]["custom"] == {"seen": 1}
+            assert reply["record"]["regularizers"]["term"]["custom"] == {"seen": 1}
 
     def test_params_that_are_equal_but_not_the_same_are_told_apart(self, worker):
         for scale in (2, 2.5, 1, 1.0, True):
@@ -464,7 +465,7 @@ class TestWhatTermsPrintAndLog:
 
     def test_standard_input_is_empty(self, worker):
         reply = worker.ask("compute", **compute("pathological:reads_stdin"))
-        assert reply["telemetry"]["regularizers"]["term"]["custom"] == {"read": 0}
+        assert reply["record"]["regularizers"]["term"]["custom"] == {"read": 0}
 
     def test_children_do_not_inherit_the_stream(self, worker):
         before = len(worker.printed())

@@ -166,7 +166,7 @@ def test_a_term_that_fails_costs_what_its_policy_says(datums, terms, base, step,
     composition = composed(composer, logprobs, step, awaited)
     assert_that_of_one_function(composition, base, terms, logprobs, step)
     for i, term in enumerate(terms):
-        record = composition.telemetry["regularizers"][f"term {i}"]
+        record = composition.record["regularizers"][f"term {i}"]
         assert record["skipped"] == term.skipped
         assert (record["non_finite_zeroed"] > 0) == (
             term.fault in ("nan_loss", "nan_gradient") and term.policy == "zero"

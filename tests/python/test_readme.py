@@ -97,7 +97,7 @@ def test_python_blocks_run_in_order(document: Path, tmp_path: Path) -> None:
         assert losses[-1] < losses[0] / 2
 
 
-def test_telemetry_is_the_documented_record() -> None:
+def test_the_record_is_the_documented_record() -> None:
     (record,) = blocks(README, "json")
     losses = next(block for block in blocks(README, "python") if "# my_losses.py" in block["code"])
     names: dict[str, Any] = {}
@@ -108,9 +108,7 @@ def test_telemetry_is_the_documented_record() -> None:
     )
     data = [Datum(model_input=ModelInput.empty())] * 2
     logprobs = [torch.tensor([-0.1, -2.3, -0.7]), torch.tensor([-1.2, -0.4])]
-    assert_documented(
-        json.loads(record["code"]), composer.compute(data, logprobs, step=0).telemetry
-    )
+    assert_documented(json.loads(record["code"]), composer.compute(data, logprobs, step=0).record)
 
 
 def assert_documented(documented: Any, real: Any, key: str = "") -> None:

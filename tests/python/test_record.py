@@ -44,10 +44,10 @@ class TestMetrics:
             Composer(returning({key: 1.0}), [term(square)]).compute(DATA, logprobs)
         regularizer = term(returning({key: 1.0}))  # its metrics never stand at the top level
         composition = Composer(total, [regularizer]).compute(DATA, logprobs)
-        assert composition.telemetry["regularizers"]["term"]["custom"] == {key: 1.0}
+        assert composition.record["regularizers"]["term"]["custom"] == {key: 1.0}
 
     def test_a_loggers_own_keys_are_not_among_those_of_the_record(self, logprobs):
-        record = Composer(total).compute(DATA, logprobs, step=7).telemetry
+        record = Composer(total).compute(DATA, logprobs, step=7).record
         assert not {"step", "seconds", "epoch", "time", "_step"} & record.keys()
         assert record["schedule_step"] == 7
         assert record["compute_seconds"] > 0
@@ -71,7 +71,7 @@ class TestMetrics:
         ids=repr,
     )
     def test_numbers_come_in_many_types_and_none_is_no_number(self, logprobs, value, recorded):
-        record = Composer(total, [term(returning({"m": value}))]).compute(DATA, logprobs).telemetry
+        record = Composer(total, [term(returning({"m": value}))]).compute(DATA, logprobs).record
         assert record["regularizers"]["term"]["custom"] == {"m": recorded}
         assert flatten(record).get("regularizers/term/custom/m") == recorded
 
@@ -86,7 +86,7 @@ RECORD = {"loss_total": 2, "base_loss": None, "regularizers": {"kl": {"custom": 
 
 @pytest.mark.parametrize(("weight", "cosine"), [(0.5, 1.0), (-0.5, 1.0), (0.0, 0.0)])
 def test_the_only_gradient_is_the_total_as_weighted(logprobs, weight, cosine):
-    record = Composer(None, [term(square, weight)]).compute(DATA, logprobs).telemetry
+    record = Composer(None, [term(square, weight)]).compute(DATA, logprobs).record
     assert record["regularizers"]["term"]["cosine_to_total"] == cosine
 
 
@@ -113,7 +113,7 @@ class TestSchedules:
     def test_without_one_no_step_need_be_known(self, logprobs):
         disabled = term(square, lambda step: 1.0, "off", enabled=False)
         composition = Composer(total, [term(square), disabled]).compute(DATA, logprobs)
-        assert composition.telemetry["schedule_step"] is None
+        assert composition.record["schedule_step"] is None
 
     @pytest.mark.parametrize("step", [-1, True, "3", 1.0])
     def test_a_step_is_counted_from_0(self, logprobs, step):
@@ -134,20 +134,20 @@ class TestZeroGradient:
     def test_it_is_recorded_in_every_step_and_said_once(self, logprobs, caplog):
         for _ in range(3):  # a client makes a composer a step
             record = Composer(total, [term(flat, -0.5, "flat term")]).compute(DATA, logprobs)
-            assert record.telemetry["regularizers"]["flat term"]["zero_gradient"] is True
-            assert record.telemetry["base_loss"]["zero_gradient"] is False
+            assert record.record["regularizers"]["flat term"]["zero_gradient"] is True
+            assert record.record["base_loss"]["zero_gradient"] is False
         (message,) = self.warnings(caplog)
         assert '"flat term"' in message
 
     def test_of_a_base_loss_too(self, logprobs, caplog):
-        record = Composer(flat, [term(square)]).compute(DATA, logprobs).telemetry
+        record = Composer(flat, [term(square)]).compute(DATA, logprobs).record
         assert record["base_loss"]["zero_gradient"] is True
         assert '"base_loss"' in self.warnings(caplog)[0]
 
     def test_with_the_weight_0_it_is_a_fact_and_no_news(self, logprobs, caplog):
-        record = Composer(total, [term(flat, 0.0, "off")]).compute(DATA, logprobs).telemetry
+        record = Composer(total, [term(flat, 0.0, "off")]).compute(DATA, logprobs).record
         assert record["regularizers"]["off"]["zero_gradient"] is True
-        record = Composer(total, [term(square, 0.0, "out")]).compute(DATA, logprobs).telemetry
+        record = Composer(total, [term(square, 0.0, "out")]).compute(DATA, logprobs).record
         assert record["regularizers"]["out"]["zero_gradient"] is False
         assert not self.warnings(caplog)
 
@@ -157,7 +157,7 @@ class TestZeroGradient:
         for weights, at_rest in [([0.0, 1.0], True), ([0.0, 0.0], False)]:
             inputs = {"reference_logprobs": logprobs[0], "weights": torch.tensor(weights)}
             data = [SimpleNamespace(loss_fn_inputs=inputs)]
-            record = Composer(total, [kl]).compute(data, logprobs).telemetry
+            record = Composer(total, [kl]).compute(data, logprobs).record
             assert record["regularizers"]["kl"]["zero_gradient"] is at_rest
         assert not self.warnings(caplog)
 
@@ -176,12 +176,12 @@ class TestZeroGradient:
             term(broken, name="broken", on_non_finite="zero"),
             term(fails, name="fails", on_error="skip"),
         ]
-        record = Composer(total, terms).compute(DATA, logprobs).telemetry
+        record = Composer(total, terms).compute(DATA, logprobs).record
         assert {r["zero_gradient"] for r in record["regularizers"].values()} == {False}
         assert not self.warnings(caplog)
 
     def test_without_gradients_nobody_knows(self, logprobs):
-        record = Composer(total, [term(flat)]).compute_loss(DATA, logprobs).telemetry
+        record = Composer(total, [term(flat)]).compute_loss(DATA, logprobs).record
         assert record["regularizers"]["term"]["zero_gradient"] is None
         assert record["base_loss"]["zero_gradient"] is None
 

@@ -53,8 +53,8 @@ def test_two_of_the_same_function_need_names():
 
 
 @pytest.mark.parametrize("name", ["reward:mean", "kl/ref"])
-def test_a_name_has_none_of_the_separators_of_telemetry(name):
-    assert "separate telemetry keys" in str(refuse(name=name))
+def test_a_name_has_none_of_the_separators_of_a_record(name):
+    assert "separate the keys of a record" in str(refuse(name=name))
 
 
 def test_names_must_differ():

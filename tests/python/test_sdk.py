@@ -119,7 +119,7 @@ class TestTraining:
         )
         assert torch.equal(got, want)
 
-    def test_metrics_are_the_sdks_and_the_telemetry(self, new_face):
+    def test_metrics_are_the_sdks_and_the_record(self, new_face):
         _, custom = new_face()
         metrics = custom(datums(), weighted_nll, REGULARIZERS, step=3).result().metrics
         terms = metrics["regularizers"]

@@ -145,8 +145,8 @@ def test_the_parts_have_the_gradient_of_the_whole(split):
 @given(splits())
 def test_merged_their_records_are_that_of_the_whole(split):
     whole, parts = in_parts(split)
-    merged = merge([part.telemetry for part in parts])
-    want, got = flatten(whole.telemetry), flatten(merged)
+    merged = merge([part.record for part in parts])
+    want, got = flatten(whole.record), flatten(merged)
     assert want.keys() == got.keys()
     assert merged["datum_count"] == sum(map(len, split.parts))
     for key in want:
@@ -335,13 +335,13 @@ class TestMerge:
     def records(self, composer, step=None):
         totals = composer.totals(self.data)
         return [
-            composer.compute(self.data[a:b], self.logprobs[a:b], totals=totals, step=step).telemetry
+            composer.compute(self.data[a:b], self.logprobs[a:b], totals=totals, step=step).record
             for a, b in [(0, 2), (2, 5)]
         ]
 
     def test_of_losses_alone_has_no_gradient_figures(self):
         composer = Composer("nll", MEANS[1:])
-        record = composer.compute_loss(self.data, self.logprobs).telemetry
+        record = composer.compute_loss(self.data, self.logprobs).record
         merged = merge([record, record])
         assert merged["total_grad_norm"] is None
         assert merged["base_loss"]["cosine_to_total"] is None
@@ -359,7 +359,7 @@ class TestMerge:
             datum.loss_fn_inputs["w"] = torch.full_like(datum.loss_fn_inputs["weights"], count)
         totals = composer.totals(self.data)
         first, second = (
-            composer.compute(self.data[a:b], logprobs[a:b], totals=totals).telemetry
+            composer.compute(self.data[a:b], logprobs[a:b], totals=totals).record
             for a, b in [(0, 2), (2, 5)]
         )
         term = merge([first, second])["regularizers"]["l2"]

@@ -91,7 +91,7 @@ class TestTheMask:
         logprobs = [torch.tensor([-6.0, -6.0, -1.0])]
         composition = Composer(kl).compute(data, logprobs)
         assert composition.loss_total == 0
-        assert composition.telemetry["base_loss"]["custom"]["tokens"] == 1
+        assert composition.record["base_loss"]["custom"]["tokens"] == 1
 
     def test_is_the_weights_where_a_datum_has_both(self):
         data = [datum(2, weights=[1.0, 0.0], mask=[0.0, 1.0]), datum(1, mask=[0.5])]
@@ -311,7 +311,7 @@ class TestWritingOne:
         composition = Composer(None, [regularizer]).compute(data, logprobs)
         assert composition.loss_total == 2.5
         assert composition.gradients[0].tolist() == [-2, -1, 0]
-        assert composition.telemetry["regularizers"]["drift"]["custom"] == {
+        assert composition.record["regularizers"]["drift"]["custom"] == {
             "tokens": 2.0,
             "distance": 3.0,
         }
@@ -405,8 +405,8 @@ class TestNaming:
         composition = Composer(
             "reinforce", [{"fn": "l2", "weight": 0.5, "reduction": "token_mean"}]
         ).compute(data, logprobs)
-        assert composition.telemetry["base_loss"]["value"] == 8
-        assert composition.telemetry["regularizers"]["l2"]["value"] == 5
+        assert composition.record["base_loss"]["value"] == 8
+        assert composition.record["regularizers"]["l2"]["value"] == 5
         assert composition.gradients[1].tolist() == [0, -2 - 1.5]
 
     def test_a_name_that_there_is_not_is_told_the_nearest(self):

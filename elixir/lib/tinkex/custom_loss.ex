@@ -24,7 +24,7 @@ defmodule Tinkex.CustomLoss do
         )
 
       output.loss_total
-      output.telemetry["regularizers"]["topology"]["contribution"]
+      output.record["regularizers"]["topology"]["contribution"]
 
   With a training client of Tinkex, `forward_backward_custom/4` is the whole step: forward, loss and
   gradient, backward.
@@ -220,7 +220,7 @@ defmodule Tinkex.CustomLoss do
         output = %Output{
           loss_total: result.loss_total,
           gradients: gradients,
-          telemetry: result.telemetry
+          record: result.record
         }
 
         {:ok, output, result}
@@ -250,7 +250,7 @@ defmodule Tinkex.CustomLoss do
   client's own `ForwardBackwardOutput`, whose `metrics` also hold
 
     * `"loss:sum"` - the custom loss, and `"surrogate_loss:sum"`, what the server computed
-    * the telemetry of the step: nested as in `Tinkex.CustomLoss.Output`, or flat
+    * the record of the step: nested as in `Tinkex.CustomLoss.Output`, or flat
 
   or to `{:error, exception}`, the training client's error as it is. Nothing is sent backward
   unless the loss and its gradient are there and finite; nothing is reserved, so that a step that

@@ -197,7 +197,7 @@ class _SurrogateLoss:
             logger.error("%s contributes nothing: %s", self._name, failure)
             self._failure = failure
             return surrogate(0.0, [torch.zeros_like(t) for t in logprobs], logprobs), {}
-        self._record = composition.telemetry
+        self._record = composition.record
         return surrogate(composition.loss_total, composition.gradients, logprobs), {}
 
     @property

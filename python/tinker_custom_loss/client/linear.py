@@ -42,7 +42,7 @@ def linearize(
     For those who call ``forward`` and ``forward_backward`` themselves::
 
         output = client.forward(data, "cross_entropy").result()
-        linear, telemetry = linearize(data, output, base_loss, regularizers, step=step)
+        linear, record = linearize(data, output, base_loss, regularizers, step=step)
         client.forward_backward(linear, "cross_entropy").result()
 
     It reads the numpy buffers inside ``TensorData`` and writes one of its own, of which the new
@@ -59,7 +59,7 @@ def linearize(
         totals: of the whole step, where these datums are a part of it: :meth:`Composer.totals`.
 
     Returns:
-        ``(linear_data, telemetry)``: datums with the ``target_tokens`` and the provenance of the
+        ``(linear_data, record)``: datums with the ``target_tokens`` and the provenance of the
         given ones and ``weights = -∂loss_total/∂logprobs``; and the nested record of the step.
 
     Raises:
@@ -70,7 +70,7 @@ def linearize(
     composer = composer_of(base_loss_fn, regularizers, datums)
     composer.check_step(checked_step(step))
     linear, composition = linearize_with(composer, datums, forward_output, step, totals)
-    return linear, composition.telemetry
+    return linear, composition.record
 
 
 def linearize_with(

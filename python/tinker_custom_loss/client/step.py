@@ -97,7 +97,7 @@ class CustomStep:
                     self._totals,
                     self._cancelled,
                 )
-            record = composition.telemetry
+            record = composition.record
         except BaseException as error:
             if THREADS.ending:  # Python ends, and nothing more is sent
                 raise

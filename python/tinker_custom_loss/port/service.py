@@ -89,7 +89,7 @@ class Service:
             "op": "result",
             "loss_total": computed.loss_total,
             "gradients": gradient,
-            "telemetry": computed.telemetry,
+            "record": computed.record,
         }
 
     def terms(self) -> dict[str, Any]:

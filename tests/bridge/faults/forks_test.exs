@@ -31,7 +31,7 @@ defmodule Tinkex.CustomLoss.Faults.ForksTest do
     {:ok, output} =
       CustomLoss.compute(pool, nil, [[-1.0]], base_loss: "pathological:returns_twice")
 
-    assert output.telemetry["base_loss"]["custom"] == %{"status" => 70.0}
+    assert output.record["base_loss"]["custom"] == %{"status" => 70.0}
     assert_squaring(pool)
     assert os_pids(pool) == before
   end

@@ -60,7 +60,7 @@ defmodule Tinkex.CustomLoss.Test.Fuzz do
 
       10 ->
         op = Enum.random(["ready", "result", "error", "log"])
-        fields = for key <- ~w(id error telemetry terms level gradients), do: {key, Terms.term(1)}
+        fields = for key <- ~w(id error record terms level gradients), do: {key, Terms.term(1)}
 
         fields
         |> Enum.take_random(:rand.uniform(7) - 1)

@@ -59,9 +59,9 @@ defmodule Tinkex.CustomLoss.Live do
     %__MODULE__{device: options.device, total: options[:total], ansi: ansi}
   end
 
-  @doc "Shows one more step: an output, or the record in its `telemetry` or in a step's metrics."
+  @doc "Shows one more step: an output, or the record in its `record` or in a step's metrics."
   @spec put(t(), Output.t() | map()) :: t()
-  def put(live, %Output{telemetry: record}), do: put(live, record)
+  def put(live, %Output{record: record}), do: put(live, record)
 
   def put(%__MODULE__{} = live, %{"loss_total" => loss} = record) do
     live = %{

@@ -81,7 +81,8 @@ is sent."
       default: :infinity,
       doc:
         "bytes of resident memory of a worker, or `:infinity`. One that a ping finds above it is \
-started anew when it has finished what it has: terms leak, and so do caches of native code."
+started anew when it has finished what it has: terms leak, and so do caches of native code. A \
+worker starts with 200 to 300 MB, and does not if that is more than two thirds of this."
     ],
     start_timeout: [
       type: {:integer, 1, 0x7FFF_FFFF},
@@ -142,7 +143,7 @@ or keyword list with `:fn`, `:params` and `:reduction`. By default none."
     step: [
       type: :non_neg_integer,
       default: 0,
-      doc: "the training step, for telemetry, and for weights that are a function of it."
+      doc: "the training step, for the record, and for weights that are a function of it."
     ],
     gradients: [
       type: :boolean,
@@ -164,7 +165,7 @@ waits for a term that never returns as long as that takes."
              metrics: [
                type: {:in, [:nested, :flat]},
                default: :nested,
-               doc: "the form in which the telemetry joins the metrics of the training client: \
+               doc: "the form in which the record joins the metrics of the training client: \
 `:flat` for loggers that take names and numbers, see `Tinkex.CustomLoss.Output.flat/1`."
              ],
              client_opts: [

@@ -6,20 +6,20 @@ defmodule Tinkex.CustomLoss.Output do
     * `gradients` - ∂loss_total/∂logprobs: one tensor a datum, `[T]` or `[T, K]`, in the form in which
       its logprobs were given; nil if the call said `gradients: false`. Not negated: a training
       client is sent `weights = -gradient`.
-    * `telemetry` - the record of the step, a map with string keys (docs/record.md):
-      `telemetry["regularizers"]["kl"]["contribution"]`. Its gradient norms are with respect to
+    * `record` - the record of the step, a map with string keys (docs/record.md):
+      `record["regularizers"]["kl"]["contribution"]`. Its gradient norms are with respect to
       logprobs.
 
   Non-finite numbers are the atoms `:nan`, `:infinity` and `:neg_infinity`.
   """
 
-  @enforce_keys [:loss_total, :gradients, :telemetry]
-  defstruct [:loss_total, :gradients, :telemetry]
+  @enforce_keys [:loss_total, :gradients, :record]
+  defstruct [:loss_total, :gradients, :record]
 
   @type t :: %__MODULE__{
           loss_total: float() | :nan | :infinity | :neg_infinity,
           gradients: [Tinkex.CustomLoss.Wire.Tensor.t()] | nil,
-          telemetry: %{String.t() => term()}
+          record: %{String.t() => term()}
         }
 
   @doc """
@@ -32,7 +32,7 @@ defmodule Tinkex.CustomLoss.Output do
       iex> output = %Tinkex.CustomLoss.Output{
       ...>   loss_total: 1.5,
       ...>   gradients: nil,
-      ...>   telemetry: %{"loss_total" => 1.5, "base_loss" => %{"value" => 1, "error" => nil}}
+      ...>   record: %{"loss_total" => 1.5, "base_loss" => %{"value" => 1, "error" => nil}}
       ...> }
       iex> Tinkex.CustomLoss.Output.flat(output)
       %{"base_loss/value" => 1.0, "loss_total" => 1.5}
@@ -41,7 +41,7 @@ defmodule Tinkex.CustomLoss.Output do
   """
   @spec flat(t() | map(), prefix: String.t()) :: %{String.t() => float()}
   def flat(record, options \\ [])
-  def flat(%__MODULE__{telemetry: record}, options), do: flat(record, options)
+  def flat(%__MODULE__{record: record}, options), do: flat(record, options)
 
   def flat(record, options) when is_map(record) do
     prefix = options |> Keyword.validate!(prefix: "") |> Keyword.fetch!(:prefix)
@@ -81,9 +81,9 @@ defmodule Tinkex.CustomLoss.Output do
     @heads ["", "value", "weight", "contribution", "grad_norm", "cosine"]
     @keys ["value", "weight", "contribution", "grad_norm", "cosine_to_total"]
 
-    def inspect(%{telemetry: telemetry} = output, opts) do
-      regularizers = Enum.sort(telemetry["regularizers"] || %{})
-      base = if telemetry["base_loss"], do: [{"base_loss", telemetry["base_loss"]}], else: []
+    def inspect(%{record: record} = output, opts) do
+      regularizers = Enum.sort(record["regularizers"] || %{})
+      base = if record["base_loss"], do: [{"base_loss", record["base_loss"]}], else: []
       {shown, more} = Enum.split(regularizers, limit(opts.limit))
       rows = for {name, record} <- base ++ shown, do: [label(name) | figures(record)]
       rest = if more == [], do: [], else: ["… #{length(regularizers)} regularizers in all"]

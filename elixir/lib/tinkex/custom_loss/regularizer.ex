@@ -4,7 +4,8 @@ defmodule Tinkex.CustomLoss.Regularizer do
   @schema [
     name: [
       type: :label,
-      doc: "a string or atom, unique within the call; it names the term in telemetry and errors, \
+      doc:
+        "a string or atom, unique within the call; it names the term in the record and errors, \
 as a string. By default the name of the function: `\"topology\"` for `\"my_losses:topology\"`."
     ],
     fn: [
@@ -46,7 +47,7 @@ deadline, and its worker, with it."
       default: :raise,
       doc:
         "`:raise` fails the call with a `Tinkex.CustomLoss.TermError`; `:skip` leaves the term \
-out and says so in telemetry."
+out and says so in the record."
     ],
     on_non_finite: [
       type: {:in, [:raise, :skip, :zero]},
@@ -141,7 +142,7 @@ the entries."
 
     with [name | _] <- names -- Enum.uniq(names) do
       raise ArgumentError,
-            "two regularizers are named #{inspect(name)}; names tell them apart in telemetry: " <>
+            "two regularizers are named #{inspect(name)}; names tell them apart in the record: " <>
               "give each its own :name"
     end
 

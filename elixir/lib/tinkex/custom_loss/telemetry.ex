@@ -144,7 +144,7 @@ defmodule Tinkex.CustomLoss.Telemetry do
       {:ok, output, %{async: async}} = result ->
         # In the order of the call; one that is not enabled has no record.
         for %{name: name} <- request.regularizers,
-            record = output.telemetry["regularizers"][name],
+            record = output.record["regularizers"][name],
             do: regularizer(name, record, Map.put(context, :async, name in async))
 
         computed(output, ended(start), ours, theirs)
@@ -164,8 +164,8 @@ defmodule Tinkex.CustomLoss.Telemetry do
   end
 
   # Handlers do arithmetic with measurements: what is no number is none.
-  defp computed(%Output{loss_total: loss, telemetry: telemetry}, ended, ours, theirs) do
-    losses = %{loss_total: loss, regularizer_total: telemetry["regularizer_total"]}
+  defp computed(%Output{loss_total: loss, record: record}, ended, ours, theirs) do
+    losses = %{loss_total: loss, regularizer_total: record["regularizer_total"]}
     losses = for {name, value} <- losses, is_number(value), into: %{}, do: {name, value}
     ended = Map.merge(ended, losses)
     execute([:tinkex_custom_loss, :compute, :stop], ended, Map.put(ours, :error, nil))

@@ -77,12 +77,12 @@ defmodule Tinkex.CustomLoss.Training do
   """
   def metrics(metrics, output, form) do
     metrics = metrics || %{}
-    own = get_in(output.telemetry, ["base_loss", "custom"]) || %{}
+    own = get_in(output.record, ["base_loss", "custom"]) || %{}
 
     {own, record} =
       case form do
         :flat -> {Map.filter(own, fn {_, value} -> is_number(value) end), Output.flat(output)}
-        :nested -> {own, output.telemetry}
+        :nested -> {own, output.record}
       end
 
     surrogate =

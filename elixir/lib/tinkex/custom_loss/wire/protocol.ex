@@ -89,18 +89,19 @@ defmodule Tinkex.CustomLoss.Wire.Protocol do
           torch: :string,
           tinker: :string,
           pid: :integer,
+          rss: {:nilable, :integer},
           max_frame: :integer,
           max_in_flight: :integer,
           terms: {:list, @term}}
 
-  @telemetry {:part,
-              loss_total: :float,
-              regularizer_total: :float,
-              base_loss: {:nilable, {:part, value: {:nilable, :float}}},
-              regularizers:
-                {:map, {:part, value: {:nilable, :float}, weight: :float, contribution: :float}}}
+  @record {:part,
+           loss_total: :float,
+           regularizer_total: :float,
+           base_loss: {:nilable, {:part, value: {:nilable, :float}}},
+           regularizers:
+             {:map, {:part, value: {:nilable, :float}, weight: :float, contribution: :float}}}
 
-  @computed {:record, loss_total: :float, gradients: {:nilable, :batch}, telemetry: @telemetry}
+  @computed {:record, loss_total: :float, gradients: {:nilable, :batch}, record: @record}
   @listed {:record, terms: {:list, @term}}
   @alive {:record, in_flight: :integer, uptime: :float, rss: :integer}
 
