@@ -81,7 +81,8 @@ is sent."
       default: :infinity,
       doc:
         "bytes of resident memory of a worker, or `:infinity`. One that a ping finds above it is \
-started anew when it has finished what it has: terms leak, and so do caches of native code."
+started anew when it has finished what it has: terms leak, and so do caches of native code. A \
+worker starts with 200 to 300 MB, and does not if that is more than two thirds of this."
     ],
     start_timeout: [
       type: {:integer, 1, 0x7FFF_FFFF},
@@ -132,7 +133,7 @@ the metadata `:python_logger`, `:term` and `:worker`."
       type: :any,
       doc:
         "the unweighted term: a name (`:nll`, `\"my_losses:dpo\"`), `{name, params}`, or a map \
-or keyword list with `:fn` and `:params`. By default none."
+or keyword list with `:fn`, `:params` and `:reduction`. By default none."
     ],
     regularizers: [
       type: :any,
