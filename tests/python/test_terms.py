@@ -104,7 +104,7 @@ class TestTheMask:
         logprobs = [torch.tensor([-1.0, -2.0])]
         with caplog.at_level(logging.WARNING, logger="tinker_custom_loss"):
             for _ in range(3):
-                assert float(nll([datum(2, advantages=[1.0, 1.0])], logprobs)[0]) == 3
+                assert float(nll([datum(2, rewards=[1.0, 1.0])], logprobs)[0]) == 3
         (record,) = caplog.records
         assert 'neither "weights" nor "mask"' in record.getMessage()
 
