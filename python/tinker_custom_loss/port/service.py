@@ -26,7 +26,7 @@ from ..terms.registry import Registry
 from .cancellation import ending_if_forked, interruptible
 from .logs import shorten
 from .messagepack import Message
-from .messages import Regularizer, Terms, decode_compute
+from .messages import Regularizer, Terms, decode_compute, decode_totals
 from .messages import Term as TermSpec
 from .typed import read
 
@@ -82,7 +82,11 @@ class Service:
         composer = self._composer(message)
         compute = composer.compute if request.gradients else composer.compute_loss
         computed: ComposedLoss = compute(
-            request.data, request.logprobs, step=request.step, cancelled=cancelled
+            request.data,
+            request.logprobs,
+            step=request.step,
+            totals=request.totals,
+            cancelled=cancelled,
         )
         gradient = computed.gradient if isinstance(computed, Composition) else None
         return {
@@ -91,6 +95,19 @@ class Service:
             "gradients": gradient,
             "record": computed.record,
         }
+
+    def totals(self, message: Message) -> dict[str, Any]:
+        """The ``result`` of a ``totals`` message, without its id.
+
+        Raises:
+            CustomLossError: whatever is at fault; also where the datums cannot be a part of the
+                step whose totals the message has.
+        """
+        request = decode_totals(message)
+        composer = self._composer(message)
+        if request.totals is not None:
+            composer.check_totals(request.totals, request.data)
+        return {"op": "result", "totals": composer.totals(request.data)}
 
     def terms(self) -> dict[str, Any]:
         """The ``result`` of a ``terms`` message, without its id."""

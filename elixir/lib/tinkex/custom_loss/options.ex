@@ -150,6 +150,12 @@ or keyword list with `:fn`, `:params` and `:reduction`. By default none."
       default: true,
       doc: "`false` evaluates losses and metrics alone; `gradients` is then nil."
     ],
+    totals: [
+      type: :totals,
+      doc:
+        "of the whole step, where these datums are a part of it: what \
+`Tinkex.CustomLoss.totals/3` returned. The gradients of the parts then add up to that of the step."
+    ],
     timeout: [
       type: :timeout,
       default: 30_000,
@@ -220,6 +226,7 @@ import, a constraint, an index."
   ]
 
   @check Keyword.take(@call, [:base_loss, :regularizers, :step])
+  @totals Keyword.take(@call, [:base_loss, :regularizers, :timeout])
 
   @doc "The validated options of a pool, as a map."
   def start!(opts),
@@ -267,6 +274,19 @@ import, a constraint, an index."
   @doc "The validated options of `setup!/1`, as a map."
   def setup!(opts), do: Schema.validate!(opts, @setup, "Tinkex.CustomLoss.setup!/1")
 
+  @doc "The validated options of `totals/3`, as a map. Its terms need no weight yet."
+  def totals!(opts) do
+    where = "Tinkex.CustomLoss.totals/3"
+    options = Schema.validate!(opts, @totals, where)
+    regularizers = options.regularizers |> Regularizer.list!() |> Enum.map(&%{&1 | weight: 1.0})
+
+    something!(%{
+      options
+      | base_loss: Terms.base_loss!(options.base_loss),
+        regularizers: regularizers
+    })
+  end
+
   @doc "The validated options of a sandbox's gradient check, as a map."
   def check!(opts),
     do: call!(opts, @check, "Tinkex.CustomLoss.Sandbox.check_gradient/3")
@@ -286,12 +306,15 @@ import, a constraint, an index."
       options.regularizers |> Regularizer.list!() |> Enum.map(&Regularizer.at_step(&1, step))
 
     base_loss = Terms.base_loss!(options.base_loss)
+    something!(%{options | base_loss: base_loss, regularizers: regularizers})
+  end
 
-    if base_loss == nil and regularizers == [] do
+  defp something!(options) do
+    if options.base_loss == nil and options.regularizers == [] do
       raise ArgumentError,
             "there is nothing to compute: give :base_loss, :regularizers with at least one, or both"
     end
 
-    %{options | base_loss: base_loss, regularizers: regularizers}
+    options
   end
 end

@@ -244,6 +244,11 @@ defmodule Tinkex.CustomLoss.Schema do
     check(value, valid?, ~s(the atom of a built-in term, such as :l2, or "module:function"))
   end
 
+  def cast(:totals, value) do
+    valid? = value == nil or (plain_map?(value) and value != %{})
+    check(value, valid?, "the map that Tinkex.CustomLoss.totals/3 has in its {:ok, totals}")
+  end
+
   def cast({:name_of, _allowed}, nil), do: {:ok, nil}
 
   # What is most like it comes first.
