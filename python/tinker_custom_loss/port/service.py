@@ -22,12 +22,13 @@ from ..errors import (
 )
 from ..record import flatten
 from ..regularizer import BASE_LOSS, LossFn, is_coroutine_function
+from ..regularizer import Regularizer as RegularizerOptions
 from ..terms import Term
 from ..terms.registry import Registry
 from .cancellation import ending_if_forked, interruptible
 from .logs import shorten
 from .messagepack import Message
-from .messages import Regularizer, Terms, decode_compute
+from .messages import Regularizer, Terms, decode_compute, decode_totals
 from .messages import Term as TermSpec
 from .typed import read
 
@@ -91,7 +92,11 @@ class Service:
         composer = self._composer(message)
         compute = composer.compute if request.gradients else composer.compute_loss
         computed: ComposedLoss = compute(
-            request.data, request.logprobs, step=request.step, cancelled=cancelled
+            request.data,
+            request.logprobs,
+            step=request.step,
+            totals=request.totals,
+            cancelled=cancelled,
         )
         gradient = computed.gradient if isinstance(computed, Composition) else None
         if self._recorder is not None and gradient is not None:
@@ -102,6 +107,19 @@ class Service:
             "gradients": gradient,
             "record": computed.record,
         }
+
+    def totals(self, message: Message) -> dict[str, Any]:
+        """The ``result`` of a ``totals`` message, without its id.
+
+        Raises:
+            CustomLossError: whatever is at fault; also where the datums cannot be a part of the
+                step whose totals the message has.
+        """
+        request = decode_totals(message)
+        composer = self._composer(message)
+        if request.totals is not None:
+            composer.check_totals(request.totals, request.data)
+        return {"op": "result", "totals": composer.totals(request.data)}
 
     def terms(self) -> dict[str, Any]:
         """The ``result`` of a ``terms`` message, without its id."""
@@ -153,10 +171,19 @@ def composer_arguments(terms: Terms, resolve: Callable[[TermSpec], LossFn]) -> d
         except RequestError as error:
             raise RequestError(f"{path}: {error}", path=f"{path}.fn") from None
 
-    base = terms.base_loss
+    arguments: dict[str, Any] = {}
+    if terms.base_loss is not None:
+        spec = terms.base_loss
+        fn = resolved(spec, BASE_LOSS)
+        try:
+            base = RegularizerOptions(
+                fn, 1.0, BASE_LOSS, params=spec.params, reduction=spec.reduction
+            )
+        except RequestError as error:
+            raise RequestError(str(error), path=f"{BASE_LOSS}.{error.path}") from error
+        arguments = {"base_loss_fn": fn, "base_params": base.params}
     return {
-        "base_loss_fn": None if base is None else resolved(base, BASE_LOSS),
-        "base_params": None if base is None else base.params,
+        **arguments,
         "regularizers": [
             {**msgspec.structs.asdict(spec), "fn": resolved(spec, f"regularizers[{index}]")}
             for index, spec in enumerate(terms.regularizers)

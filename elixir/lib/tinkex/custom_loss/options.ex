@@ -81,7 +81,8 @@ is sent."
       default: :infinity,
       doc:
         "bytes of resident memory of a worker, or `:infinity`. One that a ping finds above it is \
-started anew when it has finished what it has: terms leak, and so do caches of native code."
+started anew when it has finished what it has: terms leak, and so do caches of native code. A \
+worker starts with 200 to 300 MB, and does not if that is more than two thirds of this."
     ],
     start_timeout: [
       type: {:integer, 1, 0x7FFF_FFFF},
@@ -140,7 +141,7 @@ the metadata `:python_logger`, `:term` and `:worker`."
       type: :any,
       doc:
         "the unweighted term: a name (`:nll`, `\"my_losses:dpo\"`), `{name, params}`, or a map \
-or keyword list with `:fn` and `:params`. By default none."
+or keyword list with `:fn`, `:params` and `:reduction`. By default none."
     ],
     regularizers: [
       type: :any,
@@ -156,6 +157,12 @@ or keyword list with `:fn` and `:params`. By default none."
       type: :boolean,
       default: true,
       doc: "`false` evaluates losses and metrics alone; `gradients` is then nil."
+    ],
+    totals: [
+      type: :totals,
+      doc:
+        "of the whole step, where these datums are a part of it: what \
+`Tinkex.CustomLoss.totals/3` returned. The gradients of the parts then add up to that of the step."
     ],
     timeout: [
       type: :timeout,
@@ -227,6 +234,7 @@ import, a constraint, an index."
   ]
 
   @check Keyword.take(@call, [:base_loss, :regularizers, :step])
+  @totals Keyword.take(@call, [:base_loss, :regularizers, :timeout])
 
   @doc "The validated options of a pool, as a map."
   def start!(opts),
@@ -274,6 +282,19 @@ import, a constraint, an index."
   @doc "The validated options of `setup!/1`, as a map."
   def setup!(opts), do: Schema.validate!(opts, @setup, "Tinkex.CustomLoss.setup!/1")
 
+  @doc "The validated options of `totals/3`, as a map. Its terms need no weight yet."
+  def totals!(opts) do
+    where = "Tinkex.CustomLoss.totals/3"
+    options = Schema.validate!(opts, @totals, where)
+    regularizers = options.regularizers |> Regularizer.list!() |> Enum.map(&%{&1 | weight: 1.0})
+
+    something!(%{
+      options
+      | base_loss: Terms.base_loss!(options.base_loss),
+        regularizers: regularizers
+    })
+  end
+
   @doc "The validated options of a sandbox's gradient check, as a map."
   def check!(opts),
     do: call!(opts, @check, "Tinkex.CustomLoss.Sandbox.check_gradient/3")
@@ -293,12 +314,15 @@ import, a constraint, an index."
       options.regularizers |> Regularizer.list!() |> Enum.map(&Regularizer.at_step(&1, step))
 
     base_loss = Terms.base_loss!(options.base_loss)
+    something!(%{options | base_loss: base_loss, regularizers: regularizers})
+  end
 
-    if base_loss == nil and regularizers == [] do
+  defp something!(options) do
+    if options.base_loss == nil and options.regularizers == [] do
       raise ArgumentError,
             "there is nothing to compute: give :base_loss, :regularizers with at least one, or both"
     end
 
-    %{options | base_loss: base_loss, regularizers: regularizers}
+    options
   end
 end
