@@ -23,7 +23,7 @@ class TensorBoard:
         if not hasattr(self.writer, "add_scalar"):
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(str(writer_or_directory))  # type: ignore[no-untyped-call]
+            self.writer = SummaryWriter(str(writer_or_directory))
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         for key, value in metrics.items():

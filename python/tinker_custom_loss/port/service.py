@@ -99,7 +99,7 @@ class Service:
             cancelled=cancelled,
         )
         gradient = computed.gradient if isinstance(computed, Composition) else None
-        if self._recorder is not None and gradient is not None:
+        if self._recorder is not None and gradient is not None and request.totals is None:
             self._record(self._recorder, computed, request.step)
         return {
             "op": "result",
