@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgpack
 import msgspec
@@ -19,6 +20,7 @@ from ..errors import (
     RequestError,
     said,
 )
+from ..record import flatten
 from ..regularizer import BASE_LOSS, LossFn, is_coroutine_function
 from ..regularizer import Regularizer as RegularizerOptions
 from ..terms import Term
@@ -30,7 +32,12 @@ from .messages import Regularizer, Terms, decode_compute, decode_totals
 from .messages import Term as TermSpec
 from .typed import read
 
+if TYPE_CHECKING:
+    from ..insight import Recorder
+
 __all__ = ["Service", "composer_arguments", "error_message", "id_of", "op_of"]
+
+logger = logging.getLogger(__name__)
 
 _MOST_COMPOSERS = 64
 _CONSTANTS = {type(None), bool, int, float, str}
@@ -61,15 +68,18 @@ class Service:
     Args:
         registry: what may be named.
         inline_lock: see :class:`~tinker_custom_loss.Composer`.
+        recorder: what logs the record of every step, and keeps steps.
     """
 
     def __init__(
         self,
         registry: Registry,
         inline_lock: contextlib.AbstractContextManager[Any] | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         self.registry = registry
         self._inline_lock = inline_lock
+        self._recorder = recorder
         self._composers: dict[bytes, Composer] = {}
 
     def compute(self, message: Message, cancelled: threading.Event | None = None) -> dict[str, Any]:
@@ -89,6 +99,8 @@ class Service:
             cancelled=cancelled,
         )
         gradient = computed.gradient if isinstance(computed, Composition) else None
+        if self._recorder is not None and gradient is not None and request.totals is None:
+            self._record(self._recorder, computed, request.step)
         return {
             "op": "result",
             "loss_total": computed.loss_total,
@@ -113,6 +125,13 @@ class Service:
         """The ``result`` of a ``terms`` message, without its id."""
         return {"op": "result", "terms": self.registry.describe()}
 
+    def _record(self, recorder: Recorder, computed: ComposedLoss, step: int) -> None:
+        """A disk that is full costs a line, never a step."""
+        try:
+            recorder.log(flatten(computed.record), step)
+        except (OSError, RequestError) as error:
+            logger.error("step %d cannot be recorded: %s", step, error)
+
     def _composer(self, message: Message) -> Composer:
         """A training loop asks for the same terms at every step: check them once."""
         key = _packed([message.fields.get("base_loss"), message.fields.get("regularizers")])
@@ -120,7 +139,9 @@ class Service:
         if composer is None:
             terms = read(message.fields, Terms)
             composer = Composer(
-                **composer_arguments(terms, self._fn), inline_lock=self._inline_lock
+                **composer_arguments(terms, self._fn),
+                inline_lock=self._inline_lock,
+                recorder=self._recorder,
             )
             if not any(_could_change(term) for term in [terms.base_loss, *terms.regularizers]):
                 if len(self._composers) >= _MOST_COMPOSERS:

@@ -120,6 +120,14 @@ unless C code holds its lock."
         "`{first, longest}`: milliseconds before a worker that ended is started again, doubled \
 each time until it answers a request. It keeps a broken environment from using up the machine."
     ],
+    record: [
+      type: :record,
+      doc: "where the Python processes record, by default nowhere: `[dir: \"runs/first\", keep: \
+:failures, keep_bytes: 256_000_000]`. In `dir`, which is relative to that of the BEAM, they write the \
+record of every step to `metrics.jsonl`, what is composed to `config.json`, and those steps to \
+`steps` that `:keep` says: `:failures` (the default), `{:every, n}` (those too) or `:all`. \
+`python -m tinker_custom_loss replay` computes such a step again, and `report` draws them all."
+    ],
     log_level: [
       type: {:in, [:debug, :info, :warning, :error, :critical]},
       default: :info,

@@ -188,6 +188,29 @@ defmodule Tinkex.CustomLoss.Schema do
   def cast(:directory, value),
     do: check(value, string?(value) and File.dir?(value), "a directory that exists")
 
+  # What the worker is told: the directory as an absolute path, `keep` as Python's Recorder has it.
+  def cast(:record, nil), do: {:ok, nil}
+
+  def cast(:record, value) do
+    expected =
+      {:expected,
+       "[dir: path], with keep: :failures, {:every, n} or :all and keep_bytes: a positive integer"}
+
+    if keyword?(value) and Keyword.keys(value) -- [:dir, :keep, :keep_bytes] == [] do
+      bytes = Keyword.get(value, :keep_bytes, 256_000_000)
+
+      with dir when is_binary(dir) and dir != "" <- value[:dir],
+           keep when is_binary(keep) <- keep(Keyword.get(value, :keep, :failures)),
+           true <- is_integer(bytes) and bytes > 0 do
+        {:ok, %{dir: Path.expand(dir), keep: keep, keep_bytes: bytes}}
+      else
+        _other -> expected
+      end
+    else
+      expected
+    end
+  end
+
   def cast(:strings, value),
     do: check(value, proper?(value) and Enum.all?(value, &string?/1), "a list of strings")
 
@@ -310,4 +333,8 @@ defmodule Tinkex.CustomLoss.Schema do
   end
 
   defp variable?(_other), do: false
+
+  defp keep(kind) when kind in [:failures, :all], do: Atom.to_string(kind)
+  defp keep({:every, n}) when is_integer(n) and n > 0, do: "every:#{n}"
+  defp keep(_other), do: nil
 end
