@@ -150,9 +150,10 @@ or keyword list with `:fn`, `:params` and `:reduction`. By default none."
     ],
     step: [
       type: :non_neg_integer,
-      doc: "the training step, from 0: the record's `schedule_step`, and what weights that are a \
-function are called with. Nobody counts it for you; without one it is nil in the record, and such \
-a weight is an error."
+      doc:
+        "the training step, from 0: the record's `schedule_step`, and what weights that are a \
+function are called with. Nobody counts it for you; without one it is nil in the record, such a \
+weight is an error, and a pool that records (`:record`) leaves the step out and says so in the log."
     ],
     gradients: [
       type: :boolean,
