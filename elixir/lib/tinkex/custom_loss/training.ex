@@ -58,7 +58,8 @@ defmodule Tinkex.CustomLoss.Training do
 
   # Each task is awaited before the next call: calls that overlap may arrive in another order.
   defp step(server, client, data, options) do
-    with {:ok, forward} <- call(client, :forward, sent(data, :cross_entropy), options),
+    with :ok <- check(server, data, options),
+         {:ok, forward} <- call(client, :forward, sent(data, :cross_entropy), options),
          {:ok, output, %{gradients: gradients}} <-
            CustomLoss.run(server, data, forward.loss_fn_outputs, options),
          linear = Data.linear(data, gradients),
@@ -70,11 +71,19 @@ defmodule Tinkex.CustomLoss.Training do
     error in ArgumentError -> {:error, error}
   end
 
+  # Before anything is sent.
+  defp check(_server, _data, %{totals: nil}), do: :ok
+
+  defp check(server, data, options) do
+    with {:ok, _own} <- CustomLoss.count(server, data, options), do: :ok
+  end
+
   # The call as it is; then the regularizers, from the logprobs that it returned.
   defp native_step(server, client, data, loss_fn, options) do
     started = System.monotonic_time()
 
-    with {:ok, base} <-
+    with :ok <- check(server, data, options),
+         {:ok, base} <-
            call(client, :forward_backward, sent(data, loss_fn), loss_fn, options.client_opts),
          seconds =
            (System.monotonic_time() - started) / System.convert_time_unit(1, :second, :native),
