@@ -191,6 +191,9 @@ waits for a term that never returns as long as that takes."
              ]
            ]
 
+  # The base loss is the server's.
+  @native Keyword.drop(@train, [:base_loss, :gradients])
+
   @sandbox Keyword.take(@start, [:name, :python, :load, :python_path, :env, :cd, :threads]) ++
              [
                seed: [type: :integer, default: 0, doc: "of the model's initial parameters."],
@@ -263,6 +266,19 @@ import, a constraint, an index."
 
   @doc "The validated options of `forward_backward_custom/4`, as a map."
   def train!(opts), do: train!(opts, @train, "Tinkex.CustomLoss.forward_backward_custom/4")
+
+  @doc "The validated options of `forward_backward/5`, as a map."
+  def native!(opts) do
+    where = "Tinkex.CustomLoss.forward_backward/5"
+
+    if Schema.validate!(opts, @native, where).regularizers in [[], nil] do
+      raise ArgumentError,
+            "#{where} adds regularizers to a loss of the server's: give :regularizers with at least " <>
+              "one; without any, call the training client's own forward_backward/4"
+    end
+
+    train!(opts, @train, where)
+  end
 
   @doc "The validated options of `loss_fn/2`, as a map."
   def loss_fn!(opts),
