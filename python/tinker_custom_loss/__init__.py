@@ -34,7 +34,8 @@ if TYPE_CHECKING:
         linearize,
         with_regularizers,
     )
-    from .insight import Recorder, diagnose, live, watch
+    from .insight import Recorder, diagnose, replay, watch
+    from .insight.live import live
     from .terms.term import term
 
 __version__ = "0.1.0"
@@ -70,6 +71,7 @@ __all__ = [
     "linearize",
     "live",
     "merge",
+    "replay",
     "term",
     "watch",
     "with_regularizers",
@@ -87,7 +89,7 @@ _SDK = frozenset(
     }
 )
 # And rich a tenth of one.
-_INSIGHT = frozenset({"Recorder", "diagnose", "live", "watch"})
+_INSIGHT = frozenset({"Recorder", "diagnose", "live", "replay", "watch"})
 
 
 def __getattr__(name: str) -> Any:

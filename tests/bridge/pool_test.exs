@@ -324,6 +324,16 @@ defmodule Tinkex.CustomLoss.PoolTest do
       assert Exception.message(error) =~ "exited with status 3 before it was ready"
     end
 
+    @tag :tmp_dir
+    test "and hangs when it is asked what it lacks is killed", %{tmp_dir: dir} do
+      env = %{"PIDS" => Path.join(dir, "pid")}
+      opts = [python: fixture("hangs_when_asked.sh"), env: env, start_timeout: 1_000]
+      pool = start_pool!(opts ++ [backoff: {60_000, 60_000}])
+      assert {:error, %WorkerError{reason: {:not_started, sentence}}} = ask(pool, 1)
+      assert sentence =~ "did not end within 1.0 s, and was killed"
+      env["PIDS"] |> File.read!() |> String.trim() |> String.to_integer() |> assert_gone()
+    end
+
     test "because it says nothing is killed" do
       pool = start_pool!(python: fixture("never_ready.py"), start_timeout: 300)
       eventually(fn -> os_pids(pool) != [] end)

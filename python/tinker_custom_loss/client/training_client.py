@@ -12,6 +12,7 @@ from tinker import APIFuture, Datum, ForwardBackwardOutput, TrainingClient
 
 from ..composer import Composer
 from ..errors import RequestError
+from ..observer import StepObserver, checked_observer
 from . import sdk
 from .arguments import (
     BaseLoss,
@@ -50,6 +51,7 @@ def with_regularizers(
     regularizers: Regularizers | None = None,
     flat_metrics: bool = False,
     on_failure: OnFailure = "continue",
+    recorder: StepObserver | None = None,
 ) -> RegularizedTrainingClient:
     """The client, with regularizers in its ``forward_backward_custom``::
 
@@ -69,13 +71,15 @@ def with_regularizers(
             the server's. ``"continue"``: they are sent; the step contributed nothing. ``"stop"``:
             they raise :class:`StoppedError`, and so does every later one that has a place in the
             order of training, until ``acknowledge_failure()``.
+        recorder: a :class:`Recorder` that writes down what is composed, and keeps steps with
+            regularizers if it was told to; it logs no metrics by itself.
 
     Raises:
         RequestError: it is no training client, or an option is wrong.
     """
     if isinstance(training_client, RegularizedTrainingClient):
-        options = (base_loss, regularizers, flat_metrics, on_failure)
-        if options == (None, None, False, "continue"):
+        options = (base_loss, regularizers, flat_metrics, on_failure, recorder)
+        if options == (None, None, False, "continue", None):
             return training_client
         raise RequestError(
             "this training client has regularizers already; give the options to the call of "
@@ -83,7 +87,7 @@ def with_regularizers(
             path="training_client",
         )
     return RegularizedTrainingClient(
-        checked_client(training_client), base_loss, regularizers, flat_metrics, on_failure
+        checked_client(training_client), base_loss, regularizers, flat_metrics, on_failure, recorder
     )
 
 
@@ -103,11 +107,13 @@ class RegularizedTrainingClient(_Client):
         regularizers: Regularizers | None,
         flat_metrics: bool,
         on_failure: OnFailure,
+        recorder: StepObserver | None,
     ) -> None:
         self._client = training_client
         self._base_loss, self._regularizers = checked_defaults(base_loss, regularizers)
         self._flat_metrics = flat_metrics
         self._failures = Failures(on_failure)
+        self._recorder = checked_observer(recorder)
         self._queue = CallQueue()
         self._step_lock = threading.Lock()
         self._next_step = 0
@@ -239,6 +245,8 @@ class RegularizedTrainingClient(_Client):
                 path=next(iter(sdk_options)),
             )
         composer = composer_of(base, regularizers, datums, self._client)
+        if self._recorder is not None:
+            composer = composer.recorded_by(self._recorder)
         flat = self._flat_metrics if flat_metrics is None else flat_metrics
         checked_totals(totals, checked_step(step), composer, datums)
         number = self._count(step)

@@ -22,7 +22,7 @@ from .cancellation import InlineTurn
 from .frames import MAX_FRAME, FrameReader, FrameWriter
 from .logs import LEVELS, LogStream
 from .messagepack import pack
-from .process import attached, end, settle
+from .process import attached, end, resident_bytes, settle
 from .server import Server
 from .service import Service, error_message
 
@@ -119,6 +119,7 @@ def _ready(registry: Registry, options: argparse.Namespace) -> dict[str, Any]:
         "torch": torch.__version__,
         "tinker": importlib.metadata.version("tinker"),
         "pid": os.getpid(),
+        "rss": resident_bytes(),
         "max_frame": options.max_frame,
         "max_in_flight": options.max_in_flight,
         "terms": registry.describe(),

@@ -81,7 +81,8 @@ is sent."
       default: :infinity,
       doc:
         "bytes of resident memory of a worker, or `:infinity`. One that a ping finds above it is \
-started anew when it has finished what it has: terms leak, and so do caches of native code."
+started anew when it has finished what it has: terms leak, and so do caches of native code. A \
+worker starts with 200 to 300 MB, and does not if that is more than two thirds of this."
     ],
     start_timeout: [
       type: {:integer, 1, 0x7FFF_FFFF},

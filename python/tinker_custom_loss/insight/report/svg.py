@@ -166,11 +166,12 @@ def heat_map(
         for c, value in enumerate(s.mean):
             if not math.isfinite(value):
                 continue
-            # A 0 is not as pale as the paper: what was not recorded is.
             color = COLORS[0] if value >= 0 else COLORS[5]
+            # A 0 is not as pale as the paper: what was not recorded is.
+            opacity = min(1.0, max(0.05, abs(value)))
             parts.append(
                 f'<rect x="{label + c * width:.1f}" y="{y}" width="{width:.1f}" '
-                f'height="{height - 1}" fill="{color}" fill-opacity="{min(1.0, max(0.05, abs(value))):.2f}" '
+                f'height="{height - 1}" fill="{color}" fill-opacity="{opacity:.2f}" '
                 'shape-rendering="crispEdges"/>'
             )
     bottom = TOP + len(rows) * height

@@ -89,6 +89,7 @@ defmodule Tinkex.CustomLoss.Wire.Protocol do
           torch: :string,
           tinker: :string,
           pid: :integer,
+          rss: {:nilable, :integer},
           max_frame: :integer,
           max_in_flight: :integer,
           terms: {:list, @term}}
