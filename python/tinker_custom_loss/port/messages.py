@@ -92,13 +92,14 @@ class Term(Struct):
 
     fn: str
     params: dict[str, Any] = {}
+    reduction: str | None = None
 
 
 class Regularizer(Term, kw_only=True):
     """The further keys are keyword arguments of :class:`tinker_custom_loss.Regularizer`."""
 
-    name: str
     weight: float
+    name: str | None = None
     run_in_executor: bool | str = False
     timeout: float | None = None
     on_error: str = "raise"

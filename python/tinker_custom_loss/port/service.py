@@ -20,6 +20,7 @@ from ..errors import (
     said,
 )
 from ..regularizer import BASE_LOSS, LossFn, is_coroutine_function
+from ..regularizer import Regularizer as RegularizerOptions
 from ..terms import Term
 from ..terms.registry import Registry
 from .cancellation import ending_if_forked, interruptible
@@ -132,10 +133,19 @@ def composer_arguments(terms: Terms, resolve: Callable[[TermSpec], LossFn]) -> d
         except RequestError as error:
             raise RequestError(f"{path}: {error}", path=f"{path}.fn") from None
 
-    base = terms.base_loss
+    arguments: dict[str, Any] = {}
+    if terms.base_loss is not None:
+        spec = terms.base_loss
+        fn = resolved(spec, BASE_LOSS)
+        try:
+            base = RegularizerOptions(
+                fn, 1.0, BASE_LOSS, params=spec.params, reduction=spec.reduction
+            )
+        except RequestError as error:
+            raise RequestError(str(error), path=f"{BASE_LOSS}.{error.path}") from error
+        arguments = {"base_loss_fn": fn, "base_params": base.params}
     return {
-        "base_loss_fn": None if base is None else resolved(base, BASE_LOSS),
-        "base_params": None if base is None else base.params,
+        **arguments,
         "regularizers": [
             {**msgspec.structs.asdict(spec), "fn": resolved(spec, f"regularizers[{index}]")}
             for index, spec in enumerate(terms.regularizers)

@@ -133,7 +133,7 @@ the metadata `:python_logger`, `:term` and `:worker`."
       type: :any,
       doc:
         "the unweighted term: a name (`:nll`, `\"my_losses:dpo\"`), `{name, params}`, or a map \
-or keyword list with `:fn` and `:params`. By default none."
+or keyword list with `:fn`, `:params` and `:reduction`. By default none."
     ],
     regularizers: [
       type: :any,

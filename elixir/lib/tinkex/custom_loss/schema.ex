@@ -91,6 +91,17 @@ defmodule Tinkex.CustomLoss.Schema do
       else: value
   end
 
+  @doc "The option that a regularizer and the base loss have alike."
+  @spec reduction() :: keyword()
+  def reduction do
+    [
+      type: {:name_of, ~w(token_sum token_mean sequence_mean_token_mean sequence_mean_token_sum)},
+      doc: "what becomes of the numbers of a built-in term, or one written with `@term`: \
+`:token_sum`, which is its default, `:token_mean`, `:sequence_mean_token_mean` or \
+`:sequence_mean_token_sum`, as atoms or strings."
+    ]
+  end
+
   @doc "The schema in Markdown: an item an option."
   @spec docs(t()) :: String.t()
   def docs(schema) do
@@ -231,6 +242,25 @@ defmodule Tinkex.CustomLoss.Schema do
   def cast(:term, value) do
     valid? = is_binary(value) and value != "" and String.valid?(value)
     check(value, valid?, ~s(the atom of a built-in term, such as :l2, or "module:function"))
+  end
+
+  def cast({:name_of, _allowed}, nil), do: {:ok, nil}
+
+  # What is most like it comes first.
+  def cast({:name_of, allowed}, value) do
+    given = if is_atom(value), do: Atom.to_string(value), else: value
+
+    cond do
+      given in allowed ->
+        {:ok, given}
+
+      is_binary(given) ->
+        nearest = Enum.sort_by(allowed, &(-String.jaro_distance(&1, given)))
+        {:expected, "one of " <> Enum.map_join(nearest, ", ", fn name -> ":#{name}" end)}
+
+      true ->
+        {:expected, "one of " <> Enum.map_join(allowed, ", ", &":#{&1}")}
+    end
   end
 
   def cast(:params, value) do
