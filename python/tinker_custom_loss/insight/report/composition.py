@@ -23,7 +23,9 @@ def composition(run: Run) -> str:
     base, terms = described.get("base_loss"), described.get("regularizers")
     if not isinstance(terms, list):
         return ""
-    rows = [{"name": "base_loss", **base}] if isinstance(base, Mapping) else []
+    rows: list[Mapping[str, Any]] = []
+    if isinstance(base, Mapping):
+        rows.append({"name": "base_loss", **base})
     rows += [term for term in terms if isinstance(term, Mapping)]
     head = "".join(f'<th scope="col">{text}</th>' for text in _HEADS)
     versions = described.get("versions")
