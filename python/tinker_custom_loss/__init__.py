@@ -27,11 +27,13 @@ from .totals import add_totals
 
 if TYPE_CHECKING:
     from .client import (
+        RegularizedServiceClient,
         RegularizedTrainingClient,
         StepOutput,
         forward_backward_custom,
         forward_backward_custom_async,
         linearize,
+        regularized,
         with_regularizers,
     )
     from .insight import Recorder, diagnose, replay, watch
@@ -52,6 +54,7 @@ __all__ = [
     "NonFiniteError",
     "ProtocolError",
     "Recorder",
+    "RegularizedServiceClient",
     "RegularizedTrainingClient",
     "Regularizer",
     "RegularizerRecord",
@@ -71,6 +74,7 @@ __all__ = [
     "linearize",
     "live",
     "merge",
+    "regularized",
     "replay",
     "term",
     "watch",
@@ -80,11 +84,13 @@ __all__ = [
 # Importing the tinker client takes half a second that a worker of the port does not have.
 _SDK = frozenset(
     {
+        "RegularizedServiceClient",
         "RegularizedTrainingClient",
         "StepOutput",
         "forward_backward_custom",
         "forward_backward_custom_async",
         "linearize",
+        "regularized",
         "with_regularizers",
     }
 )

@@ -226,6 +226,28 @@ def test_the_parameter_gradient_is_that_of_one_call(step, sandbox, new_client):
     assert error(gradient(parts, None)) > 0.5  # three times as large, or nearly
 
 
+def test_a_client_knows_the_totals_of_its_own_terms(sandbox, new_client):
+    data = datums(5)
+
+    def gradient(parts, split):
+        bare = new_client()
+        client = with_regularizers(bare, regularizers=MEANS)
+        totals = client.totals(data) if split else None
+        for part in parts:
+            client.forward_backward_custom(part, step=0, totals=totals).result(60)
+        return sandbox.model(bare.model_id).gradient_flat().clone()
+
+    whole = gradient([data], split=False)
+    got = gradient([[data[4], data[0]], [data[2]], [data[1], data[3]]], split=True)
+    assert torch.linalg.vector_norm(got - whole) <= 1e-6 * torch.linalg.vector_norm(whole)
+    client = with_regularizers(new_client(), regularizers=MEANS)
+    other = Composer(None, MEANS[:1])
+    assert client.totals(data, other) == other.totals(data)
+    assert client.totals(data, None, MEANS[:1]) == other.totals(data)
+    with pytest.raises(RequestError, match="a plain function looks at the whole batch"):
+        with_regularizers(new_client()).totals(data, plain)
+
+
 def plain(data, logprobs):
     return torch.cat([x.reshape(-1) for x in logprobs]).mean(), {}
 

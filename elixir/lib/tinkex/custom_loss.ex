@@ -66,7 +66,9 @@ defmodule Tinkex.CustomLoss do
     Output,
     Pool,
     Regularizer,
+    Schema,
     Setup,
+    Split,
     Telemetry,
     TimeoutError,
     Training,
@@ -211,7 +213,8 @@ defmodule Tinkex.CustomLoss do
       base_loss: options.base_loss,
       regularizers: Enum.map(options.regularizers, &Regularizer.to_wire/1),
       step: options.step,
-      gradients: options.gradients
+      gradients: options.gradients,
+      totals: options.totals
     }
 
     Telemetry.span(Call.name(server), request, fn ->
@@ -231,6 +234,60 @@ defmodule Tinkex.CustomLoss do
       end
     end)
   end
+
+  @doc """
+  What each term divides by, for a step that is sent in several calls.
+
+      loss = [base_loss: :ppo, regularizers: [%{fn: :kl, weight: 0.1, reduction: :token_mean}]]
+      {:ok, totals} = Tinkex.CustomLoss.totals(MyLoss, data, loss)
+
+      for part <- Enum.chunk_every(data, 8) do
+        {:ok, task} =
+          Tinkex.CustomLoss.forward_backward_custom(MyLoss, client, part, [totals: totals] ++ loss)
+
+        Task.await(task, :infinity)
+      end
+
+  Any partition of the datums, in any order, has the gradient of one call with all of them. The
+  totals are plain maps with string keys, by the names of the terms, and need no logprobs; those of
+  parts add up with `add_totals/2`.
+
+  A term of scope `group` needs its groups whole in every part. What looks at the whole batch, as
+  every Python function of `(data, logprobs)` may, cannot be split: `forward_backward_custom/4`
+  refuses such a part before it sends anything, with a `Tinkex.CustomLoss.RequestError`.
+
+  `data` are all datums of the step, each with `target_tokens`. The options are `:base_loss`,
+  `:regularizers` and `:timeout` of `compute/4`; a weight that is a function is not called.
+  """
+  @spec totals(server(), [Data.datum()], keyword()) :: {:ok, map()} | {:error, error()}
+  def totals(server, data, opts), do: count(server, data, Options.totals!(opts))
+
+  @doc false
+  # With totals among the options: whether the datums are a part of such a step.
+  def count(server, data, options) do
+    unless data != [] and Schema.proper?(data) do
+      raise ArgumentError, "expected data to be a list of datums, got: #{inspect(data)}"
+    end
+
+    request = %{
+      data: Data.to_wire(data, length(data)),
+      base_loss: options.base_loss,
+      regularizers: Enum.map(options.regularizers, &Regularizer.to_wire/1),
+      totals: options[:totals]
+    }
+
+    with {:error, %ArgumentError{} = error} <-
+           Call.totals(server, request, options.timeout, Call.deadline(options.timeout)),
+         do: raise(error)
+  end
+
+  @doc """
+  The totals of a step from those of two parts of it, with the same terms.
+
+  The same group index in both is one group. Raises `ArgumentError` where they are of different terms.
+  """
+  @spec add_totals(map(), map()) :: map()
+  defdelegate add_totals(first, second), to: Split
 
   defp restore(nil, _batch), do: {:ok, nil}
 

@@ -120,6 +120,14 @@ unless C code holds its lock."
         "`{first, longest}`: milliseconds before a worker that ended is started again, doubled \
 each time until it answers a request. It keeps a broken environment from using up the machine."
     ],
+    record: [
+      type: :record,
+      doc: "where the Python processes record, by default nowhere: `[dir: \"runs/first\", keep: \
+:failures, keep_bytes: 256_000_000]`. In `dir`, which is relative to that of the BEAM, they write the \
+record of every step to `metrics.jsonl`, what is composed to `config.json`, and those steps to \
+`steps` that `:keep` says: `:failures` (the default), `{:every, n}` (those too) or `:all`. \
+`python -m tinker_custom_loss replay` computes such a step again, and `report` draws them all."
+    ],
     log_level: [
       type: {:in, [:debug, :info, :warning, :error, :critical]},
       default: :info,
@@ -149,6 +157,12 @@ or keyword list with `:fn`, `:params` and `:reduction`. By default none."
       type: :boolean,
       default: true,
       doc: "`false` evaluates losses and metrics alone; `gradients` is then nil."
+    ],
+    totals: [
+      type: :totals,
+      doc:
+        "of the whole step, where these datums are a part of it: what \
+`Tinkex.CustomLoss.totals/3` returned. The gradients of the parts then add up to that of the step."
     ],
     timeout: [
       type: :timeout,
@@ -220,6 +234,7 @@ import, a constraint, an index."
   ]
 
   @check Keyword.take(@call, [:base_loss, :regularizers, :step])
+  @totals Keyword.take(@call, [:base_loss, :regularizers, :timeout])
 
   @doc "The validated options of a pool, as a map."
   def start!(opts),
@@ -267,6 +282,19 @@ import, a constraint, an index."
   @doc "The validated options of `setup!/1`, as a map."
   def setup!(opts), do: Schema.validate!(opts, @setup, "Tinkex.CustomLoss.setup!/1")
 
+  @doc "The validated options of `totals/3`, as a map. Its terms need no weight yet."
+  def totals!(opts) do
+    where = "Tinkex.CustomLoss.totals/3"
+    options = Schema.validate!(opts, @totals, where)
+    regularizers = options.regularizers |> Regularizer.list!() |> Enum.map(&%{&1 | weight: 1.0})
+
+    something!(%{
+      options
+      | base_loss: Terms.base_loss!(options.base_loss),
+        regularizers: regularizers
+    })
+  end
+
   @doc "The validated options of a sandbox's gradient check, as a map."
   def check!(opts),
     do: call!(opts, @check, "Tinkex.CustomLoss.Sandbox.check_gradient/3")
@@ -286,12 +314,15 @@ import, a constraint, an index."
       options.regularizers |> Regularizer.list!() |> Enum.map(&Regularizer.at_step(&1, step))
 
     base_loss = Terms.base_loss!(options.base_loss)
+    something!(%{options | base_loss: base_loss, regularizers: regularizers})
+  end
 
-    if base_loss == nil and regularizers == [] do
+  defp something!(options) do
+    if options.base_loss == nil and options.regularizers == [] do
       raise ArgumentError,
             "there is nothing to compute: give :base_loss, :regularizers with at least one, or both"
     end
 
-    %{options | base_loss: base_loss, regularizers: regularizers}
+    options
   end
 end

@@ -43,7 +43,8 @@ defmodule Tinkex.CustomLoss.Training do
 
   # Each task is awaited before the next call: calls that overlap may arrive in another order.
   defp step(server, client, data, options) do
-    with {:ok, forward} <- call(client, :forward, Enum.map(data, &sent/1), options),
+    with :ok <- check(server, data, options),
+         {:ok, forward} <- call(client, :forward, Enum.map(data, &sent/1), options),
          {:ok, output, %{gradients: gradients}} <-
            CustomLoss.run(server, data, forward.loss_fn_outputs, options),
          linear = Data.linear(data, gradients),
@@ -53,6 +54,13 @@ defmodule Tinkex.CustomLoss.Training do
   rescue
     # What a datum or an output of the client lacks.
     error in ArgumentError -> {:error, error}
+  end
+
+  # Before anything is sent.
+  defp check(_server, _data, %{totals: nil}), do: :ok
+
+  defp check(server, data, options) do
+    with {:ok, _own} <- CustomLoss.count(server, data, options), do: :ok
   end
 
   defp call({module, ref}, function, data, options) do
