@@ -1,4 +1,4 @@
-"""For the site of docs/: docstrings name things as Sphinx has them, which Markdown does not know."""
+"""For the site of docs: docstrings name things as Sphinx has them, Markdown does not know that."""
 
 from __future__ import annotations
 

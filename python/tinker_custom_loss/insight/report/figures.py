@@ -36,6 +36,9 @@ class Figure:
     legend: bool = True
     left: int = LEFT
 
+    def _repr_svg_(self) -> str:  # what a notebook draws
+        return standalone(self)
+
 
 def figures(run: Run, prefix: str = "") -> list[Figure]:
     """Every chart of one run; one that would be empty is left out."""
