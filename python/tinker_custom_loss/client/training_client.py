@@ -25,6 +25,7 @@ from .arguments import (
     composer_of,
     is_composed,
     no_totals,
+    plain_loss,
     sdk_loss,
 )
 from .call_queue import CallQueue, computing, refuse_within
@@ -348,6 +349,33 @@ class RegularizedTrainingClient(_Client):
     async def forward_backward_async(self, *args: Any, **kwargs: Any) -> APIFuture[Any]:
         """:meth:`forward_backward` for async code: awaited, it gives the future."""
         return self.forward_backward(*args, **kwargs)
+
+    def totals(
+        self,
+        data: Iterable[Datum],
+        base_loss_fn: BaseLoss | None = None,
+        regularizers: Regularizers | None = None,
+    ) -> dict[str, dict[str, Any]]:
+        """What each term divides by, for a step that is sent in several calls::
+
+            totals = client.totals(data)
+            for part in parts:
+                client.forward_backward_custom(part, step=step, totals=totals)
+
+        Nothing is sent, so it needs no async form. ``data`` are all datums of the step; the loss
+        is that of ``forward_backward_custom`` with the same arguments. See
+        :meth:`Composer.totals`.
+
+        Raises:
+            RequestError: an argument is wrong, or the loss is a plain function alone, whose step
+                cannot be split.
+            TermError: a term cannot read the datums.
+        """
+        datums = checked_data(data)
+        base, regularizers = self._with_defaults(base_loss_fn, regularizers)
+        if not is_composed(base, regularizers):
+            raise plain_loss()
+        return composer_of(base, regularizers, datums, self._client).totals(datums)
 
     def acknowledge_failure(self) -> BaseException | None:
         """After a failed step with ``on_failure="stop"``: let later calls through.
