@@ -325,6 +325,40 @@ defmodule Tinkex.CustomLoss do
     do: Training.forward_backward_custom(server, training_client, data, Options.train!(opts))
 
   @doc """
+  A loss of the server's own, and regularizers added to its gradient.
+
+      {:ok, task} =
+        Tinkex.CustomLoss.forward_backward(MyLoss, client, data, :ppo,
+          regularizers: [%{name: "entropy", fn: :entropy, weight: 0.01}],
+          client_opts: [loss_fn_config: %{"clip_low_threshold" => 0.8}]
+        )
+
+  The call to `training_client` goes out as it is, so the loss stays the server's, also one that no
+  client can express. The regularizers are computed from the logprobs that it returns, without a
+  forward pass of their own, and one linear `forward_backward` adds their gradient, or none where it
+  is zero. Arrays that only terms read, such as `mask` or `reference_logprobs`, stay here, where
+  `loss_fn` is one of `:cross_entropy`, `:importance_sampling`, `:ppo`, `:cispo` and `:dro`.
+
+  Returns `{:ok, task}`. The task, which belongs to the caller, comes to `{:ok, output}`: that of the
+  server's own loss, its metrics where they were, with the record of the step beside them and
+  `"surrogate_loss:sum"`, what the linear pass came to. In the record the server's loss is the base
+  loss. Its gradient with respect to the logprobs is not known here, nor what depends on it: the
+  total norm and the cosines to the total are nil.
+
+  Or it comes to `{:error, exception}`. If a term failed, the server's own loss is accumulated
+  nevertheless. Await the task before the next call to the training client.
+
+  ## Options
+
+  Those of `forward_backward_custom/4`, without `:base_loss`, and at least one regularizer;
+  `:loss_fn_config` among the `:client_opts` is for the server's own loss.
+  """
+  @spec forward_backward(server(), term(), [Data.datum()], atom() | String.t(), keyword()) ::
+          {:ok, Task.t()}
+  def forward_backward(server, training_client, data, loss_fn, opts),
+    do: Training.forward_backward(server, training_client, data, loss_fn, Options.native!(opts))
+
+  @doc """
   A loss function for Tinkex's own `forward_backward_custom/4`: its third argument.
 
       loss_fn = Tinkex.CustomLoss.loss_fn(MyLoss, base_loss: :nll, regularizers: regularizers)

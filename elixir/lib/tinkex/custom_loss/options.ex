@@ -150,8 +150,10 @@ or keyword list with `:fn`, `:params` and `:reduction`. By default none."
     ],
     step: [
       type: :non_neg_integer,
-      default: 0,
-      doc: "the training step, for the record, and for weights that are a function of it."
+      doc:
+        "the training step, from 0: the record's `schedule_step`, and what weights that are a \
+function are called with. Nobody counts it for you; without one it is nil in the record, such a \
+weight is an error, and a pool that records (`:record`) leaves the step out and says so in the log."
     ],
     gradients: [
       type: :boolean,
@@ -188,6 +190,9 @@ waits for a term that never returns as long as that takes."
                doc: "options of the training client's own `forward/4` and `forward_backward/4`."
              ]
            ]
+
+  # The base loss is the server's.
+  @native Keyword.drop(@train, [:base_loss, :gradients])
 
   @sandbox Keyword.take(@start, [:name, :python, :load, :python_path, :env, :cd, :threads]) ++
              [
@@ -230,6 +235,11 @@ to know it, one of a CUDA version, or a mirror."
       default: [],
       doc: "more arguments for `pip install` or `uv pip install`: other packages that your terms \
 import, a constraint, an index."
+    ],
+    verbose: [
+      type: {:in, [true, false]},
+      default: false,
+      doc: "whether all is shown that the installer says; without it, only when it fails."
     ]
   ]
 
@@ -256,6 +266,19 @@ import, a constraint, an index."
 
   @doc "The validated options of `forward_backward_custom/4`, as a map."
   def train!(opts), do: train!(opts, @train, "Tinkex.CustomLoss.forward_backward_custom/4")
+
+  @doc "The validated options of `forward_backward/5`, as a map."
+  def native!(opts) do
+    where = "Tinkex.CustomLoss.forward_backward/5"
+
+    if Schema.validate!(opts, @native, where).regularizers in [[], nil] do
+      raise ArgumentError,
+            "#{where} adds regularizers to a loss of the server's: give :regularizers with at least " <>
+              "one; without any, call the training client's own forward_backward/4"
+    end
+
+    train!(opts, @train, where)
+  end
 
   @doc "The validated options of `loss_fn/2`, as a map."
   def loss_fn!(opts),
@@ -308,10 +331,11 @@ import, a constraint, an index."
   # What is computed, from the options of a call whose step is known.
   defp call!(opts, schema, where) do
     options = Schema.validate!(opts, schema, where)
-    step = if Keyword.has_key?(opts, :step), do: options.step
 
     regularizers =
-      options.regularizers |> Regularizer.list!() |> Enum.map(&Regularizer.at_step(&1, step))
+      options.regularizers
+      |> Regularizer.list!()
+      |> Enum.map(&Regularizer.at_step(&1, options.step))
 
     base_loss = Terms.base_loss!(options.base_loss)
     something!(%{options | base_loss: base_loss, regularizers: regularizers})
