@@ -119,7 +119,7 @@ class Terms(Struct):
 class _Compute(Struct):
     logprobs: Batch
     data: Data | None = None
-    step: int = 0
+    step: int | None = None
     gradients: bool = True
     totals: dict[str, Any] | None = None
 
@@ -135,7 +135,7 @@ class ComputeRequest:
 
     logprobs: TensorBatch
     data: WireData
-    step: int
+    step: int | None
     gradients: bool
     totals: dict[str, Any] | None
 

@@ -125,8 +125,11 @@ class Service:
         """The ``result`` of a ``terms`` message, without its id."""
         return {"op": "result", "terms": self.registry.describe()}
 
-    def _record(self, recorder: Recorder, computed: ComposedLoss, step: int) -> None:
+    def _record(self, recorder: Recorder, computed: ComposedLoss, step: int | None) -> None:
         """A disk that is full costs a line, never a step."""
+        if step is None:
+            logger.error("a step is not recorded: the call does not say which it is; give :step")
+            return
         try:
             recorder.log(flatten(computed.record), step)
         except (OSError, RequestError) as error:

@@ -150,8 +150,10 @@ or keyword list with `:fn`, `:params` and `:reduction`. By default none."
     ],
     step: [
       type: :non_neg_integer,
-      default: 0,
-      doc: "the training step, for the record, and for weights that are a function of it."
+      doc:
+        "the training step, from 0: the record's `schedule_step`, and what weights that are a \
+function are called with. Nobody counts it for you; without one it is nil in the record, such a \
+weight is an error, and a pool that records (`:record`) leaves the step out and says so in the log."
     ],
     gradients: [
       type: :boolean,
@@ -233,6 +235,11 @@ to know it, one of a CUDA version, or a mirror."
       default: [],
       doc: "more arguments for `pip install` or `uv pip install`: other packages that your terms \
 import, a constraint, an index."
+    ],
+    verbose: [
+      type: {:in, [true, false]},
+      default: false,
+      doc: "whether all is shown that the installer says; without it, only when it fails."
     ]
   ]
 
@@ -324,10 +331,11 @@ import, a constraint, an index."
   # What is computed, from the options of a call whose step is known.
   defp call!(opts, schema, where) do
     options = Schema.validate!(opts, schema, where)
-    step = if Keyword.has_key?(opts, :step), do: options.step
 
     regularizers =
-      options.regularizers |> Regularizer.list!() |> Enum.map(&Regularizer.at_step(&1, step))
+      options.regularizers
+      |> Regularizer.list!()
+      |> Enum.map(&Regularizer.at_step(&1, options.step))
 
     base_loss = Terms.base_loss!(options.base_loss)
     something!(%{options | base_loss: base_loss, regularizers: regularizers})

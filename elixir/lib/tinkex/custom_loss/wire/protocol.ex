@@ -24,7 +24,7 @@ defmodule Tinkex.CustomLoss.Wire.Protocol do
           optional(:data) => map() | nil,
           optional(:base_loss) => map() | nil,
           optional(:regularizers) => [map()],
-          optional(:step) => integer(),
+          optional(:step) => non_neg_integer() | nil,
           optional(:gradients) => boolean(),
           optional(:totals) => map() | nil
         }
@@ -47,7 +47,7 @@ defmodule Tinkex.CustomLoss.Wire.Protocol do
       "data" => Map.get(request, :data),
       "base_loss" => term(Map.get(request, :base_loss)),
       "regularizers" => request |> Map.get(:regularizers, []) |> Enum.map(&term/1),
-      "step" => Map.get(request, :step, 0),
+      "step" => Map.get(request, :step),
       "gradients" => Map.get(request, :gradients, true)
     }
 
