@@ -29,14 +29,7 @@ defmodule Tinkex.CustomLoss.Pool do
   use GenServer
 
   alias Tinkex.CustomLoss.{OverloadedError, WorkerError}
-  alias Tinkex.CustomLoss.Pool.{Line, Log, Reaper, Slots, Worker}
-
-  @type handle :: %{
-          supervisor: pid(),
-          pool: pid(),
-          config: map(),
-          terms: %{String.t() => map()} | nil
-        }
+  alias Tinkex.CustomLoss.Pool.{Handle, Line, Log, Reaper, Slots, Worker}
 
   @typedoc """
   `reply_to` is the alias of who waits, and `frame` a list of binaries, none of them a small part of
@@ -51,24 +44,6 @@ defmodule Tinkex.CustomLoss.Pool do
         }
 
   def start_link({supervisor, config}), do: GenServer.start_link(__MODULE__, {supervisor, config})
-
-  @doc """
-  The pool of a supervisor on this node; nil if there is none.
-
-  `terms` is nil until the first worker was ready.
-  """
-  @spec whereis(pid()) :: handle() | nil
-  def whereis(supervisor), do: :persistent_term.get(key(supervisor), nil)
-
-  defp key(supervisor), do: {__MODULE__, supervisor}
-
-  @doc "Forgets the pool of a supervisor, the calling process, once that has ended in any way."
-  def forget_with(supervisor) do
-    spawn(fn ->
-      monitor = Process.monitor(supervisor)
-      receive do: ({:DOWN, ^monitor, _, _, _} -> :persistent_term.erase(key(supervisor)))
-    end)
-  end
 
   @doc """
   Asks for what comes as messages `{reply_to, message}`, the last of which is an answer.
@@ -119,7 +94,7 @@ defmodule Tinkex.CustomLoss.Pool do
     Process.put(:"$process_label", {__MODULE__, config.name})
 
     state = %{
-      handle: %{supervisor: supervisor, pool: self(), config: config, terms: nil},
+      handle: Handle.publish(%Handle{supervisor: supervisor, pool: self(), config: config}),
       config: config,
       reaper: Reaper.open(),
       slots: Slots.new(config),
@@ -134,7 +109,7 @@ defmodule Tinkex.CustomLoss.Pool do
       started: System.monotonic_time(:millisecond)
     }
 
-    {:ok, publish(state)}
+    {:ok, state}
   end
 
   @impl true
@@ -159,7 +134,7 @@ defmodule Tinkex.CustomLoss.Pool do
   def handle_call(other, _from, state), do: stray(other, state)
 
   @impl true
-  def handle_cast({:request, request}, state) do
+  def handle_cast({:request, %{reply_to: _} = request}, state) do
     request = Map.put(request, :losses, [])
     queued = Line.size(state.line, :waiting)
     room = if queued == 0, do: Slots.roomiest(state.slots)
@@ -230,17 +205,14 @@ defmodule Tinkex.CustomLoss.Pool do
   # In order, even if a later one would find room where the first does not: it would never be its turn.
   defp serve(state) do
     room = Slots.roomiest(state.slots)
-
-    served =
-      serve(state, :retrying, Slots.for_retry(state.slots)) || serve(state, :returned, room) ||
-        serve(state, :waiting, room)
-
+    places = [retrying: Slots.for_retry(state.slots), returned: room, waiting: room]
+    served = Enum.find_value(places, &serve(&1, state))
     if served, do: serve(served), else: state
   end
 
-  defp serve(_state, _place, nil), do: nil
+  defp serve({_place, nil}, _state), do: nil
 
-  defp serve(state, place, index) do
+  defp serve({place, index}, state) do
     with {request, line} <- Line.take(state.line, place),
          do: place(%{state | line: line}, request, index)
   end
@@ -287,23 +259,16 @@ defmodule Tinkex.CustomLoss.Pool do
   # Workers
 
   defp know(state, index, pid) do
-    if Slots.get(state.slots, index).worker == pid do
-      state
-    else
-      Process.monitor(pid)
-      state = forget(state, index, :replaced)
-      %{state | slots: Slots.put_worker(state.slots, index, pid)}
-    end
+    known = Slots.get(state.slots, index).worker
+    if pid != known, do: Process.monitor(pid)
+    state = if known in [nil, pid], do: state, else: forget(state, index, :replaced)
+    %{state | slots: Slots.put_worker(state.slots, index, pid)}
   end
 
   # The Erlang process of a worker ended, and what it knew of its requests with it.
   defp forget(state, index, reason) do
-    if Slots.get(state.slots, index).worker do
-      state = news(state, index, {:down, reason, :unknown})
-      %{state | slots: Slots.put_worker(state.slots, index, nil)}
-    else
-      state
-    end
+    state = news(state, index, {:down, reason, :unknown})
+    %{state | slots: Slots.put_worker(state.slots, index, nil)}
   end
 
   defp news(state, index, {:starting, os_pid}) do
@@ -312,10 +277,9 @@ defmodule Tinkex.CustomLoss.Pool do
   end
 
   defp news(state, index, {:ready, port, ready}) do
-    %{state | slots: Slots.ready(state.slots, index, port, ready)}
-    |> put_in([:handle, :terms], Map.new(ready.terms, &{&1.name, &1}))
-    |> publish()
-    |> reply_to_all(:awaiting, :ok)
+    handle = Handle.publish(%{state.handle | terms: Map.new(ready.terms, &{&1.name, &1})})
+    slots = Slots.ready(state.slots, index, port, ready)
+    reply_to_all(%{state | handle: handle, slots: slots}, :awaiting, :ok)
   end
 
   defp news(state, index, {:alive, %{rss: rss}}) do
@@ -326,21 +290,10 @@ defmodule Tinkex.CustomLoss.Pool do
 
   defp news(state, index, {:down, reason, begun}) do
     if os_pid = Slots.get(state.slots, index).os_pid, do: Reaper.kill(state.reaper, os_pid)
-
     requests = for {_id, {request, ^index}} <- state.requests, do: request
-
-    lost =
-      requests |> Enum.sort_by(& &1.id) |> Enum.reduce(state, &lose(&1, &2, index, reason, begun))
-
-    give_up(%{lost | slots: Slots.down(lost.slots, index, reason)})
-  end
-
-  # A changed handle costs every process of the node a scan, and most workers have the same terms.
-  defp publish(%{handle: handle} = state) do
-    if whereis(handle.supervisor) != handle,
-      do: :persistent_term.put(key(handle.supervisor), handle)
-
-    state
+    in_order = Enum.sort_by(requests, & &1.id)
+    state = Enum.reduce(in_order, state, &lose(&1, &2, index, reason, begun))
+    give_up(%{state | slots: Slots.down(state.slots, index, reason)})
   end
 
   defp give_up(state) do
@@ -368,11 +321,9 @@ defmodule Tinkex.CustomLoss.Pool do
       :wait ->
         state
 
-      {:done, nil} ->
-        reply_to_all(state, :reloading, :ok)
-
-      {:done, reason} ->
-        reply_to_all(state, :reloading, {:error, %WorkerError{reason: reason}})
+      {:done, failure} ->
+        answer = if failure, do: {:error, %WorkerError{reason: failure}}, else: :ok
+        reply_to_all(state, :reloading, answer)
     end
   end
 
