@@ -54,19 +54,16 @@ def test_samples_have_the_logprobs_that_training_gives_them(sandbox, client, sam
 
 
 def test_a_seed_gives_the_same_samples_and_training_does_not_reach_a_sampler(client, sampler):
-    before = [each.tokens for each in sample(sampler, num_samples=4, temperature=3.0).sequences]
+    def drawn(sampler, **params):
+        answer = sample(sampler, num_samples=4, temperature=3.0, **params)
+        return [each.tokens for each in answer.sequences]
+
+    before = drawn(sampler)
     client.forward_backward(datums(alternatives=False), "cross_entropy").result()
     client.optim_step(types.AdamParams(learning_rate=0.5)).result()
-    assert [
-        each.tokens for each in sample(sampler, num_samples=4, temperature=3.0).sequences
-    ] == before
-    assert [
-        each.tokens for each in sample(sampler, num_samples=4, temperature=3.0, seed=8).sequences
-    ] != before
-    after = value(client.save_weights_and_get_sampling_client())
-    assert [
-        each.tokens for each in sample(after, num_samples=4, temperature=3.0).sequences
-    ] != before
+    assert drawn(sampler) == before
+    assert drawn(sampler, seed=8) != before
+    assert drawn(value(client.save_weights_and_get_sampling_client())) != before
 
 
 def test_temperature_0_top_k_1_and_a_tiny_top_p_take_the_likeliest_token(sampler):

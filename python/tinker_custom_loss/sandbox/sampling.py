@@ -175,7 +175,7 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Sample:
-    """``sequences`` and ``prompt_logprobs`` [P] nan where not asked for; top-k is (ids, logprobs)."""
+    """``prompt_logprobs`` is [P], nan where not asked for; top-k is (ids, logprobs)."""
 
     sequences: list[Sequence]
     prompt_logprobs: Tensor | None = None
