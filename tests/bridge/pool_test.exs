@@ -43,7 +43,7 @@ defmodule Tinkex.CustomLoss.PoolTest do
         match?({:ok, %{workers: [%{state: :ready}, %{state: :ready}]}}, CustomLoss.info(pool))
       end)
 
-      slow = for _ <- 1..2, do: Task.async(fn -> ask(pool, 1, timeout: 500) end)
+      slow = for _ <- 1..2, do: Task.async(fn -> ask(pool, 1, timeout: 1_000) end)
 
       eventually(fn ->
         {:ok, info} = CustomLoss.info(pool)
@@ -55,7 +55,7 @@ defmodule Tinkex.CustomLoss.PoolTest do
 
     test "keeps what is beyond max_in_flight waiting, and refuses what is beyond max_queue" do
       pool = start_peers!("stops_when_cancelled.py", max_in_flight: 1, max_queue: 1)
-      slow = Task.async(fn -> ask(pool, 1, timeout: 600) end)
+      slow = Task.async(fn -> ask(pool, 1, timeout: 1_000) end)
       eventually(fn -> match?({:ok, %{in_flight: 1}}, CustomLoss.info(pool)) end)
       queued = Task.async(fn -> ask(pool, 2) end)
       eventually(fn -> match?({:ok, %{queued: 1}}, CustomLoss.info(pool)) end)
@@ -70,7 +70,7 @@ defmodule Tinkex.CustomLoss.PoolTest do
 
     test "lets go of those who died in the queue" do
       pool = start_peers!("stops_when_cancelled.py", max_in_flight: 1)
-      slow = Task.async(fn -> ask(pool, 1, timeout: 500) end)
+      slow = Task.async(fn -> ask(pool, 1, timeout: 1_000) end)
       eventually(fn -> match?({:ok, %{in_flight: 1}}, CustomLoss.info(pool)) end)
       queued = spawn(fn -> ask(pool, 2) end)
       eventually(fn -> match?({:ok, %{queued: 1}}, CustomLoss.info(pool)) end)

@@ -443,7 +443,8 @@ def test_requests_that_cannot_be_read(by_hand):
          by_hand.post("create_model", session_id=session_id, model_seq_id=1,
                       lora_config={"seed": 0.5})),
         (404, "no request 'x'", by_hand.post("retrieve_future", request_id="x")),
-        (404, "or its result was dropped", by_hand.post("retrieve_future", request_id=f"{model_id}/9")),
+        (404, "or its result was dropped",
+             by_hand.post("retrieve_future", request_id=f"{model_id}/9")),
         (400, "an object with chunks", by_hand.post("asample", prompt=[])),
         (404, "lists what the sandbox does", by_hand.post("copy_weights")),
     ]:  # fmt: skip

@@ -127,7 +127,7 @@ def _auto_weights(data: Sequence[Any], shapes: tuple[Shape, ...]) -> TensorBatch
             return column
         if getattr(data, "some_have", lambda _: True)(key):  # then each is weighted on its own
             break
-    tensors, without = [], 0
+    tensors, without, unsaid = [], 0, False
     for index, (datum, shape) in enumerate(zip(data, shapes, strict=True)):
         inputs = _inputs(datum)
         found = next((key for key in ("weights", "mask") if key in inputs), None)
@@ -137,8 +137,9 @@ def _auto_weights(data: Sequence[Any], shapes: tuple[Shape, ...]) -> TensorBatch
             tensors.append(_sampled(index, inputs))
         else:
             without += 1
+            unsaid |= len(inputs) > 0  # a datum without inputs is none: nobody gave data
             tensors.append(torch.ones(shape, device="cpu"))
-    if without:
+    if unsaid:
         _warn_of_ones()
     return None if without == len(tensors) else _joined(tensors)
 

@@ -191,7 +191,7 @@ defmodule Tinkex.CustomLoss.Faults.BystandersTest do
       for _ <- 1..4, process = Process.alive?(pool) && child(pool, CustomLoss.Pool) do
         monitor = Process.monitor(process)
         Process.exit(process, :kill)
-        assert_receive {:DOWN, ^monitor, _, _, _}
+        assert_receive {:DOWN, ^monitor, _, _, _}, 5_000
         eventually(fn -> not Process.alive?(pool) or child(pool, CustomLoss.Pool) != process end)
       end
 

@@ -2,12 +2,14 @@ defmodule Tinkex.CustomLoss.Pool do
   @moduledoc false
   # Who may send to which worker, and who waits. A request is
   #
-  #     ──▶ waiting ──room at a worker──▶ there ──answered, or withdrawn──▶ done
-  #                                       │ ▲ ▲
-  #            worker ended: not its fault▼ │ │   room, before those that wait
-  #                                   returned│
-  #            worker ended: perhaps its  ▼   │   an idle worker, or room where none will be
-  #                                     retrying ──▶ given up, when it ends that one, too
+  #     ──▶ waiting ────room at a worker────▶ there ──answered, or withdrawn──▶ done
+  #                                            │
+  #                  its worker ended ┌────────┴────────┐ ... perhaps by its fault
+  #            by no fault of its own ▼                 ▼
+  #                               returned          retrying ──▶ given up, when it ends an idle
+  #                                   │                 │        worker, too
+  #         room, before what waits   ▼                 ▼   an idle worker, or room where none will be
+  #                                 there             there
   #
   # where it is withdrawn at its deadline, or when its caller ends: from here, or by the worker that
   # has it. What waits, waits in order for whichever worker has room.

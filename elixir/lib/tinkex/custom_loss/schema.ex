@@ -188,6 +188,29 @@ defmodule Tinkex.CustomLoss.Schema do
   def cast(:directory, value),
     do: check(value, string?(value) and File.dir?(value), "a directory that exists")
 
+  # What the worker is told: the directory as an absolute path, `keep` as Python's Recorder has it.
+  def cast(:record, nil), do: {:ok, nil}
+
+  def cast(:record, value) do
+    expected =
+      {:expected,
+       "[dir: path], with keep: :failures, {:every, n} or :all and keep_bytes: a positive integer"}
+
+    if keyword?(value) and Keyword.keys(value) -- [:dir, :keep, :keep_bytes] == [] do
+      bytes = Keyword.get(value, :keep_bytes, 256_000_000)
+
+      with dir when is_binary(dir) and dir != "" <- value[:dir],
+           keep when is_binary(keep) <- keep(Keyword.get(value, :keep, :failures)),
+           true <- is_integer(bytes) and bytes > 0 do
+        {:ok, %{dir: Path.expand(dir), keep: keep, keep_bytes: bytes}}
+      else
+        _other -> expected
+      end
+    else
+      expected
+    end
+  end
+
   def cast(:strings, value),
     do: check(value, proper?(value) and Enum.all?(value, &string?/1), "a list of strings")
 
@@ -242,6 +265,11 @@ defmodule Tinkex.CustomLoss.Schema do
   def cast(:term, value) do
     valid? = is_binary(value) and value != "" and String.valid?(value)
     check(value, valid?, ~s(the atom of a built-in term, such as :l2, or "module:function"))
+  end
+
+  def cast(:totals, value) do
+    valid? = value == nil or (plain_map?(value) and value != %{})
+    check(value, valid?, "the map that Tinkex.CustomLoss.totals/3 has in its {:ok, totals}")
   end
 
   def cast({:name_of, _allowed}, nil), do: {:ok, nil}
@@ -305,4 +333,8 @@ defmodule Tinkex.CustomLoss.Schema do
   end
 
   defp variable?(_other), do: false
+
+  defp keep(kind) when kind in [:failures, :all], do: Atom.to_string(kind)
+  defp keep({:every, n}) when is_integer(n) and n > 0, do: "every:#{n}"
+  defp keep(_other), do: nil
 end

@@ -115,7 +115,13 @@ defmodule Tinkex.CustomLoss.Pool.Python do
         "#{config.threads}",
         "--log-level",
         "#{config.log_level}"
-      ]
+      ] ++ record_args(config.record)
+  end
+
+  defp record_args(nil), do: []
+
+  defp record_args(record) do
+    ["--record", record.dir, "--keep", record.keep, "--keep-bytes", "#{record.keep_bytes}"]
   end
 
   defp env(config) do
