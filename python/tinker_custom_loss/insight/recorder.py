@@ -124,7 +124,7 @@ class Recorder:
     def _describe(self, composer: Composer) -> None:
         """Write down what is composed; again only where it is something else than before."""
         base = composer.base_loss
-        parts = (*((base.fn, base.params) if base else ()), *composer.regularizers)
+        parts = (base and base.fn, (base and base.params) or None, *composer.regularizers)
         with self._lock:
             if len(parts) == len(self._parts) and all(map(operator.is_, parts, self._parts)):
                 return  # a client makes a composer at every step, of the same parts
