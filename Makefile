@@ -22,7 +22,7 @@ setup: ## install Elixir, and the package with its extras in .venv, if they are 
 .PHONY: demo demo-python
 demo: setup ## train a small language model from Elixir (TEXT=path for another text)
 	@mix compile
-	@mix run docs/examples/demo.exs
+	@scripts/demo.sh
 
 demo-python: setup ## the same with the official SDK, over HTTP
 	@$(BIN)/python docs/examples/demo.py

@@ -207,7 +207,7 @@ def test_the_composition_is_a_table_and_anothers_config_is_none(tmp_path):
     assert "ramp: 0 at 0, 0.5 at 10" in table
     assert "estimator=&quot;k3&quot;" in table
     assert "torch 2.13.0</p>" in table
-    for other in ("text", {"regularizers": 3}):
+    for other in ("text", {"regularizers": 3}, {"regularizers": ["kl"]}):
         page = report_page([recorded(tmp_path / "b", 3, config={"composition": other})])
         assert 'class="words"' not in page
 

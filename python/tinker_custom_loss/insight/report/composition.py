@@ -15,18 +15,15 @@ _HEADS = ("term", "function", "scope", "weight", "parameters")
 
 
 def composition(run: Run) -> str:
-    """The terms of ``config["composition"]``, as ``Composer.describe()`` has them; "" if it is
-    not there, or is something else."""
-    described = run.config.get("composition")
-    if not isinstance(described, Mapping):
+    """The terms of a run's composition; "" if its ``config.json`` has none."""
+    described = run.composition
+    if described is None:
         return ""
-    base, terms = described.get("base_loss"), described.get("regularizers")
-    if not isinstance(terms, list):
-        return ""
+    base = described.get("base_loss")
     rows: list[Mapping[str, Any]] = []
     if isinstance(base, Mapping):
         rows.append({"name": "base_loss", **base})
-    rows += [term for term in terms if isinstance(term, Mapping)]
+    rows += described["regularizers"]
     head = "".join(f'<th scope="col">{text}</th>' for text in _HEADS)
     versions = described.get("versions")
     of = (

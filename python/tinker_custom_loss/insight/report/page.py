@@ -89,7 +89,7 @@ def _section(run: Run, found: Sequence[Figure], index: int, prefix: str, named: 
 
 def _findings(run: Run, prefix: str) -> str:
     judged = list(run.steps.values())[-JUDGED:]
-    found = diagnose(judged, prefix=prefix, composition=run.config.get("composition"))
+    found = diagnose(judged, prefix=prefix, composition=run.composition)
     if not found:
         return f'<p class="quiet">Nothing odd in the last {len(judged)} steps.</p>'
     items = "".join(
