@@ -69,7 +69,11 @@ class RegularizerRecord(TypedDict):
 
 
 class StepRecord(TypedDict):
-    """What one step leaves behind. The keys are always the same."""
+    """What one step leaves behind. The keys are always the same.
+
+    ``cosines`` are those of each pair of weighted gradients, under the names of the two in the
+    order of the terms: ``cosines["base_loss"]["kl"]``. A negative one is a conflict of the two.
+    """
 
     loss_total: float
     regularizer_total: float
@@ -77,6 +81,7 @@ class StepRecord(TypedDict):
     regularizers: dict[str, RegularizerRecord]
     total_grad_norm: float | None
     total_grad_rms: float | None
+    cosines: dict[str, dict[str, float]] | None
     logprob_count: int
     datum_count: int
     schedule_step: int | None
@@ -90,6 +95,7 @@ def step_record(
     base_loss: RegularizerRecord | None,
     regularizers: dict[str, RegularizerRecord],
     total_grad_norm: float | None,
+    cosines: dict[str, dict[str, float]] | None,
     size: int,
     datums: int,
     schedule_step: int | None,
@@ -106,6 +112,7 @@ def step_record(
         "regularizers": regularizers,
         "total_grad_norm": total_grad_norm,
         "total_grad_rms": root_mean_square(total_grad_norm, size),
+        "cosines": cosines,
         "logprob_count": size,
         "datum_count": datums,
         "schedule_step": schedule_step,
@@ -213,6 +220,7 @@ def merge(records: Sequence[StepRecord]) -> StepRecord:
         },
         "total_grad_norm": total,
         "total_grad_rms": root_mean_square(total, size),
+        "cosines": _merged_cosines(records),
         "logprob_count": size,
         "datum_count": sum(record["datum_count"] for record in records),
         "schedule_step": steps.pop() if len(steps) == 1 else None,
@@ -329,6 +337,26 @@ def _merged_cosine(
     shares = zip(cosines, norms, totals, strict=True)
     value = _sum_of((c or 0.0) * ((g or 0.0) / norm) * ((t or 0.0) / total) for c, g, t in shares)
     return max(-1.0, min(1.0, value))
+
+
+def _merged_cosines(records: Sequence[StepRecord]) -> dict[str, dict[str, float]] | None:
+    parts = [record["cosines"] for record in records if record["cosines"] is not None]
+    if len(parts) < len(records):
+        return None
+    norms: dict[str, list[float | None]] = {
+        name: [record["regularizers"][name]["grad_norm"] for record in records]
+        for name in records[0]["regularizers"]
+    }
+    norms["base_loss"] = [base["grad_norm"] for r in records if (base := r["base_loss"])]
+    whole = {name: _merged_norm(of_parts) for name, of_parts in norms.items()}
+    return {
+        a: {
+            b: _merged_cosine([p[a][b] for p in parts], norms[a], whole[a], norms[b], whole[b])
+            or 0.0
+            for b in others
+        }
+        for a, others in parts[0].items()
+    }
 
 
 def _merged_custom(parts: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:

@@ -10,7 +10,7 @@ import pytest
 import tinker
 import torch
 
-from tinker_custom_loss import RequestError, StoppedError, TermError, with_regularizers
+from tinker_custom_loss import Composer, RequestError, StoppedError, TermError, with_regularizers
 from tinker_custom_loss.terms import kl, l2
 from training import ADAM, Gate, assert_same_parameters, datums, spread, squares, weighted_nll
 
@@ -166,6 +166,52 @@ class TestCrossEntropy:
         with pytest.raises(RequestError, match="totals"):
             client.forward_backward(datums(), "cross_entropy", regularizers=[], totals={})
         assert counting.passes == []
+
+
+class TestEveryLossOfTheServers:
+    @pytest.mark.parametrize(
+        "loss_fn", ["cross_entropy", "importance_sampling", "ppo", "cispo", "dro"]
+    )
+    def test_the_gradient_is_that_of_the_whole_loss(self, new_client, sandbox, counting, loss_fn):
+        data = datums(alternatives=False) if loss_fn == "cross_entropy" else policy_data()
+        native = with_regularizers(counting, regularizers=[SQUARES, SPREAD])
+        step = native.forward_backward(data, loss_fn)
+        native.optim_step(ADAM).result(60)
+        whole = with_regularizers(new_client(), regularizers=[SQUARES, SPREAD])
+        if loss_fn == "cross_entropy":
+            same = Composer(weighted_nll, [SQUARES, SPREAD])
+        else:  # the server's have no mask: its dro tethers the prompt, too
+            same = Composer(loss_fn, [SQUARES, SPREAD], base_params={"weights": None})
+        want = whole.forward_backward_custom(data, same)
+        whole.optim_step(ADAM).result(60)
+        assert_same_parameters(
+            sandbox.parameters(native.model_id), sandbox.parameters(whole.model_id)
+        )
+        assert [loss for loss, _ in counting.passes] == [loss_fn, "cross_entropy"]
+        assert step.result(60).record["base_loss"]["value"] == pytest.approx(
+            want.result(60).record["base_loss"]["value"], rel=1e-4
+        )
+
+
+class TestOptimStep:
+    """Loops such as tinker-cookbook's log its metrics, and none of a pass."""
+
+    def test_has_the_record_of_the_steps_before_it(self, new_client):
+        client = with_regularizers(new_client(), regularizers=[SQUARES], flat_metrics=True)
+        bare = client.optim_step(ADAM).result(60).metrics or {}
+        first = client.forward_backward(datums(), "cross_entropy")
+        second = client.forward_backward(datums(), "cross_entropy")
+        metrics = client.optim_step(ADAM).result(60).metrics
+        value = "regularizers/squares/value"
+        both = first.result(60).metrics[value] + second.result(60).metrics[value]
+        assert metrics[value] == pytest.approx(both)
+        assert bare.keys() <= metrics.keys()
+        assert value not in (client.optim_step(ADAM).result(60).metrics or {})
+
+    def test_and_of_none_that_failed(self, new_client):
+        client = with_regularizers(new_client(), regularizers=[FAILS], flat_metrics=True)
+        client.forward_backward(datums(), "cross_entropy")
+        assert "loss_total" not in (client.optim_step(ADAM).result(60).metrics or {})
 
 
 class TestOrder:

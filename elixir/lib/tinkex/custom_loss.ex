@@ -76,7 +76,7 @@ defmodule Tinkex.CustomLoss do
     WorkerError
   }
 
-  alias Tinkex.CustomLoss.Pool.{Call, Worker}
+  alias Tinkex.CustomLoss.Pool.{Call, Handle, Worker}
   alias Tinkex.CustomLoss.Training.LossFn
   alias Tinkex.CustomLoss.Wire.{Data, Tensor}
 
@@ -139,7 +139,7 @@ defmodule Tinkex.CustomLoss do
     Telemetry.load()
     # What events and log lines say: which pool it is.
     config = %{config | name: config.name || self()}
-    Pool.forget_with(self())
+    Handle.forget_with(self())
 
     children = [
       {Pool, {self(), config}},
@@ -166,7 +166,7 @@ defmodule Tinkex.CustomLoss do
 
   @doc false
   def start_workers(supervisor, config) do
-    pool = Pool.whereis(supervisor).pool
+    pool = Handle.of(supervisor).pool
     workers = for index <- 1..config.workers, do: {Worker, {index, pool, config}}
     Supervisor.start_link(workers, strategy: :one_for_one)
   end
@@ -176,7 +176,7 @@ defmodule Tinkex.CustomLoss do
     # The worker's own clock starts later, and knows better what was the matter.
     timeout = config.start_timeout + 5_000
 
-    case Pool.ask(Pool.whereis(supervisor).pool, :await_ready, timeout) do
+    case Pool.ask(Handle.of(supervisor).pool, :await_ready, timeout) do
       :ok -> :ignore
       :timeout -> {:error, %TimeoutError{timeout: timeout, stage: :queued}}
       {:error, error} -> {:error, error}

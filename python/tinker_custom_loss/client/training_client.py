@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 import inspect
 import threading
@@ -32,7 +33,7 @@ from .call_queue import CallQueue, computing, refuse_within
 from .failures import Failures, OnFailure
 from .futures import StepFuture
 from .native import NativeStep, native_data
-from .step import CustomStep, StepOutput
+from .step import CustomStep, StepOutput, with_records
 
 __all__ = ["RegularizedTrainingClient", "with_regularizers"]
 
@@ -69,7 +70,8 @@ def with_regularizers(
         regularizers: those of steps that name none, so that a loop which calls
             ``forward_backward(data, "ppo")`` or ``forward_backward_custom(data, loss_fn)`` itself
             gets them.
-        flat_metrics: what steps do that do not say.
+        flat_metrics: what steps do that do not say. True also puts the record into the metrics of
+            the ``optim_step`` behind them, for loops that log those.
         on_failure: what happens to the calls behind a step that failed, by a term's error or by
             the server's. ``"continue"``: they are sent; the step contributed nothing. ``"stop"``:
             they raise :class:`StoppedError`, and so does every later one that has a place in the
@@ -121,6 +123,7 @@ class RegularizedTrainingClient(_Client):
         self._queue = CallQueue()
         self._step_lock = threading.Lock()
         self._next_step = 0
+        self._unlogged: list[concurrent.futures.Future[StepOutput]] = []  # since optim_step
 
     @overload  # type: ignore[override]  # it has more than the SDK's, and by other names
     def forward_backward_custom(
@@ -253,8 +256,7 @@ class RegularizedTrainingClient(_Client):
         checked_totals(totals, checked_step(step), composer, datums)
         number = self._count(step)
         composed = CustomStep(self._client, datums, composer, number, totals, flat, self._failures)
-        self._queue.enqueue(composed.run)
-        return StepFuture(composed.future)
+        return self._enqueued(composed)
 
     async def forward_backward_custom_async(self, *args: Any, **kwargs: Any) -> APIFuture[Any]:
         """:meth:`forward_backward_custom` for async code: awaited, it gives the future."""
@@ -343,8 +345,26 @@ class RegularizedTrainingClient(_Client):
         native = NativeStep(
             self._client, call, datums, composer, number, totals, flat, self._failures
         )
-        self._queue.enqueue(native.run)
-        return StepFuture(native.future)
+        return self._enqueued(native)
+
+    def optim_step(self, *args: Any, **kwargs: Any) -> APIFuture[types.OptimStepResponse]:
+        """The SDK's own.
+
+        With ``flat_metrics=True`` in ``with_regularizers``, its metrics also have the record of the
+        steps since the last one, in its flat form and merged: many loops log these metrics alone.
+        If their weights differ, and so cannot be merged, it is that of the last.
+        """
+        in_turn = self._in_turn("optim_step", self._client.optim_step)
+        response: APIFuture[types.OptimStepResponse] = in_turn(*args, **kwargs)
+        with self._step_lock:
+            steps, self._unlogged = self._unlogged, []
+        return with_records(response, steps) if steps else response
+
+    async def optim_step_async(
+        self, *args: Any, **kwargs: Any
+    ) -> APIFuture[types.OptimStepResponse]:
+        """:meth:`optim_step` for async code: awaited, it gives the future."""
+        return self.optim_step(*args, **kwargs)
 
     async def forward_backward_async(self, *args: Any, **kwargs: Any) -> APIFuture[Any]:
         """:meth:`forward_backward` for async code: awaited, it gives the future."""
@@ -398,6 +418,13 @@ class RegularizedTrainingClient(_Client):
         if regularizers is None and not isinstance(base, Composer):
             regularizers = self._regularizers
         return base, regularizers
+
+    def _enqueued(self, step: CustomStep | NativeStep) -> StepFuture[StepOutput]:
+        if self._flat_metrics:
+            with self._step_lock:
+                self._unlogged.append(step.future)
+        self._queue.enqueue(step.run)
+        return StepFuture(step.future)
 
     def _recorded(self, composer: Composer) -> Composer:
         return composer if self._recorder is None else composer.recorded_by(self._recorder)

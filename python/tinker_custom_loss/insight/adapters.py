@@ -8,7 +8,6 @@ What the caller passes in, such as a run, is the caller's to close.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,17 +43,13 @@ class WandB:
 
 
 class Trackio:
-    """To a run of Trackio, as ``trackio.init()`` returns it.
-
-    Trackio keeps what JSON holds: of values that are not finite it gets the text.
-    """
+    """To a run of Trackio, as ``trackio.init()`` returns it."""
 
     def __init__(self, run: Any) -> None:
         self.run = run
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        plain = {k: v if math.isfinite(v) else str(v) for k, v in metrics.items()}
-        self.run.log(plain, step=step)
+        self.run.log(dict(metrics), step=step)
 
 
 class CookbookLogger:

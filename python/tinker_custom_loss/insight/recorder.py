@@ -124,7 +124,7 @@ class Recorder:
     def _describe(self, composer: Composer) -> None:
         """Write down what is composed; again only where it is something else than before."""
         base = composer.base_loss
-        parts = (*((base.fn, base.params) if base else ()), *composer.regularizers)
+        parts = (base and base.fn, (base and base.params) or None, *composer.regularizers)
         with self._lock:
             if len(parts) == len(self._parts) and all(map(operator.is_, parts, self._parts)):
                 return  # a client makes a composer at every step, of the same parts
@@ -189,6 +189,17 @@ class Run:
     def title(self) -> str:
         """The name of its directory."""
         return self.directory.resolve().name
+
+    @property
+    def composition(self) -> Mapping[str, Any] | None:
+        """What was composed, as ``Composer.describe()`` has it; None if ``config`` does not say."""
+        described = self.config.get("composition")
+        terms = described.get("regularizers") if isinstance(described, Mapping) else None
+        if not isinstance(terms, list) or not all(
+            isinstance(term, Mapping) and {"name", "weight"} <= term.keys() for term in terms
+        ):
+            return None
+        return described
 
     def __repr__(self) -> str:
         return f"Run({str(self.directory)!r}, {len(self.steps)} steps)"
