@@ -60,6 +60,10 @@ properties: setup ## draw 3000 new compositions for each property (EXAMPLES=n fo
 		echo "PROPERTIES_SEED=$$seed"; \
 		$(BIN)/pytest -m hypothesis --hypothesis-profile=new --hypothesis-seed=$$seed
 
+.PHONY: replays
+replays: setup ## keep 200 random compositions and replay them (REPLAYS=n for another number)
+	@REPLAYS=$(or $(REPLAYS),200) $(BIN)/pytest -q tests/python/test_replay.py -k bit_equal
+
 .PHONY: lint lint-elixir lint-python lint-tree
 lint: setup ## check formatting, types, warnings
 	@$(MAKE) --keep-going lint-elixir lint-python lint-tree
@@ -88,6 +92,7 @@ bench: setup ## measure: one line a figure, NAME VALUE (target T) ok|short
 	@mix compile
 	-@mix run tests/bench/bridge.exs
 	-@$(BIN)/python tests/bench/native.py
+	-@$(BIN)/python tests/bench/recording.py 2>/dev/null
 	-@$(BIN)/python tests/bench/concurrency.py 2>/dev/null
 
 .PHONY: pictures

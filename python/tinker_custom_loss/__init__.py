@@ -27,14 +27,17 @@ from .totals import add_totals
 
 if TYPE_CHECKING:
     from .client import (
+        RegularizedServiceClient,
         RegularizedTrainingClient,
         StepOutput,
         forward_backward_custom,
         forward_backward_custom_async,
         linearize,
+        regularized,
         with_regularizers,
     )
-    from .insight import Recorder, diagnose, live, watch
+    from .insight import Recorder, diagnose, replay, watch
+    from .insight.live import live
     from .terms.term import term
 
 __version__ = "0.1.0"
@@ -51,6 +54,7 @@ __all__ = [
     "NonFiniteError",
     "ProtocolError",
     "Recorder",
+    "RegularizedServiceClient",
     "RegularizedTrainingClient",
     "Regularizer",
     "RegularizerRecord",
@@ -70,6 +74,8 @@ __all__ = [
     "linearize",
     "live",
     "merge",
+    "regularized",
+    "replay",
     "term",
     "watch",
     "with_regularizers",
@@ -78,16 +84,18 @@ __all__ = [
 # Importing the tinker client takes half a second that a worker of the port does not have.
 _SDK = frozenset(
     {
+        "RegularizedServiceClient",
         "RegularizedTrainingClient",
         "StepOutput",
         "forward_backward_custom",
         "forward_backward_custom_async",
         "linearize",
+        "regularized",
         "with_regularizers",
     }
 )
 # And rich a tenth of one.
-_INSIGHT = frozenset({"Recorder", "diagnose", "live", "watch"})
+_INSIGHT = frozenset({"Recorder", "diagnose", "live", "replay", "watch"})
 
 
 def __getattr__(name: str) -> Any:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from . import __version__
 from .cli.doctor import examine
+from .cli.replay import add_replay, replay_command
 from .cli.report import add_report, report
 from .cli.terms import describe, overview
 
@@ -34,9 +35,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command.add_argument("--markdown", action="store_true", help="all of all, as a page")
     summary = "make one HTML page, with charts, of recorded runs"
     add_report(commands.add_parser("report", help=summary, description=summary))
+    summary = "compute a step again that a run has kept, as it was or with changes"
+    add_replay(commands.add_parser("replay", help=summary, description=summary))
     options = parser.parse_args(arguments)
     if options.command == "report":
         return report(options)
+    if options.command == "replay":
+        return replay_command(options)
     if options.command == "doctor":
         return _doctor(options.load)
     return _terms(options.load, options.names, options.markdown)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import copy
 import logging
 import threading
 import time
@@ -23,7 +24,9 @@ import torch
 from torch import Tensor
 
 from .composition import ComposedLoss, Composition, Step
+from .description import describe_terms
 from .errors import CancelledError, ChangedLogprobsError, RequestError, TermError
+from .observer import ObservedStep, StepObserver, checked_observer
 from .record import metrics_of
 from .regularizer import BASE_LOSS, LossFn, Regularizer, check_step, regularizers_from
 from .running import lifetimes, places, processes
@@ -55,6 +58,8 @@ class Composer:
         regularizers: :class:`Regularizer`\\ s, or dicts with the keys ``fn``, ``weight``,
             ``name`` and any option of a Regularizer.
         base_params: keyword arguments for ``base_loss_fn``.
+        recorder: who sees every step that is differentiated, such as a
+            :class:`~tinker_custom_loss.Recorder` that keeps steps.
         inline_lock: held while inline terms run, for callers that compute from several threads
             but promise their users that inline functions never run concurrently.
 
@@ -68,6 +73,7 @@ class Composer:
         regularizers: Sequence[Regularizer | Mapping[str, Any]] | None = None,
         *,
         base_params: Mapping[str, Any] | None = None,
+        recorder: StepObserver | None = None,
         inline_lock: contextlib.AbstractContextManager[Any] | None = None,
     ) -> None:
         _check_no_composer(base_loss_fn)
@@ -103,6 +109,7 @@ class Composer:
                 raise RequestError(f"{where}: {error}", path=f"{where}.{error.path}") from error
         self._calls = [Call(term.name, term.fn, term.params) for term in self._terms]
         self._inline_lock = inline_lock or contextlib.nullcontext()
+        self._recorder = checked_observer(recorder)
         own_processes = sum(term.run_in_executor == "process" for term in enabled)
         if own_processes:
             processes.warm(own_processes)
@@ -200,6 +207,22 @@ class Composer:
         logprobs: Sequence[Tensor] | TensorBatch,
         step: int | None,
         totals: Mapping[str, Any] | None,
+        *rest: Any,
+    ) -> Composition:
+        """Seen by the recorder, if there is one."""
+        if self._recorder is None:
+            return self._composition(data, logprobs, step, totals, *rest)
+        observed = ObservedStep(self, data, logprobs, step, totals)
+        with self._recorder.observing(observed):
+            observed.composition = self._composition(data, logprobs, step, totals, *rest)
+        return observed.composition
+
+    def _composition(
+        self,
+        data: Sequence[Any],
+        logprobs: Sequence[Tensor] | TensorBatch,
+        step: int | None,
+        totals: Mapping[str, Any] | None,
         term_gradients: bool,
         cancelled: threading.Event | None,
         surroundings: places.Surroundings,
@@ -253,6 +276,27 @@ class Composer:
         check_step(step)
         for term in self._terms:
             term.check_step(step)
+
+    def describe(self) -> dict[str, Any]:
+        """What is composed here, as JSON has it: ``base_loss``, ``regularizers`` and ``versions``.
+
+        Of each term its name, ``fn`` (a name of the catalogue, ``module:name``, or None with what
+        it is under ``unnamed``), scope, the ``params`` given and the ``defaults`` of the others,
+        among them ``reduction`` and estimators, and its weight: a number, or of a schedule its
+        name and what it gives at some steps.
+        """
+        return describe_terms(self._base, self.regularizers)
+
+    @property
+    def base_loss(self) -> Regularizer | None:
+        """The base loss, as a regularizer of weight 1."""
+        return self._base
+
+    def recorded_by(self, recorder: StepObserver) -> Composer:
+        """The same composer, whose steps ``recorder`` sees."""
+        recorded = copy.copy(self)
+        recorded._recorder = checked_observer(recorder)
+        return recorded
 
     def _begin(
         self,

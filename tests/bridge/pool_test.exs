@@ -43,7 +43,7 @@ defmodule Tinkex.CustomLoss.PoolTest do
         match?({:ok, %{workers: [%{state: :ready}, %{state: :ready}]}}, CustomLoss.info(pool))
       end)
 
-      slow = for _ <- 1..2, do: Task.async(fn -> ask(pool, 1, timeout: 500) end)
+      slow = for _ <- 1..2, do: Task.async(fn -> ask(pool, 1, timeout: 1_000) end)
 
       eventually(fn ->
         {:ok, info} = CustomLoss.info(pool)
@@ -55,7 +55,7 @@ defmodule Tinkex.CustomLoss.PoolTest do
 
     test "keeps what is beyond max_in_flight waiting, and refuses what is beyond max_queue" do
       pool = start_peers!("stops_when_cancelled.py", max_in_flight: 1, max_queue: 1)
-      slow = Task.async(fn -> ask(pool, 1, timeout: 600) end)
+      slow = Task.async(fn -> ask(pool, 1, timeout: 1_000) end)
       eventually(fn -> match?({:ok, %{in_flight: 1}}, CustomLoss.info(pool)) end)
       queued = Task.async(fn -> ask(pool, 2) end)
       eventually(fn -> match?({:ok, %{queued: 1}}, CustomLoss.info(pool)) end)
@@ -70,7 +70,7 @@ defmodule Tinkex.CustomLoss.PoolTest do
 
     test "lets go of those who died in the queue" do
       pool = start_peers!("stops_when_cancelled.py", max_in_flight: 1)
-      slow = Task.async(fn -> ask(pool, 1, timeout: 500) end)
+      slow = Task.async(fn -> ask(pool, 1, timeout: 1_000) end)
       eventually(fn -> match?({:ok, %{in_flight: 1}}, CustomLoss.info(pool)) end)
       queued = spawn(fn -> ask(pool, 2) end)
       eventually(fn -> match?({:ok, %{queued: 1}}, CustomLoss.info(pool)) end)
@@ -322,6 +322,16 @@ defmodule Tinkex.CustomLoss.PoolTest do
       pool = start_pool!(python: fixture("exits_before_ready.py"), backoff: {60_000, 60_000})
       assert {:error, %WorkerError{} = error} = ask(pool, 1)
       assert Exception.message(error) =~ "exited with status 3 before it was ready"
+    end
+
+    @tag :tmp_dir
+    test "and hangs when it is asked what it lacks is killed", %{tmp_dir: dir} do
+      env = %{"PIDS" => Path.join(dir, "pid")}
+      opts = [python: fixture("hangs_when_asked.sh"), env: env, start_timeout: 1_000]
+      pool = start_pool!(opts ++ [backoff: {60_000, 60_000}])
+      assert {:error, %WorkerError{reason: {:not_started, sentence}}} = ask(pool, 1)
+      assert sentence =~ "did not end within 1.0 s, and was killed"
+      env["PIDS"] |> File.read!() |> String.trim() |> String.to_integer() |> assert_gone()
     end
 
     test "because it says nothing is killed" do

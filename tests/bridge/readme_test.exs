@@ -2,6 +2,8 @@ defmodule Tinkex.CustomLoss.ReadmeTest do
   # Changes the working directory.
   use ExUnit.Case, async: false
 
+  import ExUnit.CaptureLog
+
   alias Tinkex.CustomLoss.Pool.Python
   alias Tinkex.CustomLoss.Test.SandboxServer
   alias Tinkex.Types.{Datum, ModelInput, TensorData}
@@ -45,8 +47,12 @@ defmodule Tinkex.CustomLoss.ReadmeTest do
 
   @tag :tmp_dir
   test "README.md", %{tmp_dir: dir} do
-    bindings = run(@readme, dir)
+    {bindings, log} = with_log(fn -> run(@readme, dir) end)
+    # Without data there are no tokens of a prompt to be warned of.
+    refute log =~ ~s(neither "weights" nor "mask")
     record = bindings[:output].record
+    # Nobody said which step it is.
+    assert record["schedule_step"] == nil
     assert_in_delta record["loss_total"], 5.0419, 5.0e-5
     assert_in_delta record["regularizers"]["smoothness"]["contribution"], 0.268, 5.0e-5
   end

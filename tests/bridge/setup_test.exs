@@ -9,6 +9,7 @@ defmodule Tinkex.CustomLoss.SetupTest do
   alias Tinkex.CustomLoss
   alias Tinkex.CustomLoss.{Options, SetupError, WorkerError}
   alias Tinkex.CustomLoss.Pool.Python
+  alias Tinkex.CustomLoss.Setup.Progress
 
   @root Path.expand("../..", __DIR__)
   @moduletag timeout: 300_000
@@ -48,6 +49,9 @@ defmodule Tinkex.CustomLoss.SetupTest do
     assert output =~ "setup: making an environment in #{dir} with #{real_python()}"
     made = Path.join(dir, "bin/python")
     assert output =~ "setup: done; to check it: mix tinkex.custom_loss.doctor --python #{made}"
+    # Of pip there is nothing to read.
+    refute output =~ "Processing"
+    refute output =~ "Successfully"
 
     assert [_] =
              Path.wildcard(Path.join(dir, "lib/python*/site-packages/tinker_custom_loss/port"))
@@ -83,7 +87,6 @@ defmodule Tinkex.CustomLoss.SetupTest do
     env = [
       {"HOME", tmp},
       {"MIX_HOME", System.get_env("MIX_HOME", Path.expand("~/.mix"))},
-      {"MIX_INSTALL_DIR", Path.join(tmp, "mix")},
       {"TINKEX_CUSTOM_LOSS_DEPS", "none"},
       {"HEX_OFFLINE", "1"},
       # Where a Python is found without asking for one.
@@ -93,8 +96,12 @@ defmodule Tinkex.CustomLoss.SetupTest do
       {"TINKEX_PATH", nil} | packages()
     ]
 
-    options = [cd: tmp, env: env, stderr_to_stdout: true]
-    {output, status} = System.cmd("elixir", [script], options)
+    run = fn install_dir ->
+      env = [{"MIX_INSTALL_DIR", Path.join(tmp, install_dir)} | env]
+      System.cmd("elixir", [script], cd: tmp, env: env, stderr_to_stdout: true)
+    end
+
+    {output, status} = run.("first")
     assert status == 0, output
     # Of the call, and of the first and last step.
     assert output =~ "#Tinkex.CustomLoss.Output<\n  loss_total: 6.5281, gradients: [[3], [2]]\n"
@@ -102,8 +109,9 @@ defmodule Tinkex.CustomLoss.SetupTest do
     assert [_, losses] = Regex.run(~r/^\[([\d., \n]+)\]$/m, output)
     losses = losses |> String.split(~r/[,\s]+/) |> Enum.map(&String.to_float/1)
     assert length(losses) == 10 and List.last(losses) < hd(losses)
-    # Again, it is there.
-    {output, 0} = System.cmd("elixir", [script], options)
+    # Again, it is there. Mix, asked to install the same again, would look for Hex first.
+    {output, status} = run.("second")
+    assert status == 0, output
     assert output =~ "setup: the environment in #{tmp}/.cache/custom_loss/python is complete"
   end
 
@@ -118,7 +126,20 @@ defmodule Tinkex.CustomLoss.SetupTest do
       end)
 
     assert output =~ "setup: making an environment in #{dir}"
+    # All that pip said, now that it matters.
+    assert output =~ "No matching distribution found for "
     refute File.exists?(dir)
+  end
+
+  test "shows large downloads as they begin" do
+    said = ["Collecting torch\n  Downl", "oading torch-2.13.0-cp311.whl (191.5 MB)\nDownload"]
+    small = ["ing numpy (12 kB)\nDownloading cudnn (1.2GiB)\n", "Installed"]
+    me = self()
+
+    assert Enum.into(said ++ small, %Progress{say: &send(me, &1)}) == Enum.join(said ++ small)
+    assert_received "downloading torch-2.13.0-cp311.whl (191.5 MB)"
+    assert_received "downloading cudnn (1.2GiB)"
+    refute_received "downloading numpy" <> _
   end
 
   test "is not done where something is missing", %{dir: dir, tmp_dir: tmp} do
@@ -178,7 +199,7 @@ defmodule Tinkex.CustomLoss.SetupTest do
   test "keeps an environment that is there", %{dir: dir} do
     {_, 0} = System.cmd(real_python(), ["-m", "venv", "--without-pip", dir])
     File.write!(Path.join(dir, "kept"), "")
-    opts = [dir: dir, args: ["--no-index"]]
+    opts = [dir: dir, args: ["--no-index"], verbose: true]
 
     capture_io(fn -> assert_raise SetupError, fn -> CustomLoss.setup!(opts) end end)
     assert File.exists?(Path.join(dir, "kept"))

@@ -165,7 +165,7 @@ defmodule Tinkex.CustomLoss.TelemetryTest do
     )
 
     pool = start_peers!("dies_of_step_1.py", name: __MODULE__, max_in_flight: 1)
-    assert_receive {[:tinkex_custom_loss, :worker, :up], %{duration: _}, up}
+    assert_receive {[:tinkex_custom_loss, :worker, :up], %{duration: _}, up}, 5_000
     assert %{pool: __MODULE__, worker: 1, os_pid: os_pid, versions: %{torch: "0"}} = up
 
     assert {:error, _} = ask(pool, 1)

@@ -17,20 +17,24 @@ defmodule Tinkex.CustomLoss.TrainingTest do
 
     @logprobs [[-1.0, -2.0], [-3.0]]
 
-    def start_link(opts \\ []), do: Agent.start_link(fn -> %{calls: [], opts: opts} end)
+    def start_link(opts \\ []),
+      do: Agent.start_link(fn -> %{calls: [], options: [], opts: opts} end)
+
     def calls(client), do: client |> Agent.get(& &1.calls) |> Enum.reverse()
+    def options(client), do: client |> Agent.get(& &1.options) |> Enum.reverse()
 
     def forward(client, data, loss_fn, opts), do: run(client, :forward, data, loss_fn, opts)
 
     def forward_backward(client, data, loss_fn, opts),
       do: run(client, :forward_backward, data, loss_fn, opts)
 
-    defp run(client, function, data, :cross_entropy, _opts) do
+    defp run(client, function, data, :cross_entropy, opts) do
       {:ok,
        Task.async(fn ->
          Agent.get_and_update(client, fn state ->
            answer = Keyword.get(state.opts, function) || {:ok, answer(data)}
-           {answer, %{state | calls: [{function, data} | state.calls]}}
+           calls = [{function, data} | state.calls]
+           {answer, %{state | calls: calls, options: [opts | state.options]}}
          end)
        end)}
     end
@@ -134,6 +138,75 @@ defmodule Tinkex.CustomLoss.TrainingTest do
     {:ok, client} = Client.start_link(forward: {:ok, %Output{loss_fn_outputs: []}})
     assert {:error, %ArgumentError{} = error} = step(pool, client, @loss)
     assert Exception.message(error) =~ "data has 2 datums"
+  end
+
+  describe "a loss of the server's own" do
+    @regularizers [regularizers: [%{name: "squares", fn: "pathological:squares", weight: 0.5}]]
+
+    defp native(pool, client, loss_fn, opts) do
+      {:ok, task} = CustomLoss.forward_backward(pool, {Client, client}, @data, loss_fn, opts)
+      Task.await(task, 30_000)
+    end
+
+    test "is sent as it is, and the regularizers' gradient after it", %{pool: pool} do
+      {:ok, client} = Client.start_link()
+      config = [client_opts: [loss_fn_config: %{"a" => 1.0}]]
+
+      assert {:ok, %Output{} = output} =
+               native(pool, client, :cross_entropy, config ++ @regularizers)
+
+      assert [{:forward_backward, base}, {:forward_backward, linear}] = Client.calls(client)
+      assert Client.options(client) == [[loss_fn_config: %{"a" => 1.0}], []]
+
+      for datum <- base,
+          do: assert(Map.keys(datum.loss_fn_inputs) == ["target_tokens", "weights"])
+
+      assert Enum.map(base, & &1.loss_fn_inputs["weights"]) == [[1.0, 1.0], [1.0]]
+      # 0.5 · d Σ x² = x at -1, -2, -3
+      assert Enum.map(linear, & &1.loss_fn_inputs["weights"]) == [[1.0, 2.0], [3.0]]
+
+      assert %{"loss:sum" => 6.0, "tokens:sum" => 3.0, "surrogate_loss:sum" => 14.0} =
+               output.metrics
+
+      assert %{"loss_total" => 13.0, "regularizer_total" => 7.0, "total_grad_norm" => nil} =
+               output.metrics
+
+      assert output.metrics["base_loss"]["value"] == 6.0
+      assert output.metrics["regularizers"]["squares"]["cosine_to_total"] == nil
+      assert [%{"logprobs" => %{"data" => [-1.0, -2.0]}}, _] = output.loss_fn_outputs
+    end
+
+    test "is accumulated when a term fails", %{pool: pool} do
+      {:ok, client} = Client.start_link()
+      raises = [regularizers: [%{name: "bad", fn: "pathological:raises", weight: 1.0}]]
+      assert {:error, %TermError{term: "bad"}} = native(pool, client, :cross_entropy, raises)
+      assert [{:forward_backward, _}] = Client.calls(client)
+    end
+
+    test "goes alone where the regularizers add nothing", %{pool: pool} do
+      {:ok, client} = Client.start_link()
+      none = [regularizers: [%{name: "squares", fn: "pathological:squares", weight: 0.0}]]
+      assert {:ok, output} = native(pool, client, :cross_entropy, [metrics: :flat] ++ none)
+      assert [{:forward_backward, _}] = Client.calls(client)
+      assert output.metrics["regularizers/squares/value"] == 14.0
+      assert output.metrics["loss_total"] == output.metrics["loss:sum"]
+    end
+
+    test "its errors come as they are, and what is no loss is refused", %{pool: pool} do
+      error = %{__struct__: Tinkex.Error, message: "rate limited", type: :api_status}
+      {:ok, client} = Client.start_link(forward_backward: {:error, error})
+      assert native(pool, client, :cross_entropy, @regularizers) == {:error, error}
+
+      for {loss_fn, opts, sentence} <- [
+            {3, @regularizers, "name of a loss of the server's"},
+            {:ppo, [], "call the training client's own forward_backward/4"},
+            {:ppo, [base_loss: :nll] ++ @regularizers, "base_loss"}
+          ] do
+        assert_raise ArgumentError, ~r/#{sentence}/, fn ->
+          native(pool, client, loss_fn, opts)
+        end
+      end
+    end
   end
 
   test "what is no client, no data, or no gradient is refused", %{pool: pool} do

@@ -135,6 +135,18 @@ defmodule Tinkex.CustomLoss.OptionsTest do
                "the base loss lacks :fn; it needs :fn"
     end
 
+    test "takes a reduction of the base loss" do
+      for base <- [
+            %{fn: "ppo", reduction: :token_mean},
+            [fn: :ppo, reduction: "token_mean"],
+            %{"fn" => "ppo", "reduction" => "token_mean"}
+          ],
+          do: assert(%{base_loss: %{reduction: "token_mean"}} = Options.call!(base_loss: base))
+
+      assert message(fn -> compute(base_loss: %{fn: :ppo, reduction: :token_means}) end) =~
+               ~r/:reduction of the base loss: expected one of :token_mean, .*, got: :token_means/
+    end
+
     test "takes parameters that are atoms, but for those that are values" do
       params = %{reduction: :mean, x: nil, y: true, z: :nan, keys: [:a, %{b: :c}]}
 

@@ -28,6 +28,10 @@ defmodule Tinkex.CustomLoss.RegularizerTest do
         {:run_in_executor, :thread, "one of false, true, :process"},
         {:on_error, :ignore, "one of :raise, :skip"},
         {:on_non_finite, :clip, "one of :raise, :skip, :zero"},
+        {:reduction, 5,
+         "one of :token_sum, :token_mean, :sequence_mean_token_mean, :sequence_mean_token_sum"},
+        {:reduction, :token_men,
+         "one of :token_mean, :token_sum, :sequence_mean_token_sum, :sequence_mean_token_mean"},
         {:enabled, nil, "one of true, false"}
       ] do
     test "refuses #{inspect(value)} for :#{key}" do
@@ -35,6 +39,29 @@ defmodule Tinkex.CustomLoss.RegularizerTest do
                "invalid value for :#{unquote(key)} of regularizer \"kl\": " <>
                  "expected #{unquote(expected)}, got: #{inspect(unquote(value))}"
     end
+  end
+
+  test "is called as its function, unless it has a name" do
+    for fun <- [:kl, "kl", "my_losses:kl"], keys <- [&Atom.to_string/1, & &1] do
+      assert %Regularizer{name: "kl", fn: name} =
+               Regularizer.new!(%{keys.(:fn) => fun, keys.(:weight) => 0.1})
+
+      assert name == to_string(fun)
+    end
+
+    assert message(fn: :kl, weight: :heavy) =~ ~s(invalid value for :weight of regularizer "kl")
+    two = [%{fn: :kl, weight: 1}, %{fn: "kl", weight: 2}]
+    error = assert_raise(ArgumentError, fn -> Regularizer.list!(two) end)
+    assert Exception.message(error) =~ ~s(two regularizers are named "kl")
+  end
+
+  test "has a reduction, as an atom or a string" do
+    for reduction <- [:token_mean, "token_mean"], key <- [:reduction, "reduction"] do
+      given = @valid |> Map.new(fn {k, v} -> {if(is_atom(key), do: k, else: "#{k}"), v} end)
+      assert %{reduction: "token_mean"} = Regularizer.new!(Map.put(given, key, reduction))
+    end
+
+    assert %{reduction: nil} = Regularizer.new!(@valid)
   end
 
   test "refuses a name that is none" do
@@ -45,9 +72,9 @@ defmodule Tinkex.CustomLoss.RegularizerTest do
 
   test "says which key is missing, or is too much" do
     assert message(%{name: "kl", fn: :kl}) ==
-             ~s(regularizer "kl" lacks :weight; it needs :name, :fn and :weight)
+             ~s(regularizer "kl" lacks :weight; it needs :fn and :weight)
 
-    assert message(%{weight: 1}) =~ "a regularizer lacks :name"
+    assert message(%{weight: 1}) =~ "a regularizer lacks :fn"
     assert message(Map.put(@valid, :wieght, 1)) =~ ~s(regularizer "kl" has no option :wieght; its)
     assert message(Map.put(@valid, "wieght", 1)) =~ ~s(has no option "wieght"; its options are)
     assert message(:kl) =~ "expected a regularizer to be a map or keyword list"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -91,6 +93,49 @@ def test_a_schedule_that_stands_still():
     (finding,) = diagnose(records)
     assert (finding.kind, finding.term) == ("stuck_schedule", None)
     assert "24 steps were all computed as step 0" in finding.message
+
+
+def test_a_schedule_that_stands_still_is_named_where_the_composition_is_known():
+    composer = Composer(base, [{"fn": square, "weight": lambda step: 0.1 + step, "name": "term"}])
+    records = run({"fn": square, "weight": lambda step: 0.1 + step}, frozen=True)
+    (finding,) = diagnose(records, composition=composer.describe())
+    assert (finding.kind, finding.term) == ("stuck_schedule", "term")
+    assert 'the weight of "term" stands still' in finding.message
+
+
+def test_a_schedule_that_is_still_at_its_start_is_named():
+    def in_epochs(step):  # it is given steps
+        return 0.1 + step // 1000
+
+    composer = Composer(base, [{"fn": square, "weight": in_epochs, "name": "term"}])
+    records = run({"fn": square, "weight": in_epochs})
+    (finding,) = diagnose(records, composition=composer.describe())
+    assert (finding.kind, finding.term) == ("stuck_schedule", "term")
+    assert 'the schedule of "term" is still at its start: it gave 0.1 in each' in finding.message
+    moves = run({"fn": square, "weight": lambda step: 0.1 + step / 1000})
+    assert diagnose(moves, composition=composer.describe()) == []
+    constant = Composer(base, [{"fn": square, "weight": 0.1, "name": "term"}])
+    assert diagnose(run({"fn": square, "weight": 0.1}), composition=constant.describe()) == []
+
+
+def test_prompt_tokens_that_a_term_counted_though_the_datums_have_a_mask():
+    prompt = [0.0, 0.0, 1.0, 1.0, 1.0]
+    data = [SimpleNamespace(loss_fn_inputs={"weights": torch.tensor(prompt)})] * 2
+
+    def records(weights):
+        terms = [{"fn": "l2", "weight": 0.01, "params": {"weights": weights}}]
+        composer = Composer("nll", terms)
+        return [
+            composer.compute(data, [torch.full((5,), -1.0 / n)] * 2).record for n in range(1, 7)
+        ]
+
+    (finding,) = diagnose(records(None))
+    assert (finding.kind, finding.term) == ("prompt_counted", "l2")
+    assert (
+        'counted every logprob in 6 of 6 steps, 10 in the last, of which "base_loss" left out 4'
+        in (finding.message)
+    )
+    assert diagnose(records("auto")) == []
 
 
 def test_a_value_that_only_grows():

@@ -47,10 +47,10 @@ def test_modules_are_imported_while_the_registry_is_made_and_never_after():
         for function in ast.walk(tree)
         if isinstance(function, ast.FunctionDef) and "import_module" in names_in(function)[1]
     ]
-    assert importing == ["_load"]
+    assert importing == ["load_module"]
     calling = [
         function.name
         for function in ast.walk(tree)
-        if isinstance(function, ast.FunctionDef) and "_load" in names_in(function)[1]
+        if isinstance(function, ast.FunctionDef) and "load_module" in names_in(function)[1]
     ]
     assert calling == ["__init__"]

@@ -211,6 +211,7 @@ class TestCompute:
         assert msgspec.structs.asdict(terms.regularizers[0]) == {
             "fn": "l2",
             "params": {},
+            "reduction": None,
             "name": "term",
             "weight": 1.0,
             "run_in_executor": False,

@@ -71,6 +71,7 @@ class TestReady:
         assert ready["protocol"] == 2
         assert ready["torch"] == torch.__version__
         assert ready["pid"] == shared.process.pid
+        assert ready["rss"] > 50_000_000
         assert (ready["max_frame"], ready["max_in_flight"]) == (1 << 30, 4)
         names = [term["name"] for term in ready["terms"]]
         assert {"nll", "l2", "entropy", "kl"} < {*names}

@@ -203,7 +203,7 @@ def test_a_mistake_is_the_users_and_the_client_goes_on(server, connect):
     with pytest.raises(tinker.RequestFailedError, match=r"token 512 is outside.*\[1\]") as error:
         client.forward_backward([wrong], "cross_entropy").result()
     assert error.value.category is types.RequestErrorCategory.User
-    with pytest.raises(tinker.RequestFailedError, match="one built-in loss, 'cross_entropy'"):
+    with pytest.raises(tinker.RequestFailedError, match="importance_sampling needs logprobs"):
         client.forward_backward(datums(), "importance_sampling").result()
     with pytest.raises(tinker.RequestFailedError, match="no save_weights: the sandbox trains"):
         client.save_state("name").result()
@@ -294,7 +294,7 @@ def test_the_json_dialect_trains_like_protobuf(server, connect, by_hand):
         "optim_step", adam_params={"learning_rate": 0.01, "beta1": 0.9}, seq_id=3, **call
     )
     assert step["type"] == "optim_step"
-    assert step["metrics"]["parameter_grad_norm"] > 0
+    assert step["metrics"] == {}
 
     client = connect(server, seed=3)
     datum = types.Datum(

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from naive_terms import ALTERNATIVES, CASES
+from port_client import PortClient, batch
 from test_linear import forward_output
 from tinker_custom_loss import (
     Composer,
@@ -226,6 +227,28 @@ def test_the_parameter_gradient_is_that_of_one_call(step, sandbox, new_client):
     assert error(gradient(parts, None)) > 0.5  # three times as large, or nearly
 
 
+def test_a_client_knows_the_totals_of_its_own_terms(sandbox, new_client):
+    data = datums(5)
+
+    def gradient(parts, split):
+        bare = new_client()
+        client = with_regularizers(bare, regularizers=MEANS)
+        totals = client.totals(data) if split else None
+        for part in parts:
+            client.forward_backward_custom(part, step=0, totals=totals).result(60)
+        return sandbox.model(bare.model_id).gradient_flat().clone()
+
+    whole = gradient([data], split=False)
+    got = gradient([[data[4], data[0]], [data[2]], [data[1], data[3]]], split=True)
+    assert torch.linalg.vector_norm(got - whole) <= 1e-6 * torch.linalg.vector_norm(whole)
+    client = with_regularizers(new_client(), regularizers=MEANS)
+    other = Composer(None, MEANS[:1])
+    assert client.totals(data, other) == other.totals(data)
+    assert client.totals(data, None, MEANS[:1]) == other.totals(data)
+    with pytest.raises(RequestError, match="a plain function looks at the whole batch"):
+        with_regularizers(new_client()).totals(data, plain)
+
+
 def plain(data, logprobs):
     return torch.cat([x.reshape(-1) for x in logprobs]).mean(), {}
 
@@ -393,3 +416,61 @@ def test_awaited_it_is_the_same():
     got = asyncio.run(composer.compute_async(data[:2], logprobs[:2], totals=totals))
     want = composer.compute(data[:2], logprobs[:2], totals=totals)
     assert torch.equal(got.gradient.flat, want.gradient.flat)
+
+
+@pytest.fixture(scope="module")
+def port():
+    with PortClient() as client:
+        yield client
+
+
+def through(port, split, indices, op="compute", **fields):
+    """The answer of a real worker about some of the datums of a split."""
+    data, logprobs = made_up(split.sizes, split.alternatives)
+    keys = data[0].loss_fn_inputs
+    inputs = {
+        key: batch(*(torch.as_tensor(data[i].loss_fn_inputs[key]) for i in indices)) for key in keys
+    }
+    if op == "compute":
+        fields["logprobs"] = batch(*(logprobs[i] for i in indices))
+    base, *others = zip(split.cases, split.reductions, split.weights, strict=True)
+    terms = [
+        {
+            "fn": case.name,
+            "name": f"term {i}",
+            "weight": weight,
+            "params": case.params,
+            "reduction": reduction,
+        }
+        for i, (case, reduction, weight) in enumerate(others)
+    ]
+    base_loss = {"fn": base[0].name, "params": base[0].params, "reduction": base[1]}
+    reply = port.ask(
+        op,
+        data={"count": len(indices), "inputs": inputs},
+        base_loss=base_loss,
+        regularizers=terms,
+        **fields,
+    )
+    assert reply["op"] == "result", reply
+    return reply
+
+
+@settings(max_examples=25)
+@given(split=splits())
+def test_through_the_port_the_parts_have_the_gradient_of_the_whole(port, split):
+    everything = list(range(sum(map(len, split.parts))))
+    whole = through(port, split, everything)
+    totals = through(port, split, everything, "totals")["totals"]
+    replies = [through(port, split, part, totals=totals) for part in split.parts]
+    got = {}
+    for indices, reply in zip(split.parts, replies, strict=True):
+        got |= dict(zip(indices, reply["gradients"], strict=True))
+    joined = torch.cat([got[i].reshape(-1) for i in everything])
+    want = torch.cat([x.reshape(-1) for x in whole["gradients"]])
+    error = torch.linalg.vector_norm(joined - want)
+    assert error <= 1e-6 * torch.linalg.vector_norm(want) + 1e-12
+    merged, record = flatten(merge([r["record"] for r in replies])), flatten(whole["record"])
+    for key in record:
+        if not key.endswith("seconds"):
+            assert merged[key] == pytest.approx(record[key], rel=1e-6, abs=1e-9), key

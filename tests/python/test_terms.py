@@ -16,6 +16,7 @@ import tinker
 import torch
 
 from tinker_custom_loss import Composer, Regularizer, RequestError, TensorBatch, TermError, term
+from tinker_custom_loss.port.data import WireData
 from tinker_custom_loss.terms import CATALOGUE, Range, columns, entropy, kl, l2, nll
 
 every_term = pytest.mark.parametrize("name", CATALOGUE)
@@ -104,9 +105,17 @@ class TestTheMask:
         logprobs = [torch.tensor([-1.0, -2.0])]
         with caplog.at_level(logging.WARNING, logger="tinker_custom_loss"):
             for _ in range(3):
-                assert float(nll([datum(2)], logprobs)[0]) == 3
+                assert float(nll([datum(2, rewards=[1.0, 1.0])], logprobs)[0]) == 3
         (record,) = caplog.records
         assert 'neither "weights" nor "mask"' in record.getMessage()
+
+    def test_is_1_without_a_word_where_there_are_no_data(self, caplog):
+        """Over the port, such a call has datums without inputs."""
+        columns._warn_of_ones.cache_clear()
+        logprobs = [torch.tensor([-1.0, -2.0])]
+        composition = Composer(nll).compute(WireData(1, {}), logprobs)
+        assert composition.loss_total == 3
+        assert not caplog.records
 
     def test_is_left_alone_where_weights_is_none(self, caplog):
         columns._warn_of_ones.cache_clear()

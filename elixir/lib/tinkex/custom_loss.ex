@@ -66,7 +66,9 @@ defmodule Tinkex.CustomLoss do
     Output,
     Pool,
     Regularizer,
+    Schema,
     Setup,
+    Split,
     Telemetry,
     TimeoutError,
     Training,
@@ -211,7 +213,8 @@ defmodule Tinkex.CustomLoss do
       base_loss: options.base_loss,
       regularizers: Enum.map(options.regularizers, &Regularizer.to_wire/1),
       step: options.step,
-      gradients: options.gradients
+      gradients: options.gradients,
+      totals: options.totals
     }
 
     Telemetry.span(Call.name(server), request, fn ->
@@ -231,6 +234,60 @@ defmodule Tinkex.CustomLoss do
       end
     end)
   end
+
+  @doc """
+  What each term divides by, for a step that is sent in several calls.
+
+      loss = [base_loss: :ppo, regularizers: [%{fn: :kl, weight: 0.1, reduction: :token_mean}]]
+      {:ok, totals} = Tinkex.CustomLoss.totals(MyLoss, data, loss)
+
+      for part <- Enum.chunk_every(data, 8) do
+        {:ok, task} =
+          Tinkex.CustomLoss.forward_backward_custom(MyLoss, client, part, [totals: totals] ++ loss)
+
+        Task.await(task, :infinity)
+      end
+
+  Any partition of the datums, in any order, has the gradient of one call with all of them. The
+  totals are plain maps with string keys, by the names of the terms, and need no logprobs; those of
+  parts add up with `add_totals/2`.
+
+  A term of scope `group` needs its groups whole in every part. What looks at the whole batch, as
+  every Python function of `(data, logprobs)` may, cannot be split: `forward_backward_custom/4`
+  refuses such a part before it sends anything, with a `Tinkex.CustomLoss.RequestError`.
+
+  `data` are all datums of the step, each with `target_tokens`. The options are `:base_loss`,
+  `:regularizers` and `:timeout` of `compute/4`; a weight that is a function is not called.
+  """
+  @spec totals(server(), [Data.datum()], keyword()) :: {:ok, map()} | {:error, error()}
+  def totals(server, data, opts), do: count(server, data, Options.totals!(opts))
+
+  @doc false
+  # With totals among the options: whether the datums are a part of such a step.
+  def count(server, data, options) do
+    unless data != [] and Schema.proper?(data) do
+      raise ArgumentError, "expected data to be a list of datums, got: #{inspect(data)}"
+    end
+
+    request = %{
+      data: Data.to_wire(data, length(data)),
+      base_loss: options.base_loss,
+      regularizers: Enum.map(options.regularizers, &Regularizer.to_wire/1),
+      totals: options[:totals]
+    }
+
+    with {:error, %ArgumentError{} = error} <-
+           Call.totals(server, request, options.timeout, Call.deadline(options.timeout)),
+         do: raise(error)
+  end
+
+  @doc """
+  The totals of a step from those of two parts of it, with the same terms.
+
+  The same group index in both is one group. Raises `ArgumentError` where they are of different terms.
+  """
+  @spec add_totals(map(), map()) :: map()
+  defdelegate add_totals(first, second), to: Split
 
   defp restore(nil, _batch), do: {:ok, nil}
 
@@ -266,6 +323,40 @@ defmodule Tinkex.CustomLoss do
   @spec forward_backward_custom(server(), term(), [Data.datum()], keyword()) :: {:ok, Task.t()}
   def forward_backward_custom(server, training_client, data, opts \\ []),
     do: Training.forward_backward_custom(server, training_client, data, Options.train!(opts))
+
+  @doc """
+  A loss of the server's own, and regularizers added to its gradient.
+
+      {:ok, task} =
+        Tinkex.CustomLoss.forward_backward(MyLoss, client, data, :ppo,
+          regularizers: [%{name: "entropy", fn: :entropy, weight: 0.01}],
+          client_opts: [loss_fn_config: %{"clip_low_threshold" => 0.8}]
+        )
+
+  The call to `training_client` goes out as it is, so the loss stays the server's, also one that no
+  client can express. The regularizers are computed from the logprobs that it returns, without a
+  forward pass of their own, and one linear `forward_backward` adds their gradient, or none where it
+  is zero. Arrays that only terms read, such as `mask` or `reference_logprobs`, stay here, where
+  `loss_fn` is one of `:cross_entropy`, `:importance_sampling`, `:ppo`, `:cispo` and `:dro`.
+
+  Returns `{:ok, task}`. The task, which belongs to the caller, comes to `{:ok, output}`: that of the
+  server's own loss, its metrics where they were, with the record of the step beside them and
+  `"surrogate_loss:sum"`, what the linear pass came to. In the record the server's loss is the base
+  loss. Its gradient with respect to the logprobs is not known here, nor what depends on it: the
+  total norm and the cosines to the total are nil.
+
+  Or it comes to `{:error, exception}`. If a term failed, the server's own loss is accumulated
+  nevertheless. Await the task before the next call to the training client.
+
+  ## Options
+
+  Those of `forward_backward_custom/4`, without `:base_loss`, and at least one regularizer;
+  `:loss_fn_config` among the `:client_opts` is for the server's own loss.
+  """
+  @spec forward_backward(server(), term(), [Data.datum()], atom() | String.t(), keyword()) ::
+          {:ok, Task.t()}
+  def forward_backward(server, training_client, data, loss_fn, opts),
+    do: Training.forward_backward(server, training_client, data, loss_fn, Options.native!(opts))
 
   @doc """
   A loss function for Tinkex's own `forward_backward_custom/4`: its third argument.

@@ -20,6 +20,7 @@ REQUIRED = {
     "msgspec": "0.19",
     "numpy": "1.26",
     "rich": "13",
+    "safetensors": "0.4.3",
     "tinker": "0.30",
     "torch": "2.4",
 }

@@ -21,6 +21,18 @@ def add_report(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--prefix", default="", help="that of the keys in metrics.jsonl, as given to flatten"
     )
+    command.add_argument(
+        "--load",
+        action="append",
+        default=[],
+        metavar="MODULE_OR_FILE",
+        help="a module, or a .py file, with terms of kept steps (repeatable)",
+    )
+    command.add_argument(
+        "--tokenizer",
+        metavar="bytes|NAME",
+        help="to show kept steps as text: bytes, or a tokenizer of transformers",
+    )
 
 
 def report(options: argparse.Namespace) -> int:
@@ -30,7 +42,9 @@ def report(options: argparse.Namespace) -> int:
 
     try:
         runs = [read_run(directory) for directory in options.runs]
-        page = report_page(runs, prefix=options.prefix)
+        page = report_page(
+            runs, prefix=options.prefix, load=options.load, tokenizer=options.tokenizer
+        )
         Path(options.output).write_text(page, encoding="utf-8")
         if options.svg:
             Path(options.svg).mkdir(parents=True, exist_ok=True)

@@ -26,6 +26,7 @@ __all__ = [
     "composer_of",
     "is_composed",
     "no_totals",
+    "plain_loss",
     "sdk_loss",
 ]
 
@@ -121,11 +122,16 @@ def no_totals(totals: Mapping[str, Any] | None) -> None:
         RequestError: there are some.
     """
     if totals is not None:
-        raise RequestError(
-            "totals are for steps with regularizers, or a Composer as their loss: a plain function "
-            "looks at the whole batch of a call, so its step cannot be split",
-            path="totals",
-        )
+        raise plain_loss()
+
+
+def plain_loss() -> RequestError:
+    """That totals mean nothing to a loss without regularizers."""
+    return RequestError(
+        "totals are for steps with regularizers, or a Composer as their loss: a plain function "
+        "looks at the whole batch of a call, so its step cannot be split",
+        path="totals",
+    )
 
 
 def checked_defaults(

@@ -5,6 +5,7 @@ Names of methods, what they return, and what differs between versions stand here
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import math
@@ -16,18 +17,32 @@ from tinker import APIFuture, Datum, TrainingClient
 
 __all__ = [
     "LOSS",
+    "LOSS_INPUTS",
     "RETURNS_AT_ONCE",
     "TRAINING_METHODS",
     "as_function",
     "check_handle",
+    "client_future",
+    "creates_training_client",
     "forward_backward_custom",
     "is_handle",
     "submits",
     "takes_no_place",
+    "with_inputs_of",
 ]
 
 LOSS: Final = "cross_entropy"
 """The loss of the server's that carries a gradient."""
+
+_OF_A_POLICY: Final = frozenset({"target_tokens", "logprobs", "advantages"})
+LOSS_INPUTS: Final = {
+    "cross_entropy": frozenset({"target_tokens", "weights"}),
+    "importance_sampling": _OF_A_POLICY,
+    "ppo": _OF_A_POLICY,
+    "cispo": _OF_A_POLICY,
+    "dro": _OF_A_POLICY,
+}
+"""What the server's losses take of ``loss_fn_inputs``, where it is documented."""
 
 RETURNS_AT_ONCE: Final = tuple(int(part) for part in tinker.__version__.split(".")[:2]) >= (0, 38)
 """Whether ``forward_backward_custom`` reserves a place for both passes and returns."""
@@ -50,6 +65,29 @@ _READS = frozenset(
 def takes_no_place(name: str) -> bool:
     """Whether a method leaves the order of training requests alone."""
     return name.removesuffix("_async") in _READS
+
+
+def creates_training_client(name: str) -> bool:
+    """Whether a method of a ``ServiceClient`` makes a training client, from a state or without."""
+    return name.startswith("create_") and "training_client" in name
+
+
+def client_future(created: APIFuture[Any], future: APIFuture[Any]) -> APIFuture[Any]:
+    """``future`` as one of the kind of ``created``, which may be used as the client, deprecated."""
+    kind = getattr(tinker, "BackcompatTrainingClientFuture", None)
+    if kind is None or not isinstance(created, kind):
+        return future
+    made: APIFuture[Any] = kind(future)
+    return made
+
+
+def with_inputs_of(datum: Datum, known: frozenset[str]) -> Datum:
+    """The datum with no other ``loss_fn_inputs`` than these."""
+    inputs = datum.loss_fn_inputs
+    if inputs.keys() <= known:
+        return datum
+    kept = {key: value for key, value in inputs.items() if key in known}
+    return dataclasses.replace(datum, loss_fn_inputs=kept)
 
 
 def submits(method: Callable[..., Any]) -> Callable[[APIFuture[Any]], APIFuture[Any]] | None:

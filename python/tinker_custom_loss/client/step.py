@@ -6,13 +6,14 @@ import concurrent.futures
 import dataclasses
 import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tinker import APIFuture, Datum, ForwardBackwardOutput, TrainingClient
+from tinker import APIFuture, Datum, ForwardBackwardOutput, TrainingClient, types
 
 from ..composer import Composer
-from ..record import StepRecord, metrics_of
+from ..errors import RequestError
+from ..record import StepRecord, flatten, merge, metrics_of
 from ..running.threads import THREADS
 from . import sdk
 from .call_queue import computing, follow
@@ -20,7 +21,7 @@ from .failures import Failures
 from .futures import StepFuture, concurrent_future, settle, withdrawable
 from .linear import forward_data, linearize_with, zero_gradient
 
-__all__ = ["CustomStep", "StepOutput", "step_output"]
+__all__ = ["CustomStep", "StepOutput", "step_output", "with_records"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +49,41 @@ def step_output(output: ForwardBackwardOutput, record: StepRecord, flat: bool) -
     metrics["loss:sum"] = record["loss_total"]
     kind, outputs = output.loss_fn_output_type, output.loss_fn_outputs
     return StepOutput(kind, outputs, metrics, record=record)
+
+
+def with_records(
+    response: APIFuture[types.OptimStepResponse],
+    steps: Sequence[concurrent.futures.Future[StepOutput]],
+) -> StepFuture[types.OptimStepResponse]:
+    """The response to an optimizer step, once it and its steps are there, with their record."""
+    inner = concurrent_future(response)
+    outer: concurrent.futures.Future[types.OptimStepResponse] = concurrent.futures.Future()
+    waiting: list[concurrent.futures.Future[Any]] = [inner, *steps]
+
+    def next_one(_: object) -> None:
+        while waiting and waiting[0].done():
+            waiting.pop(0)
+        if waiting:
+            waiting[0].add_done_callback(next_one)
+        else:
+            settle(outer, outcome)
+
+    def outcome() -> types.OptimStepResponse:
+        answer = inner.result()
+        # What a step failed of, its own future raises.
+        done = [step for step in steps if not step.cancelled() and step.exception() is None]
+        records = [step.result().record for step in done]
+        if not records:
+            return answer
+        try:
+            record = merge(records)
+        except RequestError:  # their weights differ
+            record = records[-1]
+        metrics = {**flatten(record), **(answer.metrics or {})}
+        return answer.model_copy(update={"metrics": metrics})
+
+    next_one(None)
+    return StepFuture(outer)
 
 
 class CustomStep:

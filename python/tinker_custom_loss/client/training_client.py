@@ -1,17 +1,19 @@
-"""A training client with the seed's ``forward_backward_custom``: the recommended way."""
+"""A training client whose steps take regularizers: the recommended way."""
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
-from tinker import APIFuture, Datum, ForwardBackwardOutput, TrainingClient
+from tinker import APIFuture, Datum, ForwardBackwardOutput, TrainingClient, types
 
 from ..composer import Composer
 from ..errors import RequestError
+from ..observer import StepObserver, checked_observer
 from . import sdk
 from .arguments import (
     BaseLoss,
@@ -24,12 +26,14 @@ from .arguments import (
     composer_of,
     is_composed,
     no_totals,
+    plain_loss,
     sdk_loss,
 )
 from .call_queue import CallQueue, computing, refuse_within
 from .failures import Failures, OnFailure
 from .futures import StepFuture
-from .step import CustomStep, StepOutput
+from .native import NativeStep, native_data
+from .step import CustomStep, StepOutput, with_records
 
 __all__ = ["RegularizedTrainingClient", "with_regularizers"]
 
@@ -50,8 +54,9 @@ def with_regularizers(
     regularizers: Regularizers | None = None,
     flat_metrics: bool = False,
     on_failure: OnFailure = "continue",
+    recorder: StepObserver | None = None,
 ) -> RegularizedTrainingClient:
-    """The client, with regularizers in its ``forward_backward_custom``::
+    """The client, with regularizers in ``forward_backward`` and ``forward_backward_custom``::
 
         training_client = with_regularizers(training_client, regularizers=[…])
 
@@ -61,29 +66,34 @@ def with_regularizers(
 
     Args:
         training_client: a client of the SDK.
-        base_loss: the base loss of steps that name none.
+        base_loss: the base loss of custom steps that name none.
         regularizers: those of steps that name none, so that a loop which calls
-            ``forward_backward_custom(data, loss_fn)`` itself gets them.
-        flat_metrics: what steps do that do not say.
+            ``forward_backward(data, "ppo")`` or ``forward_backward_custom(data, loss_fn)`` itself
+            gets them.
+        flat_metrics: what steps do that do not say. True also puts the record into the metrics of
+            the ``optim_step`` behind them, for loops that log those.
         on_failure: what happens to the calls behind a step that failed, by a term's error or by
             the server's. ``"continue"``: they are sent; the step contributed nothing. ``"stop"``:
             they raise :class:`StoppedError`, and so does every later one that has a place in the
             order of training, until ``acknowledge_failure()``.
+        recorder: a :class:`Recorder` that writes down what is composed, and keeps steps with
+            regularizers if it was told to; it logs no metrics by itself.
 
     Raises:
         RequestError: it is no training client, or an option is wrong.
     """
-    if isinstance(training_client, RegularizedTrainingClient):
-        options = (base_loss, regularizers, flat_metrics, on_failure)
-        if options == (None, None, False, "continue"):
-            return training_client
+    client = checked_client(training_client)
+    if isinstance(client, RegularizedTrainingClient):
+        options = (base_loss, regularizers, flat_metrics, on_failure, recorder)
+        if options == (None, None, False, "continue", None):
+            return client
         raise RequestError(
             "this training client has regularizers already; give the options to the call of "
             "with_regularizers that made it",
             path="training_client",
         )
     return RegularizedTrainingClient(
-        checked_client(training_client), base_loss, regularizers, flat_metrics, on_failure
+        client, base_loss, regularizers, flat_metrics, on_failure, recorder
     )
 
 
@@ -103,14 +113,17 @@ class RegularizedTrainingClient(_Client):
         regularizers: Regularizers | None,
         flat_metrics: bool,
         on_failure: OnFailure,
+        recorder: StepObserver | None,
     ) -> None:
         self._client = training_client
         self._base_loss, self._regularizers = checked_defaults(base_loss, regularizers)
         self._flat_metrics = flat_metrics
         self._failures = Failures(on_failure)
+        self._recorder = checked_observer(recorder)
         self._queue = CallQueue()
         self._step_lock = threading.Lock()
         self._next_step = 0
+        self._unlogged: list[concurrent.futures.Future[StepOutput]] = []  # since optim_step
 
     @overload  # type: ignore[override]  # it has more than the SDK's, and by other names
     def forward_backward_custom(
@@ -238,17 +251,151 @@ class RegularizedTrainingClient(_Client):
                 "are step, totals and flat_metrics",
                 path=next(iter(sdk_options)),
             )
-        composer = composer_of(base, regularizers, datums, self._client)
+        composer = self._recorded(composer_of(base, regularizers, datums, self._client))
         flat = self._flat_metrics if flat_metrics is None else flat_metrics
         checked_totals(totals, checked_step(step), composer, datums)
         number = self._count(step)
         composed = CustomStep(self._client, datums, composer, number, totals, flat, self._failures)
-        self._queue.enqueue(composed.run)
-        return StepFuture(composed.future)
+        return self._enqueued(composed)
 
     async def forward_backward_custom_async(self, *args: Any, **kwargs: Any) -> APIFuture[Any]:
         """:meth:`forward_backward_custom` for async code: awaited, it gives the future."""
         return self.forward_backward_custom(*args, **kwargs)
+
+    @overload
+    def forward_backward(
+        self,
+        data: list[Datum],
+        loss_fn: types.LossFnType,
+        loss_fn_config: Mapping[str, float | str] | None = None,
+        *,
+        regularizers: None = None,
+        step: int | None = None,
+        totals: Mapping[str, Any] | None = None,
+        flat_metrics: bool | None = None,
+    ) -> APIFuture[ForwardBackwardOutput]: ...
+
+    @overload
+    def forward_backward(
+        self,
+        data: list[Datum],
+        loss_fn: types.LossFnType,
+        loss_fn_config: Mapping[str, float | str] | None = None,
+        *,
+        regularizers: Regularizers,
+        step: int | None = None,
+        totals: Mapping[str, Any] | None = None,
+        flat_metrics: bool | None = None,
+    ) -> APIFuture[StepOutput]: ...
+
+    def forward_backward(
+        self,
+        data: list[Datum],
+        loss_fn: types.LossFnType,
+        loss_fn_config: Mapping[str, float | str] | None = None,
+        *,
+        regularizers: Regularizers | None = None,
+        step: int | None = None,
+        totals: Mapping[str, Any] | None = None,
+        flat_metrics: bool | None = None,
+    ) -> APIFuture[Any]:
+        """The server's own loss, and the regularizers added to its gradient.
+
+        The call goes out as it is. The regularizers are computed from the logprobs that it
+        returns, and one linear pass adds their gradient before anything that was called later.
+        Arrays that only terms read, such as ``mask`` or ``reference_logprobs``, stay here.
+        With no regularizers, neither here nor in ``with_regularizers``, this is the SDK's own
+        method.
+
+        Args:
+            data: the datums, as the server's loss wants them.
+            loss_fn: the name of a loss of the server's, such as ``"cross_entropy"`` or ``"ppo"``.
+            loss_fn_config: its options.
+            regularizers, step, totals, flat_metrics: as in :meth:`forward_backward_custom`, with
+                which the steps are counted together.
+
+        Returns:
+            The future of both passes: the server's output, as a :class:`StepOutput`. The server's
+            metrics are where they were, and the record is beside them; in it the server's loss is
+            the base loss, whose gradient is not known here. If a term fails, the server's own
+            loss is accumulated nevertheless, and the future raises.
+
+        Raises:
+            RequestError: an argument is wrong. Raised here; nothing has been sent.
+            StoppedError: an earlier step failed, with ``on_failure="stop"``.
+        """
+        if regularizers is None:
+            regularizers = self._regularizers
+        if not regularizers:
+            no_totals(totals)
+            checked_step(step)
+            plain = self._in_turn("forward_backward", self._client.forward_backward)
+            future: APIFuture[Any] = plain(data, loss_fn, loss_fn_config)
+            return future
+        refuse_within(self._client, "forward_backward")
+        self._failures.refuse(self._failures.era)
+        datums = checked_data(data)
+        composer = self._recorded(composer_of(None, regularizers, datums))
+        checked_totals(totals, checked_step(step), composer, datums)
+        flat = self._flat_metrics if flat_metrics is None else flat_metrics
+        call = functools.partial(
+            self._client.forward_backward, native_data(datums, loss_fn), loss_fn, loss_fn_config
+        )
+        number = self._count(step)
+        native = NativeStep(
+            self._client, call, datums, composer, number, totals, flat, self._failures
+        )
+        return self._enqueued(native)
+
+    def optim_step(self, *args: Any, **kwargs: Any) -> APIFuture[types.OptimStepResponse]:
+        """The SDK's own.
+
+        With ``flat_metrics=True`` in ``with_regularizers``, its metrics also have the record of the
+        steps since the last one, in its flat form and merged: many loops log these metrics alone.
+        If their weights differ, and so cannot be merged, it is that of the last.
+        """
+        in_turn = self._in_turn("optim_step", self._client.optim_step)
+        response: APIFuture[types.OptimStepResponse] = in_turn(*args, **kwargs)
+        with self._step_lock:
+            steps, self._unlogged = self._unlogged, []
+        return with_records(response, steps) if steps else response
+
+    async def optim_step_async(
+        self, *args: Any, **kwargs: Any
+    ) -> APIFuture[types.OptimStepResponse]:
+        """:meth:`optim_step` for async code: awaited, it gives the future."""
+        return self.optim_step(*args, **kwargs)
+
+    async def forward_backward_async(self, *args: Any, **kwargs: Any) -> APIFuture[Any]:
+        """:meth:`forward_backward` for async code: awaited, it gives the future."""
+        return self.forward_backward(*args, **kwargs)
+
+    def totals(
+        self,
+        data: Iterable[Datum],
+        base_loss_fn: BaseLoss | None = None,
+        regularizers: Regularizers | None = None,
+    ) -> dict[str, dict[str, Any]]:
+        """What each term divides by, for a step that is sent in several calls::
+
+            totals = client.totals(data)
+            for part in parts:
+                client.forward_backward_custom(part, step=step, totals=totals)
+
+        Nothing is sent, so it needs no async form. ``data`` are all datums of the step; the loss
+        is that of ``forward_backward_custom`` with the same arguments. See
+        :meth:`Composer.totals`.
+
+        Raises:
+            RequestError: an argument is wrong, or the loss is a plain function alone, whose step
+                cannot be split.
+            TermError: a term cannot read the datums.
+        """
+        datums = checked_data(data)
+        base, regularizers = self._with_defaults(base_loss_fn, regularizers)
+        if not is_composed(base, regularizers):
+            raise plain_loss()
+        return composer_of(base, regularizers, datums, self._client).totals(datums)
 
     def acknowledge_failure(self) -> BaseException | None:
         """After a failed step with ``on_failure="stop"``: let later calls through.
@@ -271,6 +418,16 @@ class RegularizedTrainingClient(_Client):
         if regularizers is None and not isinstance(base, Composer):
             regularizers = self._regularizers
         return base, regularizers
+
+    def _enqueued(self, step: CustomStep | NativeStep) -> StepFuture[StepOutput]:
+        if self._flat_metrics:
+            with self._step_lock:
+                self._unlogged.append(step.future)
+        self._queue.enqueue(step.run)
+        return StepFuture(step.future)
+
+    def _recorded(self, composer: Composer) -> Composer:
+        return composer if self._recorder is None else composer.recorded_by(self._recorder)
 
     def _count(self, step: int | None) -> int:
         """The number of a step, from which the next one counts on."""

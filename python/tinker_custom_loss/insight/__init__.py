@@ -5,7 +5,26 @@ one method, ``log(metrics, step)``.
 """
 
 from .diagnosis import Finding, diagnose
+from .flight import kept_steps
+from .kept import KeptStep, Outcome, read_step
 from .live import Live, live, watch
 from .recorder import Recorder, Run, Sink, read_run
+from .replay import Replay, replay
 
-__all__ = ["Finding", "Live", "Recorder", "Run", "Sink", "diagnose", "live", "read_run", "watch"]
+__all__ = [
+    "Finding",
+    "KeptStep",
+    "Live",
+    "Outcome",
+    "Recorder",
+    "Replay",
+    "Run",
+    "Sink",
+    "diagnose",
+    "kept_steps",
+    "live",
+    "read_run",
+    "read_step",
+    "replay",
+    "watch",
+]

@@ -45,15 +45,22 @@ class Finding:
         return f"{self.message}; {self.advice}"
 
 
-def diagnose(records: Iterable[Mapping[str, Any]], *, prefix: str = "") -> list[Finding]:
+def diagnose(
+    records: Iterable[Mapping[str, Any]],
+    *,
+    prefix: str = "",
+    composition: Mapping[str, Any] | None = None,
+) -> list[Finding]:
     """Find what is odd in the records of consecutive steps.
 
     Args:
         records: the nested records, or their flat forms, as :func:`read_run` gives them; the last
             512 are judged.
         prefix: the ``prefix`` that :func:`~tinker_custom_loss.flatten` was given.
+        composition: what :meth:`Composer.describe` gives, and ``config.json`` has of a run, from
+            which it is known which weights are schedules.
     """
-    history = History(prefix)
+    history = History(prefix, composition)
     for step, record in enumerate(records):
         history.add(flatten(record), step)
     return findings(history)
@@ -143,15 +150,61 @@ def _conflict(history: History) -> Iterator[Finding]:
 
 
 def _stuck_schedule(history: History) -> Iterator[Finding]:
+    """The clock stands, or a schedule has not left its first value although the clock moves."""
     steps = list(history.schedule_steps)
-    if len(steps) >= _ENOUGH and len(set(steps)) == 1:
+    if len(steps) < _ENOUGH:
+        return
+    if len(set(steps)) == 1:
+        named = [name for name in history.schedules if name in history.terms]
+        of_what = " and ".join(f'"{name}"' for name in named)
         yield Finding(
             "stuck_schedule",
-            None,
-            f"{len(steps)} steps were all computed as step {steps[0]:g}, so every schedule of a "
-            "weight stands still",
+            named[0] if len(named) == 1 else None,
+            f"{len(steps)} steps were all computed as step {steps[0]:g}, so "
+            + (f"the weight of {of_what}" if named else "every schedule of a weight")
+            + " stands still",
             "give step=, or use the wrapped training client, which counts its steps",
         )
+        return
+    for name, at in history.schedules.items():
+        rows = history.terms[name].rows if name in history.terms else []
+        weights = [row["weight"] for row in rows if "weight" in row]
+        if len(weights) >= _GROWTH and len(set(weights)) == 1 and weights[0] == at.get("0"):
+            yield Finding(
+                "stuck_schedule",
+                name,
+                f'the schedule of "{name}" is still at its start: it gave {weights[0]:.4g} in each '
+                f"of the last {len(weights)} steps, {steps[-len(weights)]:g} to {steps[-1]:g}",
+                "see whether it counts in training steps, from 0, as it is given them",
+            )
+
+
+def _prompt_counted(history: History) -> Iterator[Finding]:
+    """Where one term left tokens out for their weights, and another counted every logprob."""
+    for name, term in history.terms.items():
+        counted = _tokens(term)
+        for other, masked in history.terms.items():
+            rows = list(zip(counted, _tokens(masked), history.logprob_counts, strict=False))
+            known = [(c, m, n) for c, m, n in rows if c is not None and m is not None]
+            apart = [(c, m, n) for c, m, n in known if m < c == n]
+            # Terms of alternatives count positions, of which there is a whole number in a batch.
+            if len(apart) < _ENOUGH or all(n % m == 0 for _, m, n in apart if m):
+                continue
+            yield Finding(
+                "prompt_counted",
+                name,
+                f'"{name}" counted every logprob in {len(apart)} of {len(known)} steps, '
+                f'{apart[-1][0]:g} in the last, of which "{other}" left out '
+                f"{apart[-1][0] - apart[-1][1]:g} that the datums give a weight of 0, such as "
+                "those of a prompt",
+                'let it read the datums\' weights or mask (weights="auto"), unless it is meant to '
+                "train on those tokens too",
+            )
+            break
+
+
+def _tokens(term: TermSeries) -> list[float | None]:
+    return [row.get("custom/tokens") for row in term.rows]
 
 
 def _growing(history: History) -> Iterator[Finding]:
@@ -170,7 +223,16 @@ def _growing(history: History) -> Iterator[Finding]:
             )
 
 
-_RULES = (_zero_gradient, _skipped, _zeroed, _dominant, _conflict, _stuck_schedule, _growing)
+_RULES = (
+    _zero_gradient,
+    _skipped,
+    _zeroed,
+    _dominant,
+    _conflict,
+    _stuck_schedule,
+    _prompt_counted,
+    _growing,
+)
 
 
 def _trailing(term: TermSeries, holds: Any) -> int:

@@ -5,18 +5,28 @@ The layout is that of tinker-cookbook's log directories, so what reads those rea
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
+import operator
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from ..errors import RequestError
+from ..observer import ObservedStep
 from ..regularizer import show
+from .flight import FlightRecorder
+
+if TYPE_CHECKING:
+    from ..composer import Composer
 
 __all__ = ["Recorder", "Run", "Sink", "read_run"]
+
+logger = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
 CONFIG = "config.json"
@@ -38,14 +48,25 @@ class Recorder:
     that :func:`read_run` reads. A directory that holds a run already is continued: new lines are
     appended, and a step that is logged again replaces the earlier one when the run is read.
 
+    As the ``recorder`` of a :class:`Composer`, or of :func:`with_regularizers`, it also writes
+    what is composed there to ``config.json``, under ``composition``, and keeps steps, from which
+    ``python -m tinker_custom_loss replay`` computes them again::
+
+        recorder = Recorder("runs/first", keep="failures")
+        training_client = with_regularizers(training_client, …, recorder=recorder)
+
     Args:
         directory: made if it is not there.
         config: JSON values that describe the run, written to ``config.json``.
         sinks: who else is to see every step, in this order.
         overwrite: begin anew where the directory holds a run already.
+        keep: which steps are kept in ``directory/steps``: None, ``"failures"`` (steps that
+            raised, and those in which a term was skipped or had values zeroed), ``"every:N"``
+            (those too, and every step whose number N divides) or ``"all"``.
+        keep_bytes: how much the kept steps may take together. The oldest are deleted for a new one.
 
     Raises:
-        RequestError: ``config`` is not made of JSON values.
+        RequestError: ``config`` is not made of JSON values, or another option is wrong.
         OSError: the directory or its files cannot be written.
     """
 
@@ -56,16 +77,25 @@ class Recorder:
         config: Mapping[str, Any] | None = None,
         sinks: Iterable[Sink] = (),
         overwrite: bool = False,
+        keep: str | None = None,
+        keep_bytes: int = 256_000_000,
     ) -> None:
         self.directory = Path(directory)
         self._sinks = list(sinks)
         self._lock = threading.Lock()
+        self._config = None if config is None else dict(config)
+        self._parts: tuple[Any, ...] = ()
+        self._described: Mapping[str, Any] | None = None
         text = None if config is None else _json_text(config)
+        flight = FlightRecorder(self.directory, keep or "failures", keep_bytes)
+        self._flight = flight if keep is not None else None
         self.directory.mkdir(parents=True, exist_ok=True)
-        if text is not None:
-            _replace(self.directory / CONFIG, text)
         if overwrite:
             (self.directory / METRICS).unlink(missing_ok=True)
+            (self.directory / CONFIG).unlink(missing_ok=True)
+            flight.clear()
+        if text is not None:
+            _replace(self.directory / CONFIG, text)
         self._file = open(self.directory / METRICS, "ab", buffering=0)  # noqa: SIM115
         _end_torn_line(self.directory / METRICS, self._file.fileno())
 
@@ -83,6 +113,39 @@ class Recorder:
             sinks = list(self._sinks)
         for sink in sinks:
             sink.log(metrics, step)
+
+    @contextlib.contextmanager
+    def observing(self, observed: ObservedStep) -> Iterator[None]:
+        """Around a step of a composer that has this as its ``recorder``."""
+        self._describe(observed.composer)
+        with self._flight.observing(observed) if self._flight else contextlib.nullcontext():
+            yield
+
+    def _describe(self, composer: Composer) -> None:
+        """Write down what is composed; again only where it is something else than before."""
+        base = composer.base_loss
+        parts = (base and base.fn, (base and base.params) or None, *composer.regularizers)
+        with self._lock:
+            if len(parts) == len(self._parts) and all(map(operator.is_, parts, self._parts)):
+                return  # a client makes a composer at every step, of the same parts
+            self._parts = parts
+            described = composer.describe()
+            if described == self._described:
+                return
+            self._described = described
+            told = {**(self._config or self._earlier()), "composition": described}
+            try:
+                _replace(self.directory / CONFIG, _json_text(told))
+            except OSError as error:  # it costs a file, never a step
+                logger.error("%s cannot be written: %s", self.directory / CONFIG, error)
+
+    def _earlier(self) -> dict[str, Any]:
+        """What a run that is continued has in its ``config.json``."""
+        try:
+            told = json.loads((self.directory / CONFIG).read_text())
+        except (OSError, ValueError):
+            return {}
+        return told if isinstance(told, dict) else {}
 
     def attach(self, sink: Sink) -> None:
         """Hand every later step to ``sink`` too."""
@@ -200,6 +263,6 @@ def _json_text(config: Mapping[str, Any]) -> str:
 
 def _replace(path: Path, text: str) -> None:
     """Write a file so that nobody ever reads half of it."""
-    beside = path.with_name(path.name + ".new")
+    beside = path.with_name(f"{path.name}.{os.getpid()}.new")  # workers of a pool share a run
     beside.write_text(text)
     beside.replace(path)

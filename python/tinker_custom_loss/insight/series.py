@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 __all__ = ["BASE", "JUDGED", "History", "TermSeries", "bar", "key_prefix", "short", "sparkline"]
 
@@ -40,11 +41,18 @@ class TermSeries:
 class History:
     """Flat metrics in, series out.
 
-    A term is whatever has keys ``{prefix}regularizers/<name>/…``: no name holds a ``/``.
+    A term is whatever has keys ``{prefix}regularizers/<name>/…``: no name holds a ``/``. Of the
+    ``composition``, if that is known, ``schedules`` has what each schedule gives at some steps.
     """
 
-    def __init__(self, prefix: str = "") -> None:
+    def __init__(self, prefix: str = "", composition: Mapping[str, Any] | None = None) -> None:
         self._prefix = key_prefix(prefix)
+        self.schedules: dict[str, Mapping[str, float]] = {
+            term["name"]: term["weight"]["at"]
+            for term in (composition or {}).get("regularizers", ())
+            if isinstance(term["weight"], Mapping)
+        }
+        self.logprob_counts: deque[float] = deque(maxlen=JUDGED)
         self.step: int | None = None
         self.count = 0
         self.losses: deque[float] = deque(maxlen=JUDGED)
@@ -60,6 +68,7 @@ class History:
         self.norm = metrics.get(f"{self._prefix}total_grad_norm")
         if (scheduled := metrics.get(f"{self._prefix}schedule_step")) is not None:
             self.schedule_steps.append(scheduled)
+        self.logprob_counts.append(metrics.get(f"{self._prefix}logprob_count", math.nan))
         for name, numbers in self._by_term(metrics).items():
             self.terms.setdefault(name, TermSeries()).rows.append(numbers)
 

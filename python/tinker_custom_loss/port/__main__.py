@@ -11,7 +11,7 @@ import os
 import platform
 import signal
 import sys
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
@@ -22,9 +22,12 @@ from .cancellation import InlineTurn
 from .frames import MAX_FRAME, FrameReader, FrameWriter
 from .logs import LEVELS, LogStream
 from .messagepack import pack
-from .process import attached, end, settle
+from .process import attached, end, resident_bytes, settle
 from .server import Server
 from .service import Service, error_message
+
+if TYPE_CHECKING:
+    from ..insight import Recorder
 
 PROTOCOL = 2
 
@@ -62,6 +65,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--threads", type=_at_least(1), default=1, metavar="N", help="threads of torch"
     )
+    parser.add_argument("--record", metavar="DIR", help="write the records of all steps there")
+    parser.add_argument(
+        "--keep",
+        default="failures",
+        metavar="WHICH",
+        help="which steps to keep there for a replay: failures, every:N or all",
+    )
+    parser.add_argument("--keep-bytes", type=_at_least(1), default=256_000_000, metavar="BYTES")
     parser.add_argument("--log-level", choices=LEVELS, default="info")
     return parser
 
@@ -89,6 +100,7 @@ def main(arguments: list[str]) -> NoReturn:
         torch.set_num_threads(options.threads)
         torch.set_num_interop_threads(1)
         registry = Registry(options.load)
+        recorder = _recorder(options)
         writer.max_frame = options.max_frame
         logs.drain()
         writer.write([pack(_ready(registry, options))])
@@ -101,13 +113,21 @@ def main(arguments: list[str]) -> NoReturn:
         FrameReader(from_host, options.max_frame),
         writer,
         logs,
-        Service(registry, InlineTurn()),
+        Service(registry, InlineTurn(), recorder),
         options.max_in_flight,
     )
     server.start()
     _import_tinker()
     while True:  # this thread is for signals
         signal.pause()
+
+
+def _recorder(options: argparse.Namespace) -> Recorder | None:
+    if options.record is None:
+        return None
+    from ..insight.recorder import Recorder
+
+    return Recorder(options.record, keep=options.keep, keep_bytes=options.keep_bytes)
 
 
 def _ready(registry: Registry, options: argparse.Namespace) -> dict[str, Any]:
@@ -119,6 +139,7 @@ def _ready(registry: Registry, options: argparse.Namespace) -> dict[str, Any]:
         "torch": torch.__version__,
         "tinker": importlib.metadata.version("tinker"),
         "pid": os.getpid(),
+        "rss": resident_bytes(),
         "max_frame": options.max_frame,
         "max_in_flight": options.max_in_flight,
         "terms": registry.describe(),

@@ -30,9 +30,11 @@ __all__ = [
     "Regularizer",
     "Term",
     "Terms",
+    "TotalsRequest",
     "decode_batch",
     "decode_compute",
     "decode_data",
+    "decode_totals",
 ]
 
 if sys.byteorder != "little":
@@ -92,13 +94,14 @@ class Term(Struct):
 
     fn: str
     params: dict[str, Any] = {}
+    reduction: str | None = None
 
 
 class Regularizer(Term, kw_only=True):
     """The further keys are keyword arguments of :class:`tinker_custom_loss.Regularizer`."""
 
-    name: str
     weight: float
+    name: str | None = None
     run_in_executor: bool | str = False
     timeout: float | None = None
     on_error: str = "raise"
@@ -116,8 +119,14 @@ class Terms(Struct):
 class _Compute(Struct):
     logprobs: Batch
     data: Data | None = None
-    step: int = 0
+    step: int | None = None
     gradients: bool = True
+    totals: dict[str, Any] | None = None
+
+
+class _Totals(Struct):
+    data: Data
+    totals: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -126,8 +135,28 @@ class ComputeRequest:
 
     logprobs: TensorBatch
     data: WireData
-    step: int
+    step: int | None
     gradients: bool
+    totals: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class TotalsRequest:
+    """A ``totals`` message, but for its terms."""
+
+    data: WireData
+    totals: dict[str, Any] | None
+
+
+def decode_totals(message: Message) -> TotalsRequest:
+    """A ``totals`` message, but for its terms.
+
+    Raises:
+        ProtocolError, RequestError: see the module.
+    """
+    request = read(message.fields, _Totals)
+    data = decode_data(request.data, message.payload, request.data.count)
+    return TotalsRequest(data, request.totals)
 
 
 def decode_compute(message: Message) -> ComputeRequest:
@@ -152,6 +181,7 @@ def decode_compute(message: Message) -> ComputeRequest:
         data=decode_data(request.data, message.payload, len(shapes)),
         step=request.step,
         gradients=request.gradients,
+        totals=request.totals,
     )
 
 

@@ -117,11 +117,12 @@ class Server:
             self._send(self._pong(request_id))
         elif op == "terms":
             self._send({**self._service.terms(), "id": request_id})
-        elif op == "compute":
+        elif op in ("compute", "totals"):
             return self._register(request_id)
         else:
             raise ProtocolError(
-                f'unknown op "{op}" at `op`; known are compute, cancel, terms and ping', path="op"
+                f'unknown op "{op}" at `op`; known are compute, totals, cancel, terms and ping',
+                path="op",
             )
         return None
 
@@ -142,7 +143,10 @@ class Server:
     def _compute(self, request: Request, message: Message) -> None:
         current_request.set(request)
         try:
-            reply = {**self._service.compute(message, request.cancelled), "id": request.id}
+            if op_of(message) == "totals":
+                reply = {**self._service.totals(message), "id": request.id}
+            else:
+                reply = {**self._service.compute(message, request.cancelled), "id": request.id}
         except BaseException as error:  # whatever a term did, it ends its request and no more
             reply = error_message(error, request.id)
         finally:

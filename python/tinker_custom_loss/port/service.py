@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgpack
 import msgspec
@@ -19,17 +20,24 @@ from ..errors import (
     RequestError,
     said,
 )
+from ..record import flatten
 from ..regularizer import BASE_LOSS, LossFn, is_coroutine_function
+from ..regularizer import Regularizer as RegularizerOptions
 from ..terms import Term
 from ..terms.registry import Registry
 from .cancellation import ending_if_forked, interruptible
 from .logs import shorten
 from .messagepack import Message
-from .messages import Regularizer, Terms, decode_compute
+from .messages import Regularizer, Terms, decode_compute, decode_totals
 from .messages import Term as TermSpec
 from .typed import read
 
+if TYPE_CHECKING:
+    from ..insight import Recorder
+
 __all__ = ["Service", "composer_arguments", "error_message", "id_of", "op_of"]
+
+logger = logging.getLogger(__name__)
 
 _MOST_COMPOSERS = 64
 _CONSTANTS = {type(None), bool, int, float, str}
@@ -60,15 +68,18 @@ class Service:
     Args:
         registry: what may be named.
         inline_lock: see :class:`~tinker_custom_loss.Composer`.
+        recorder: what logs the record of every step, and keeps steps.
     """
 
     def __init__(
         self,
         registry: Registry,
         inline_lock: contextlib.AbstractContextManager[Any] | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         self.registry = registry
         self._inline_lock = inline_lock
+        self._recorder = recorder
         self._composers: dict[bytes, Composer] = {}
 
     def compute(self, message: Message, cancelled: threading.Event | None = None) -> dict[str, Any]:
@@ -81,9 +92,15 @@ class Service:
         composer = self._composer(message)
         compute = composer.compute if request.gradients else composer.compute_loss
         computed: ComposedLoss = compute(
-            request.data, request.logprobs, step=request.step, cancelled=cancelled
+            request.data,
+            request.logprobs,
+            step=request.step,
+            totals=request.totals,
+            cancelled=cancelled,
         )
         gradient = computed.gradient if isinstance(computed, Composition) else None
+        if self._recorder is not None and gradient is not None and request.totals is None:
+            self._record(self._recorder, computed, request.step)
         return {
             "op": "result",
             "loss_total": computed.loss_total,
@@ -91,9 +108,32 @@ class Service:
             "record": computed.record,
         }
 
+    def totals(self, message: Message) -> dict[str, Any]:
+        """The ``result`` of a ``totals`` message, without its id.
+
+        Raises:
+            CustomLossError: whatever is at fault; also where the datums cannot be a part of the
+                step whose totals the message has.
+        """
+        request = decode_totals(message)
+        composer = self._composer(message)
+        if request.totals is not None:
+            composer.check_totals(request.totals, request.data)
+        return {"op": "result", "totals": composer.totals(request.data)}
+
     def terms(self) -> dict[str, Any]:
         """The ``result`` of a ``terms`` message, without its id."""
         return {"op": "result", "terms": self.registry.describe()}
+
+    def _record(self, recorder: Recorder, computed: ComposedLoss, step: int | None) -> None:
+        """A disk that is full costs a line, never a step."""
+        if step is None:
+            logger.error("a step is not recorded: the call does not say which it is; give :step")
+            return
+        try:
+            recorder.log(flatten(computed.record), step)
+        except (OSError, RequestError) as error:
+            logger.error("step %d cannot be recorded: %s", step, error)
 
     def _composer(self, message: Message) -> Composer:
         """A training loop asks for the same terms at every step: check them once."""
@@ -102,7 +142,9 @@ class Service:
         if composer is None:
             terms = read(message.fields, Terms)
             composer = Composer(
-                **composer_arguments(terms, self._fn), inline_lock=self._inline_lock
+                **composer_arguments(terms, self._fn),
+                inline_lock=self._inline_lock,
+                recorder=self._recorder,
             )
             if not any(_could_change(term) for term in [terms.base_loss, *terms.regularizers]):
                 if len(self._composers) >= _MOST_COMPOSERS:
@@ -132,10 +174,19 @@ def composer_arguments(terms: Terms, resolve: Callable[[TermSpec], LossFn]) -> d
         except RequestError as error:
             raise RequestError(f"{path}: {error}", path=f"{path}.fn") from None
 
-    base = terms.base_loss
+    arguments: dict[str, Any] = {}
+    if terms.base_loss is not None:
+        spec = terms.base_loss
+        fn = resolved(spec, BASE_LOSS)
+        try:
+            base = RegularizerOptions(
+                fn, 1.0, BASE_LOSS, params=spec.params, reduction=spec.reduction
+            )
+        except RequestError as error:
+            raise RequestError(str(error), path=f"{BASE_LOSS}.{error.path}") from error
+        arguments = {"base_loss_fn": fn, "base_params": base.params}
     return {
-        "base_loss_fn": None if base is None else resolved(base, BASE_LOSS),
-        "base_params": None if base is None else base.params,
+        **arguments,
         "regularizers": [
             {**msgspec.structs.asdict(spec), "fn": resolved(spec, f"regularizers[{index}]")}
             for index, spec in enumerate(terms.regularizers)

@@ -116,7 +116,7 @@ class _Train(Struct):
 
 class _CheckGradient(Struct):
     data: Data
-    step: int = 0
+    step: int | None = None
 
 
 class Sandbox:

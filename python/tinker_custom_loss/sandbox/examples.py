@@ -1,4 +1,4 @@
-"""What one forward or forward_backward works on: tokens, targets and weights, checked once."""
+"""What one forward or forward_backward works on: tokens, targets, what a loss reads beside them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
     import tinker
 
-__all__ = ["VOCABULARY", "Examples"]
+__all__ = ["COLUMNS", "VOCABULARY", "Examples"]
+
+COLUMNS = ("weights", "logprobs", "advantages")
+"""What losses read beside the targets."""
 
 VOCABULARY = 512
 """Tokens 0 to 255 are bytes, 256 stands for the beginning of a text, the rest are free."""
@@ -27,15 +30,18 @@ class Examples:
 
     ``tokens`` holds an int64 [T] a datum. ``target_tokens`` holds an int64 [T], the token that
     should follow each position, or [T,K], K alternatives at each position; the two may be mixed.
-    ``weights`` holds float32 values of the targets' shapes, or is None where nothing is weighted.
+    ``weights``, the sampler's ``logprobs`` and ``advantages`` hold float32 values of the targets'
+    shapes, or are None where a loss does without them.
 
-    :raises RequestError: counts or shapes that disagree, a token outside the vocabulary, a weight
+    :raises RequestError: counts or shapes that disagree, a token outside the vocabulary, a value
         that is not finite; ``path`` says where.
     """
 
     tokens: TensorBatch
     target_tokens: TensorBatch
     weights: TensorBatch | None = None
+    logprobs: TensorBatch | None = None
+    advantages: TensorBatch | None = None
 
     def __post_init__(self) -> None:
         self._check_count("target_tokens", self.target_tokens)
@@ -55,8 +61,10 @@ class Examples:
                 )
         self._check_vocabulary("model_input", self.tokens)
         self._check_vocabulary("target_tokens", self.target_tokens)
-        if self.weights is not None:
-            self._check_weights(self.weights)
+        for name in COLUMNS:
+            column = getattr(self, name)
+            if column is not None:
+                self._check_column(name, column)
 
     @classmethod
     def from_datums(cls, data: Sequence[tinker.Datum]) -> Examples:
@@ -71,6 +79,16 @@ class Examples:
     def weighted(self, weights: TensorBatch) -> Examples:
         """The same tokens and targets with other weights."""
         return replace(self, weights=weights)
+
+    def column(self, name: str, loss: str) -> TensorBatch:
+        """:raises RequestError: these examples have no such column, which ``loss`` reads."""
+        column: TensorBatch | None = getattr(self, name)
+        if column is None:
+            raise RequestError(
+                f"{loss} needs {name} beside target_tokens, one a target",
+                path="data[0].loss_fn_inputs",
+            )
+        return column
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -98,27 +116,27 @@ class Examples:
                 path=_input_path(datum, key) + str(list(index)),
             )
 
-    def _check_weights(self, weights: TensorBatch) -> None:
-        self._check_count("weights", weights)
+    def _check_column(self, key: str, column: TensorBatch) -> None:
+        self._check_count(key, column)
         for i, (expected, got) in enumerate(
-            zip(self.target_tokens.shapes, weights.shapes, strict=True)
+            zip(self.target_tokens.shapes, column.shapes, strict=True)
         ):
             if expected != got:
                 raise RequestError(
-                    f"weights has shape {list(got)}, but target_tokens has {list(expected)}; "
-                    "there must be one weight a target",
-                    path=_input_path(i, "weights"),
+                    f"{key} has shape {list(got)}, but target_tokens has {list(expected)}; "
+                    "there must be one a target",
+                    path=_input_path(i, key),
                 )
-        if weights.flat.dtype != torch.float32:
-            raise RequestError("weights must be float32", path="data")
-        finite = weights.flat.isfinite()
+        if column.flat.dtype != torch.float32:
+            raise RequestError(f"{key} must be float32", path="data")
+        finite = column.flat.isfinite()
         if not finite.all():
             position = int((~finite).nonzero()[0])
-            datum, index = weights.locate(position)
+            datum, index = column.locate(position)
             raise RequestError(
-                f"weights holds {float(weights.flat[position])}, which would spread to every "
+                f"{key} holds {float(column.flat[position])}, which would spread to every "
                 "parameter of the model",
-                path=_input_path(datum, "weights") + str(list(index)),
+                path=_input_path(datum, key) + str(list(index)),
             )
 
 

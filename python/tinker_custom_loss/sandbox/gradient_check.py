@@ -45,7 +45,7 @@ def check_gradient(
     regularizers: Sequence[Regularizer | Mapping[str, Any]] | None = None,
     *,
     base_params: Mapping[str, Any] | None = None,
-    step: int = 0,
+    step: int | None = None,
 ) -> GradientCheck:
     """Compare the composer's way with end-to-end autograd, on ``model`` as it is now.
 

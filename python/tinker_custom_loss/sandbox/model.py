@@ -17,12 +17,14 @@ from torch import Tensor
 
 from ..errors import RequestError
 from .examples import VOCABULARY
+from .losses import CROSS_ENTROPY
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from ..tensors.batch import TensorBatch
     from .examples import Examples
+    from .losses import Loss
 
 __all__ = ["AdamParams", "ForwardBackwardResult", "LanguageModel"]
 
@@ -78,7 +80,7 @@ class AdamParams:
 
 @dataclass(frozen=True)
 class ForwardBackwardResult:
-    """``logprobs`` in the shapes of the target tokens, and Σ -logprob · weight over the batch."""
+    """``logprobs`` in the shapes of the target tokens, and the loss summed over the batch."""
 
     logprobs: TensorBatch
     loss_sum: float
@@ -126,46 +128,57 @@ class LanguageModel:
         """log p(target | the tokens up to it), attached to the graph of the parameters."""
         return _joined([logprobs for _, logprobs in self._logprob_parts(examples)], examples)
 
-    def forward(self, examples: Examples) -> ForwardBackwardResult:
-        """Logprobs and loss alone; targets without weights count as weighted 0."""
+    def forward(self, examples: Examples, loss: Loss = CROSS_ENTROPY) -> ForwardBackwardResult:
+        """Logprobs and loss alone; without weights the cross entropy is 0.
+
+        :raises RequestError: the loss reads what the examples lack.
+        """
         with torch.no_grad():
             logprobs = self.logprobs(examples)
-        return _result(logprobs, examples)
+        if loss.name == CROSS_ENTROPY.name and examples.weights is None:
+            return _checked(ForwardBackwardResult(logprobs, 0.0))
+        return _result(logprobs, examples, loss)
 
-    def forward_backward(self, examples: Examples) -> ForwardBackwardResult:
-        """Add the parameter gradient of Σ -logprob · weight to what is accumulated.
+    def forward_backward(
+        self, examples: Examples, loss: Loss = CROSS_ENTROPY
+    ) -> ForwardBackwardResult:
+        """Add the parameter gradient of the loss, summed over targets, to what is accumulated.
 
-        :raises RequestError: without weights, or when the model has diverged; nothing is
-            accumulated then.
+        :raises RequestError: the loss reads what the examples lack, or the model has diverged;
+            nothing is accumulated then.
         """
-        result, gradients = self.differentiate(examples)
+        result, gradients = self.differentiate(examples, loss)
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             cast("Tensor", parameter.grad).add_(gradient)
         return result
 
-    def differentiate(self, examples: Examples) -> tuple[ForwardBackwardResult, list[Tensor]]:
+    def differentiate(
+        self, examples: Examples, loss: Loss = CROSS_ENTROPY
+    ) -> tuple[ForwardBackwardResult, list[Tensor]]:
         """What :meth:`forward_backward` would accumulate, one tensor a parameter."""
-        if examples.weights is None:
-            raise RequestError("forward_backward needs weights beside target_tokens", path="data")
         parts, sums = [], [torch.zeros_like(parameter) for parameter in self.parameters]
         for part, logprobs in self._logprob_parts(examples):
-            loss = (-logprobs * examples.weights.flat[part]).sum()
+            value = loss(logprobs, examples, part).sum()
             for total, gradient in zip(
-                sums, torch.autograd.grad(loss, self.parameters), strict=True
+                sums, torch.autograd.grad(value, self.parameters), strict=True
             ):
                 total += gradient
             parts.append(logprobs.detach())
-        return _result(_joined(parts, examples), examples), sums
+        return _result(_joined(parts, examples), examples, loss), sums
 
     def optim_step(self, params: AdamParams) -> dict[str, float]:
         """One step of AdamW on the accumulated gradient, which is zero afterwards.
 
-        Returns the norm that the gradient had before clipping.
+        Returns the norm that the gradient had before clipping, as the service does: where clipping
+        is on.
         """
-        norm = self.gradient_flat().norm()
-        if params.grad_clip_norm > 0 and norm > params.grad_clip_norm:
-            for parameter in self.parameters:
-                cast("Tensor", parameter.grad).mul_(params.grad_clip_norm / norm)
+        metrics = {}
+        if params.grad_clip_norm > 0:
+            norm = self.gradient_flat().norm()
+            metrics["parameter_grad_norm"] = float(norm)
+            if norm > params.grad_clip_norm:
+                for parameter in self.parameters:
+                    cast("Tensor", parameter.grad).mul_(params.grad_clip_norm / norm)
         (group,) = self._optimizer.param_groups
         group.update(
             lr=params.learning_rate,
@@ -175,7 +188,7 @@ class LanguageModel:
         )
         self._optimizer.step()
         self.zero_gradients()
-        return {"parameter_grad_norm": float(norm)}
+        return metrics
 
     def zero_gradients(self) -> None:
         """Forget what has been accumulated."""
@@ -230,12 +243,20 @@ def _joined(parts: list[Tensor], examples: Examples) -> TensorBatch:
     return examples.target_tokens.with_flat(torch.cat(parts) if parts else torch.empty(0))
 
 
-def _result(logprobs: TensorBatch, examples: Examples) -> ForwardBackwardResult:
-    if not logprobs.flat.isfinite().all():
+def _result(logprobs: TensorBatch, examples: Examples, loss: Loss) -> ForwardBackwardResult:
+    values = loss(logprobs.flat, examples)
+    return _checked(ForwardBackwardResult(logprobs, float(values.sum())))
+
+
+def _checked(result: ForwardBackwardResult) -> ForwardBackwardResult:
+    if not result.logprobs.flat.isfinite().all():
         raise RequestError(
             "the model's logprobs are not finite: its training diverged; create the model anew "
             "and train with a lower learning rate"
         )
-    if examples.weights is None:
-        return ForwardBackwardResult(logprobs, 0.0)
-    return ForwardBackwardResult(logprobs, float((-logprobs.flat * examples.weights.flat).sum()))
+    if not math.isfinite(result.loss_sum):
+        raise RequestError(
+            "the loss is not finite: the model's logprobs are too far from the sampler's",
+            path="data",
+        )
+    return result

@@ -7,8 +7,8 @@ everything behind a gap.
 
 from __future__ import annotations
 
-import itertools
 import threading
+import uuid
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -139,14 +139,13 @@ class Trainer:
 
     def __init__(self, seed: int = 0) -> None:
         self._seed = seed
-        self._session_numbers = itertools.count(1)
         self._sessions: set[str] = set()
         self._runs: dict[str, TrainingRun] = {}
         self._lock = threading.Lock()
 
     def create_session(self) -> str:
         with self._lock:
-            session_id = f"sandbox-{next(self._session_numbers)}"
+            session_id = f"sandbox-{uuid.uuid4().hex[:16]}"
             self._sessions.add(session_id)
         return session_id
 

@@ -17,12 +17,14 @@ from torch import Tensor
 
 from ..errors import RequestError
 from ..tensors.batch import TensorBatch
-from .examples import Examples
+from .examples import COLUMNS, Examples
+from .losses import CROSS_ENTROPY, loss_named
 from .model import AdamParams, ForwardBackwardResult
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
+    from .losses import Loss
     from .model import LanguageModel
     from .trainer import Operation
 
@@ -157,42 +159,53 @@ def _optim_step(request: Mapping[str, Any]) -> Operation:
 
 
 def _forward_backward(
-    loss_fn: object, datums: Callable[[], Iterable[_RawDatum]], *, forward_only: bool
+    loss_fn: object,
+    config: Mapping[str, Any],
+    datums: Callable[[], Iterable[_RawDatum]],
+    *,
+    forward_only: bool,
 ) -> Operation:
     def operation(model: LanguageModel) -> ForwardBackwardResult:
-        if loss_fn != "cross_entropy":
-            raise RequestError(
-                f"the sandbox computes one built-in loss, 'cross_entropy', not {loss_fn!r}; "
-                "write any other as a custom loss of the logprobs",
-                path="loss_fn",
-            )
-        examples = _examples(list(datums()), weights_required=not forward_only)
-        return model.forward(examples) if forward_only else model.forward_backward(examples)
+        loss = loss_named(loss_fn, config)
+        unweighted = forward_only and loss.name == CROSS_ENTROPY.name
+        examples = _examples(list(datums()), loss, zeros_for_missing=unweighted)
+        return (
+            model.forward(examples, loss)
+            if forward_only
+            else model.forward_backward(examples, loss)
+        )
 
     return operation
 
 
-def _examples(datums: list[_RawDatum], *, weights_required: bool) -> Examples:
-    tokens, targets, weights = [], [], []
-    for i, (datum_tokens, inputs) in enumerate(datums):
-        path = f"data[{i}].loss_fn_inputs"
-        if "target_tokens" not in inputs:
-            raise RequestError("cross_entropy needs target_tokens", path=path)
-        if "weights" not in inputs and weights_required:
-            raise RequestError("cross_entropy needs weights, one a target", path=path)
-        tokens.append(datum_tokens)
-        targets.append(inputs["target_tokens"])
-        weights.append(
-            inputs["weights"].to(torch.float32)
-            if "weights" in inputs
-            else torch.zeros(targets[-1].shape)
-        )
+def _examples(datums: list[_RawDatum], loss: Loss, *, zeros_for_missing: bool) -> Examples:
     if not datums:
         raise RequestError("there is no datum to compute on", path="data")
+    needed = ["target_tokens"] if zeros_for_missing else ["target_tokens", *loss.inputs]
+    for i, (_, inputs) in enumerate(datums):
+        for name in needed:
+            if name not in inputs:
+                raise RequestError(
+                    f"{loss.name} needs {name}, one a target"
+                    if name != "target_tokens"
+                    else f"{loss.name} needs target_tokens",
+                    path=f"data[{i}].loss_fn_inputs",
+                )
+
+    def column(name: str) -> TensorBatch:
+        return TensorBatch.from_tensors(
+            [
+                inputs[name].to(torch.float32)
+                if name in inputs
+                else torch.zeros(inputs["target_tokens"].shape)
+                for _, inputs in datums
+            ]
+        )
+
     return Examples(
-        TensorBatch.from_tensors(tokens),
-        TensorBatch.from_tensors(targets),
-        TensorBatch.from_tensors(weights),
+        TensorBatch.from_tensors([tokens for tokens, _ in datums]),
+        TensorBatch.from_tensors([inputs["target_tokens"] for _, inputs in datums]),
+        **{name: column(name) for name in loss.inputs},
     )
 
 
@@ -205,8 +218,13 @@ def _parse_protobuf(body: bytes) -> TrainingCall:
         message.ParseFromString(body)
     except Exception as error:  # google.protobuf.message.DecodeError, whatever the backend
         raise RequestError(f"the body is not a ForwardBackwardRequest: {error}") from error
+    config: dict[str, Any] = dict(message.loss_fn_config)
+    # SDKs up to 0.30 know only numbers, and messages of that generation have no second map.
+    for key, value in getattr(message, "loss_fn_config_v2", {}).items():
+        config[key] = getattr(value, value.WhichOneof("value"))
     operation = _forward_backward(
         message.loss_fn,
+        config,
         lambda: (_protobuf_datum(datum, f"data[{i}]") for i, datum in enumerate(message.data)),
         forward_only=message.forward_only,
     )
@@ -223,7 +241,7 @@ def _protobuf_datum(datum: pb.Datum, path: str) -> _RawDatum:
     inputs = {
         name: _protobuf_tensor(tensor, f'{path}.loss_fn_inputs["{name}"]')
         for name, tensor in datum.loss_fn_inputs.items()
-        if name in ("target_tokens", "weights")
+        if name in ("target_tokens", *COLUMNS)
     }
     return _tokens(tokens), inputs
 
@@ -264,7 +282,10 @@ def _json_forward_backward(
         def datums() -> Iterable[_RawDatum]:
             return (_json_datum(datum, f"data[{i}]") for i, datum in enumerate(data))
 
-        run = _forward_backward(body.get("loss_fn"), datums, forward_only=forward_only)
+        config = (
+            {} if body.get("loss_fn_config") is None else _expect(body, "loss_fn_config", dict, key)
+        )
+        run = _forward_backward(body.get("loss_fn"), config, datums, forward_only=forward_only)
         result = run(model)
         assert isinstance(result, ForwardBackwardResult)
         return result
@@ -285,7 +306,7 @@ def _json_datum(datum: Any, path: str) -> _RawDatum:
     inputs = {
         name: _json_tensor(tensor, f'{path}.loss_fn_inputs["{name}"]')
         for name, tensor in _expect(datum, "loss_fn_inputs", dict, path).items()
-        if name in ("target_tokens", "weights")
+        if name in ("target_tokens", *COLUMNS)
     }
     return _tokens(tokens), inputs
 

@@ -17,6 +17,7 @@ from ..tensors.batch import Shape, TensorBatch
 __all__ = ["is_present", "read", "read_chosen", "read_groups", "read_weights"]
 
 _LOG = logging.getLogger(__name__)
+_SAMPLED = {"logprobs", "advantages"}
 
 
 def read(key: str, data: Sequence[Any], logprobs: TensorBatch, *, repeat: bool = True) -> Tensor:
@@ -46,7 +47,9 @@ def read_weights(
 ) -> Tensor | None:
     """The weight of every entry of ``shapes`` as one tensor [N]; None if all are 1.
 
-    ``"auto"``: a datum's ``weights``, else its ``mask``, else 1, which is said once in the log.
+    ``"auto"``: a datum's ``weights``, else its ``mask``. Else of a datum with ``logprobs`` and
+    ``advantages``, from which a loop has taken the mask since the server refuses it, the tokens
+    where one of both is not 0: those that were sampled. Else 1, which is said once in the log.
     None: 1. Any other key was named on purpose, and every datum must have it.
     """
     if weights is None:
@@ -124,16 +127,27 @@ def _auto_weights(data: Sequence[Any], shapes: tuple[Shape, ...]) -> TensorBatch
             return column
         if getattr(data, "some_have", lambda _: True)(key):  # then each is weighted on its own
             break
-    tensors, without = [], 0
+    tensors, without, unsaid = [], 0, False
     for index, (datum, shape) in enumerate(zip(data, shapes, strict=True)):
         inputs = _inputs(datum)
         found = next((key for key in ("weights", "mask") if key in inputs), None)
-        without += found is None
-        ones = torch.ones(shape, device="cpu")
-        tensors.append(ones if found is None else _tensor(found, index, inputs[found]))
-    if without:
+        if found is not None:
+            tensors.append(_tensor(found, index, inputs[found]))
+        elif inputs.keys() >= _SAMPLED:
+            tensors.append(_sampled(index, inputs))
+        else:
+            without += 1
+            unsaid |= len(inputs) > 0  # a datum without inputs is none: nobody gave data
+            tensors.append(torch.ones(shape, device="cpu"))
+    if unsaid:
         _warn_of_ones()
     return None if without == len(tensors) else _joined(tensors)
+
+
+def _sampled(index: int, inputs: Any) -> Tensor:
+    """1 for the tokens of a policy's datum that were sampled: a prompt has zeros."""
+    logprobs, advantages = (_tensor(key, index, inputs[key]) for key in ("logprobs", "advantages"))
+    return ((logprobs != 0) | (advantages != 0)).to(torch.float32)
 
 
 @functools.cache  # once for a run

@@ -19,7 +19,7 @@ from ..errors import CustomLossError, RequestError
 from ..regularizer import is_coroutine_function, nearest
 from . import CATALOGUE, Term
 
-__all__ = ["LoadError", "Registry"]
+__all__ = ["LoadError", "Registry", "load_module"]
 
 
 class LoadError(CustomLossError):
@@ -55,7 +55,7 @@ class Registry:
         self._terms: dict[str, Callable[..., Any]] = dict(CATALOGUE)
         self._modules: dict[str, ModuleType] = {}
         for target in load:
-            module = _load(target)
+            module = load_module(target)
             if self._modules.setdefault(module.__name__, module) is not module:
                 raise LoadError(f'"{target}" and another file are both named "{module.__name__}"')
             offered = dict(_offered(module, target))
@@ -101,7 +101,12 @@ class Registry:
         return f': "{module_name}" does not offer it: it is private, imported or not in __all__'
 
 
-def _load(target: str) -> ModuleType:
+def load_module(target: str) -> ModuleType:
+    """Import a module, or a ``.py`` file under the name of its stem.
+
+    Raises:
+        LoadError: it cannot be imported.
+    """
     path = Path(target)
     search_path = [*sys.path]
     name = path.stem if path.suffix == ".py" else target

@@ -46,8 +46,9 @@ class Term:
     function's arguments, and, alike for all terms:
 
     - ``weights``: key of ``loss_fn_inputs`` with the weight of every token ([T] or [T,K]).
-      ``"auto"``: the datum's ``weights``, else its ``mask``, else 1. None: 1. A token of weight 0
-      adds exactly 0 to value and gradient, whatever it holds, nan and infinity included.
+      ``"auto"``: the datum's ``weights``, else its ``mask``, else the tokens that were sampled
+      according to its ``logprobs`` and ``advantages``, else 1. None: 1. A token of weight 0 adds
+      exactly 0 to value and gradient, whatever it holds, nan and infinity included.
     - ``reduction`` and ``normalizer``: see :class:`~.reduction.Reduction`.
     - ``importance``, ``importance_cap``, ``importance_floor`` and ``old``, of the policy terms: see
       :class:`~.importance.Importance`.

@@ -26,7 +26,7 @@ defmodule Tinkex.CustomLoss.Faults.BystandersTest do
          %{pool: pool} do
       for _ <- 1..2, do: spawn_link(fn -> ask(pool, 1, timeout: :infinity) end)
       await_in_flight(pool, [1, 1])
-      pool |> os_pids() |> hd() |> signal("KILL")
+      pool |> os_pids() |> hd() |> signal("SEGV")
       eventually(fn -> match?({:ok, %{in_flight: 1, queued: 1}}, CustomLoss.info(pool)) end)
       for _ <- 1..5, do: assert_serving(pool)
       assert {:ok, %{workers: [%{state: :down}, %{state: :ready}]}} = CustomLoss.info(pool)
@@ -35,9 +35,63 @@ defmodule Tinkex.CustomLoss.Faults.BystandersTest do
     test "one that tries a request again serves the others, too", %{pool: pool} do
       spawn_link(fn -> ask(pool, 1, timeout: :infinity) end)
       await_in_flight(pool, [1, 0])
-      pool |> os_pids() |> hd() |> signal("KILL")
+      pool |> os_pids() |> hd() |> signal("SEGV")
       await_in_flight(pool, [0, 1])
       for _ <- 1..5, do: assert_serving(pool)
+    end
+
+    # The pool gives a worker requests until it hears that it was killed. Stopped, it reads none.
+    test "one that computes answers what the other was killed with", %{pool: pool} do
+      spawn_link(fn -> ask(pool, 1, timeout: :infinity) end)
+      await_in_flight(pool, [1, 0])
+      other = pool |> os_pids() |> List.last()
+      signal(other, "STOP")
+      caller = Task.async(fn -> ask(pool, 2) end)
+      await_in_flight(pool, [1, 1])
+      signal(other, "KILL")
+      assert Task.await(caller) == {:ok, 2.0}
+    end
+  end
+
+  describe "while a worker is never idle" do
+    # It holds the step 2; the other one the step 1, and comes back with no Python that is gone.
+    setup %{tmp_dir: dir} = tags do
+      python = Path.join(dir, "python")
+      File.ln_s!(fixture("holds_once.py"), python)
+      env = %{"HELD" => Path.join(dir, "held")}
+      backoff = Map.get(tags, :backoff, {10, 200})
+      opts = [python: python, env: env, workers: 2, ping_interval: 60_000, backoff: backoff]
+      pool = start_peers!("holds_once.py", opts)
+      await_all(pool)
+      File.rm!(python)
+      %{pool: pool}
+    end
+
+    @describetag :tmp_dir
+    @describetag :capture_log
+
+    test "it takes what waits for one that does not start again", %{pool: pool} do
+      caller = Task.async(fn -> ask(pool, 1) end)
+      await_in_flight(pool, [1, 0])
+      spawn_link(fn -> ask(pool, 2, timeout: :infinity) end)
+      await_in_flight(pool, [1, 1])
+      pool |> os_pids() |> hd() |> signal("SEGV")
+      assert Task.await(caller) == {:ok, 1.0}
+      assert {:ok, %{workers: [%{state: :down}, %{in_flight: 1}]}} = CustomLoss.info(pool)
+      assert_serving(pool)
+    end
+
+    @tag backoff: {60_000, 60_000}
+    test "it takes what was with another's overdue request", %{pool: pool} do
+      overdue = Task.async(fn -> ask(pool, 1, timeout: 1_000) end)
+      await_in_flight(pool, [1, 0])
+      spawn_link(fn -> ask(pool, 2, timeout: :infinity) end)
+      await_in_flight(pool, [1, 1])
+      pool |> os_pids() |> hd() |> signal("STOP")
+      other = Task.async(fn -> ask(pool, 3) end)
+      await_in_flight(pool, [2, 1])
+      assert {:error, %TimeoutError{}} = Task.await(overdue)
+      assert Task.await(other) == {:ok, 3.0}
     end
   end
 
@@ -137,7 +191,7 @@ defmodule Tinkex.CustomLoss.Faults.BystandersTest do
       for _ <- 1..4, process = Process.alive?(pool) && child(pool, CustomLoss.Pool) do
         monitor = Process.monitor(process)
         Process.exit(process, :kill)
-        assert_receive {:DOWN, ^monitor, _, _, _}
+        assert_receive {:DOWN, ^monitor, _, _, _}, 5_000
         eventually(fn -> not Process.alive?(pool) or child(pool, CustomLoss.Pool) != process end)
       end
 
@@ -253,6 +307,15 @@ defmodule Tinkex.CustomLoss.Faults.BystandersTest do
       assert CustomLoss.reload(pool) == :ok
       assert {:ok, _} = CustomLoss.compute(pool, nil, [[1.0]], base_loss: "#{module}:later")
     end
+  end
+
+  test "a :max_rss that a worker is over when it starts is said, and no reason to go on so" do
+    Process.flag(:trap_exit, true)
+    opts = [max_rss: 100_000_000, await_ready: true, backoff: {60_000, 60_000}]
+    assert {:error, %WorkerError{reason: {:not_started, sentence}}} = CustomLoss.start_link(opts)
+
+    assert sentence =~
+             ~r/starts with \d{9} bytes in memory, and :max_rss is 100000000: raise that/
   end
 
   test "a worker over :max_rss is started anew when it has finished what it has" do

@@ -37,7 +37,7 @@ defmodule Tinkex.CustomLoss.Faults.DeadlinesTest do
 
   test "16 MB on their way to a worker that reads again in time: nobody is troubled",
        %{pool: pool, os_pid: os_pid} do
-    held = hold(pool, 800)
+    held = hold(pool, 1_200)
     assert {:error, %TimeoutError{timeout: 300, stage: :computing}} = sixteen_mib(pool)
     refute Task.yield(held, 0)
 

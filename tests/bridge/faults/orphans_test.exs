@@ -27,15 +27,8 @@ defmodule Tinkex.CustomLoss.Faults.OrphansTest do
 
   test "when the BEAM is killed, whatever the workers are doing" do
     states = Map.delete(@states, "with all of it")
-
-    {:ok, peer, _node} =
-      :peer.start(%{
-        connection: :standard_io,
-        args: Enum.flat_map(:code.get_path(), &[~c"-pa", &1])
-      })
-
+    peer = start_beam!()
     {:ok, python} = CustomLoss.Pool.Python.find(nil)
-    {:ok, _} = :peer.call(peer, Application, :ensure_all_started, [:elixir])
 
     groups =
       :peer.call(peer, Tinkex.CustomLoss.Bridge, :occupy_all, [python, @files, states], 240_000)
@@ -52,6 +45,24 @@ defmodule Tinkex.CustomLoss.Faults.OrphansTest do
       left = 2_000 - (System.monotonic_time(:millisecond) - killed)
       eventually(fn -> group(os_pid) == [] end, left, "a worker is left: #{state}")
     end
+  end
+
+  # Stopped, it cannot see that nobody is there; and no pool looks after it.
+  test "when the BEAM of a sandbox is killed" do
+    peer = start_beam!()
+    {:ok, sandbox} = :peer.call(peer, CustomLoss.Sandbox, :start_link, [], 60_000)
+    %{port: port} = :peer.call(peer, :sys, :get_state, [sandbox])
+    {:os_pid, os_pid} = :peer.call(peer, :erlang, :port_info, [port, :os_pid])
+    signal(os_pid, "STOP")
+    signal(:peer.call(peer, :os, :getpid, []), "KILL")
+    assert_gone(os_pid)
+  end
+
+  defp start_beam! do
+    paths = Enum.flat_map(:code.get_path(), &[~c"-pa", &1])
+    {:ok, peer, _node} = :peer.start(%{connection: :standard_io, args: paths})
+    {:ok, _} = :peer.call(peer, Application, :ensure_all_started, [:elixir])
+    peer
   end
 
   # The emulator writes out what its ports hold before it halts.

@@ -12,7 +12,7 @@ defmodule Mix.Tasks.Tinkex.CustomLoss.Setup do
   ## Options
 
   Those of `Tinkex.CustomLoss.setup!/1`: `--dir`, `--python`, `--torch` (`cpu`, or a version),
-  `--torch-index`, and `--extra`, repeatable, for `:extras`. What follows `--` are its `:args`.
+  `--torch-index`, `--verbose`, and `--extra`, repeatable, for `:extras`. What follows `--` are its `:args`.
 
   An environment elsewhere than in `.venv` has to be named to pools: `DIR/bin/python` in the option
   `:python` or in `TINKEX_CUSTOM_LOSS_PYTHON`.
@@ -30,7 +30,8 @@ defmodule Mix.Tasks.Tinkex.CustomLoss.Setup do
     python: :string,
     torch: :string,
     torch_index: :string,
-    extra: :keep
+    extra: :keep,
+    verbose: :boolean
   ]
 
   @impl true

@@ -81,7 +81,8 @@ is sent."
       default: :infinity,
       doc:
         "bytes of resident memory of a worker, or `:infinity`. One that a ping finds above it is \
-started anew when it has finished what it has: terms leak, and so do caches of native code."
+started anew when it has finished what it has: terms leak, and so do caches of native code. A \
+worker starts with 200 to 300 MB, and does not if that is more than two thirds of this."
     ],
     start_timeout: [
       type: {:integer, 1, 0x7FFF_FFFF},
@@ -119,6 +120,14 @@ unless C code holds its lock."
         "`{first, longest}`: milliseconds before a worker that ended is started again, doubled \
 each time until it answers a request. It keeps a broken environment from using up the machine."
     ],
+    record: [
+      type: :record,
+      doc: "where the Python processes record, by default nowhere: `[dir: \"runs/first\", keep: \
+:failures, keep_bytes: 256_000_000]`. In `dir`, which is relative to that of the BEAM, they write the \
+record of every step to `metrics.jsonl`, what is composed to `config.json`, and those steps to \
+`steps` that `:keep` says: `:failures` (the default), `{:every, n}` (those too) or `:all`. \
+`python -m tinker_custom_loss replay` computes such a step again, and `report` draws them all."
+    ],
     log_level: [
       type: {:in, [:debug, :info, :warning, :error, :critical]},
       default: :info,
@@ -132,7 +141,7 @@ the metadata `:python_logger`, `:term` and `:worker`."
       type: :any,
       doc:
         "the unweighted term: a name (`:nll`, `\"my_losses:dpo\"`), `{name, params}`, or a map \
-or keyword list with `:fn` and `:params`. By default none."
+or keyword list with `:fn`, `:params` and `:reduction`. By default none."
     ],
     regularizers: [
       type: :any,
@@ -141,13 +150,21 @@ or keyword list with `:fn` and `:params`. By default none."
     ],
     step: [
       type: :non_neg_integer,
-      default: 0,
-      doc: "the training step, for the record, and for weights that are a function of it."
+      doc:
+        "the training step, from 0: the record's `schedule_step`, and what weights that are a \
+function are called with. Nobody counts it for you; without one it is nil in the record, such a \
+weight is an error, and a pool that records (`:record`) leaves the step out and says so in the log."
     ],
     gradients: [
       type: :boolean,
       default: true,
       doc: "`false` evaluates losses and metrics alone; `gradients` is then nil."
+    ],
+    totals: [
+      type: :totals,
+      doc:
+        "of the whole step, where these datums are a part of it: what \
+`Tinkex.CustomLoss.totals/3` returned. The gradients of the parts then add up to that of the step."
     ],
     timeout: [
       type: :timeout,
@@ -173,6 +190,9 @@ waits for a term that never returns as long as that takes."
                doc: "options of the training client's own `forward/4` and `forward_backward/4`."
              ]
            ]
+
+  # The base loss is the server's.
+  @native Keyword.drop(@train, [:base_loss, :gradients])
 
   @sandbox Keyword.take(@start, [:name, :python, :load, :python_path, :env, :cd, :threads]) ++
              [
@@ -215,10 +235,16 @@ to know it, one of a CUDA version, or a mirror."
       default: [],
       doc: "more arguments for `pip install` or `uv pip install`: other packages that your terms \
 import, a constraint, an index."
+    ],
+    verbose: [
+      type: {:in, [true, false]},
+      default: false,
+      doc: "whether all is shown that the installer says; without it, only when it fails."
     ]
   ]
 
   @check Keyword.take(@call, [:base_loss, :regularizers, :step])
+  @totals Keyword.take(@call, [:base_loss, :regularizers, :timeout])
 
   @doc "The validated options of a pool, as a map."
   def start!(opts),
@@ -240,6 +266,19 @@ import, a constraint, an index."
 
   @doc "The validated options of `forward_backward_custom/4`, as a map."
   def train!(opts), do: train!(opts, @train, "Tinkex.CustomLoss.forward_backward_custom/4")
+
+  @doc "The validated options of `forward_backward/5`, as a map."
+  def native!(opts) do
+    where = "Tinkex.CustomLoss.forward_backward/5"
+
+    if Schema.validate!(opts, @native, where).regularizers in [[], nil] do
+      raise ArgumentError,
+            "#{where} adds regularizers to a loss of the server's: give :regularizers with at least " <>
+              "one; without any, call the training client's own forward_backward/4"
+    end
+
+    train!(opts, @train, where)
+  end
 
   @doc "The validated options of `loss_fn/2`, as a map."
   def loss_fn!(opts),
@@ -266,6 +305,19 @@ import, a constraint, an index."
   @doc "The validated options of `setup!/1`, as a map."
   def setup!(opts), do: Schema.validate!(opts, @setup, "Tinkex.CustomLoss.setup!/1")
 
+  @doc "The validated options of `totals/3`, as a map. Its terms need no weight yet."
+  def totals!(opts) do
+    where = "Tinkex.CustomLoss.totals/3"
+    options = Schema.validate!(opts, @totals, where)
+    regularizers = options.regularizers |> Regularizer.list!() |> Enum.map(&%{&1 | weight: 1.0})
+
+    something!(%{
+      options
+      | base_loss: Terms.base_loss!(options.base_loss),
+        regularizers: regularizers
+    })
+  end
+
   @doc "The validated options of a sandbox's gradient check, as a map."
   def check!(opts),
     do: call!(opts, @check, "Tinkex.CustomLoss.Sandbox.check_gradient/3")
@@ -279,18 +331,22 @@ import, a constraint, an index."
   # What is computed, from the options of a call whose step is known.
   defp call!(opts, schema, where) do
     options = Schema.validate!(opts, schema, where)
-    step = if Keyword.has_key?(opts, :step), do: options.step
 
     regularizers =
-      options.regularizers |> Regularizer.list!() |> Enum.map(&Regularizer.at_step(&1, step))
+      options.regularizers
+      |> Regularizer.list!()
+      |> Enum.map(&Regularizer.at_step(&1, options.step))
 
     base_loss = Terms.base_loss!(options.base_loss)
+    something!(%{options | base_loss: base_loss, regularizers: regularizers})
+  end
 
-    if base_loss == nil and regularizers == [] do
+  defp something!(options) do
+    if options.base_loss == nil and options.regularizers == [] do
       raise ArgumentError,
             "there is nothing to compute: give :base_loss, :regularizers with at least one, or both"
     end
 
-    %{options | base_loss: base_loss, regularizers: regularizers}
+    options
   end
 end

@@ -2,16 +2,26 @@ defmodule Tinkex.CustomLoss.Pool do
   @moduledoc false
   # Who may send to which worker, and who waits. A request is
   #
-  #     ──▶ waiting ──room at a worker──▶ there ──answered, or withdrawn──▶ done
-  #                                        │ ▲
-  #                         worker ended   ▼ │   an idle worker
-  #                                     retrying ──▶ given up, when it ends that one, too
+  #     ──▶ waiting ────room at a worker────▶ there ──answered, or withdrawn──▶ done
+  #                                            │
+  #                  its worker ended ┌────────┴────────┐ ... perhaps by its fault
+  #            by no fault of its own ▼                 ▼
+  #                               returned          retrying ──▶ given up, when it ends an idle
+  #                                   │                 │        worker, too
+  #         room, before what waits   ▼                 ▼   an idle worker, or room where none will be
+  #                                 there             there
   #
   # where it is withdrawn at its deadline, or when its caller ends: from here, or by the worker that
-  # has it. What waits, waits in order for whichever worker has room. What is retried was with others
-  # on a worker that ended, any of which may be the cause, and has an idle worker for itself: the
-  # replacement, or one of the others, which newcomers may still join if nobody else serves them. So
-  # healthy workers never wait for it. Whoever ends a worker alone is the cause, and is given up.
+  # has it. What waits, waits in order for whichever worker has room.
+  #
+  # What is retried was with others on a worker that ended, any of which may be the cause, and has an
+  # idle worker for itself: the replacement, or one of the others, which newcomers may still join if
+  # nobody else serves them. So healthy workers never wait for it. Whoever ends a worker alone is the
+  # cause, and is given up. Where a replacement does not start, no worker need ever be idle: then it
+  # joins one that is busy, since to keep that free of newcomers would stop them.
+  #
+  # What Python never read, and what was with a worker that was killed from outside or for another's
+  # deadline, is not the cause, and is served where there is room.
   #
   # A worker that is to be started anew is given no more requests, and ended once it has none; one worker
   # at a time is. See Slot for its states.
@@ -225,7 +235,11 @@ defmodule Tinkex.CustomLoss.Pool do
 
   # In order, even if a later one would find room where the first does not: it would never be its turn.
   defp serve(state) do
-    served = serve(state, :retrying, idle(state)) || serve(state, :waiting, roomiest(state))
+    room = roomiest(state)
+
+    served =
+      serve(state, :retrying, idle(state) || (stranded?(state) && room) || nil) ||
+        serve(state, :returned, room) || serve(state, :waiting, room)
 
     if served, do: serve(served), else: state
   end
@@ -242,6 +256,12 @@ defmodule Tinkex.CustomLoss.Pool do
     Worker.request(slot.worker, slot.port, request)
     state = put_in(state.slots[index], Slot.take(slot, index, request.losses))
     put_in(state.requests[request.id], {request, index})
+  end
+
+  # A worker did not start again, and no other is to be expected that has nothing to do.
+  defp stranded?(%{slots: slots}) do
+    Enum.any?(slots, fn {_, slot} -> slot.failed end) and
+      not Enum.any?(slots, fn {_, slot} -> Slot.coming?(slot) end)
   end
 
   defp idle(state), do: Enum.find_value(state.slots, fn {i, slot} -> Slot.open?(slot, 1) && i end)
@@ -275,7 +295,7 @@ defmodule Tinkex.CustomLoss.Pool do
         state
 
       begun != :unknown and request.id not in begun ->
-        park(request, :waiting, state)
+        park(request, :returned, state)
 
       state.slots[index].alone ->
         reasons = for {_index, reason} <- Enum.reverse(losses), do: reason
@@ -284,9 +304,15 @@ defmodule Tinkex.CustomLoss.Pool do
 
       true ->
         tell(request.reply_to, {:retry, reason})
-        park(%{request | losses: losses}, :retrying, state)
+        cleared = request.losses == [] and cleared?(reason)
+        place = if cleared, do: :returned, else: :retrying
+        park(%{request | losses: losses}, place, state)
     end
   end
+
+  # Killed from outside, or for a request that is withdrawn: it was none of the others. A term that
+  # kills its own process, or takes all memory, does so twice.
+  defp cleared?(reason), do: reason in [{:exited, 137}, :overdue]
 
   defp room?(state), do: Line.size(state.line, :waiting) == 0 and roomiest(state) != nil
   defp full?(state), do: Line.size(state.line, :waiting) >= state.config.max_queue

@@ -4,9 +4,9 @@ defmodule Tinkex.CustomLoss.Regularizer do
   @schema [
     name: [
       type: :label,
-      required: true,
       doc:
-        "a string or atom, unique within the call; it names the term in the record and errors, as a string."
+        "a string or atom, unique within the call; it names the term in the record and errors, \
+as a string. By default the name of the function: `\"topology\"` for `\"my_losses:topology\"`."
     ],
     fn: [
       type: :term,
@@ -27,8 +27,9 @@ anything is sent."
       default: %{},
       doc:
         "a map or keyword list: keyword arguments of the function. An atom among them is sent as \
-a string, so that `reduction: :token_mean` is `reduction=\"token_mean\"`."
+a string, so that `estimator: :k3` is `estimator=\"k3\"`."
     ],
+    reduction: Schema.reduction(),
     run_in_executor: [
       type: {:in, [false, true, :process]},
       default: false,
@@ -73,6 +74,7 @@ the entries."
           fn: String.t(),
           weight: number() | (non_neg_integer() -> number()),
           params: %{(atom() | String.t()) => term()},
+          reduction: String.t() | nil,
           run_in_executor: boolean() | :process,
           timeout: pos_integer() | nil,
           on_error: :raise | :skip,
@@ -89,26 +91,38 @@ the entries."
       ** (ArgumentError) invalid value for :weight of regularizer "kl": expected a finite number, or a function of the step, got: :heavy
   """
   @spec new!(t() | map() | keyword()) :: t()
-  def new!(%__MODULE__{} = regularizer), do: regularizer |> Map.from_struct() |> new!()
+  def new!(%__MODULE__{} = regularizer) do
+    # What a struct leaves out is nil.
+    regularizer |> Map.from_struct() |> Map.reject(fn {_, value} -> value == nil end) |> new!()
+  end
 
-  def new!(given),
-    do: struct!(__MODULE__, Schema.validate_map!(given, @schema, "a regularizer", label(given)))
+  def new!(given) do
+    options = Schema.validate_map!(given, @schema, "a regularizer", label(given))
+    struct!(__MODULE__, %{options | name: options.name || own_name(options.fn)})
+  end
+
+  defp own_name(fun), do: fun |> String.split(":") |> List.last()
 
   # How to speak of it, whatever is wrong with it.
   defp label(given) do
-    name = if(is_map(given), do: Map.to_list(given), else: given) |> find_name()
+    given = if(is_map(given), do: Map.to_list(given), else: given)
 
-    case Schema.cast(:label, name) do
-      {:ok, name} -> "regularizer #{inspect(name)}"
-      {:expected, _} -> "a regularizer"
+    with {:expected, _} <- Schema.cast(:label, find(given, :name)),
+         {:expected, _} <- Schema.cast(:term, find(given, :fn)) do
+      "a regularizer"
+    else
+      {:ok, name} -> "regularizer #{inspect(own_name(name))}"
     end
   end
 
-  defp find_name(given) do
+  defp find(given, option) do
     if Schema.proper?(given),
       do:
         Enum.find_value(given, fn pair ->
-          with {key, name} when key in [:name, "name"] <- pair, do: name, else: (_ -> nil)
+          with {key, value} <- pair,
+               true <- key in [option, "#{option}"],
+               do: value,
+               else: (_ -> nil)
         end)
   end
 
@@ -128,7 +142,8 @@ the entries."
 
     with [name | _] <- names -- Enum.uniq(names) do
       raise ArgumentError,
-            "two regularizers are named #{inspect(name)}; names tell them apart in the record"
+            "two regularizers are named #{inspect(name)}; names tell them apart in the record: " <>
+              "give each its own :name"
     end
 
     regularizers

@@ -91,6 +91,17 @@ defmodule Tinkex.CustomLoss.Schema do
       else: value
   end
 
+  @doc "The option that a regularizer and the base loss have alike."
+  @spec reduction() :: keyword()
+  def reduction do
+    [
+      type: {:name_of, ~w(token_sum token_mean sequence_mean_token_mean sequence_mean_token_sum)},
+      doc: "what becomes of the numbers of a built-in term, or one written with `@term`: \
+`:token_sum`, which is its default, `:token_mean`, `:sequence_mean_token_mean` or \
+`:sequence_mean_token_sum`, as atoms or strings."
+    ]
+  end
+
   @doc "The schema in Markdown: an item an option."
   @spec docs(t()) :: String.t()
   def docs(schema) do
@@ -177,6 +188,29 @@ defmodule Tinkex.CustomLoss.Schema do
   def cast(:directory, value),
     do: check(value, string?(value) and File.dir?(value), "a directory that exists")
 
+  # What the worker is told: the directory as an absolute path, `keep` as Python's Recorder has it.
+  def cast(:record, nil), do: {:ok, nil}
+
+  def cast(:record, value) do
+    expected =
+      {:expected,
+       "[dir: path], with keep: :failures, {:every, n} or :all and keep_bytes: a positive integer"}
+
+    if keyword?(value) and Keyword.keys(value) -- [:dir, :keep, :keep_bytes] == [] do
+      bytes = Keyword.get(value, :keep_bytes, 256_000_000)
+
+      with dir when is_binary(dir) and dir != "" <- value[:dir],
+           keep when is_binary(keep) <- keep(Keyword.get(value, :keep, :failures)),
+           true <- is_integer(bytes) and bytes > 0 do
+        {:ok, %{dir: Path.expand(dir), keep: keep, keep_bytes: bytes}}
+      else
+        _other -> expected
+      end
+    else
+      expected
+    end
+  end
+
   def cast(:strings, value),
     do: check(value, proper?(value) and Enum.all?(value, &string?/1), "a list of strings")
 
@@ -233,6 +267,30 @@ defmodule Tinkex.CustomLoss.Schema do
     check(value, valid?, ~s(the atom of a built-in term, such as :l2, or "module:function"))
   end
 
+  def cast(:totals, value) do
+    valid? = value == nil or (plain_map?(value) and value != %{})
+    check(value, valid?, "the map that Tinkex.CustomLoss.totals/3 has in its {:ok, totals}")
+  end
+
+  def cast({:name_of, _allowed}, nil), do: {:ok, nil}
+
+  # What is most like it comes first.
+  def cast({:name_of, allowed}, value) do
+    given = if is_atom(value), do: Atom.to_string(value), else: value
+
+    cond do
+      given in allowed ->
+        {:ok, given}
+
+      is_binary(given) ->
+        nearest = Enum.sort_by(allowed, &(-String.jaro_distance(&1, given)))
+        {:expected, "one of " <> Enum.map_join(nearest, ", ", fn name -> ":#{name}" end)}
+
+      true ->
+        {:expected, "one of " <> Enum.map_join(allowed, ", ", &":#{&1}")}
+    end
+  end
+
   def cast(:params, value) do
     if plain_map?(value) or keyword?(value),
       do: {:ok, Map.new(value, fn {name, param} -> {name, param(param)} end)},
@@ -275,4 +333,8 @@ defmodule Tinkex.CustomLoss.Schema do
   end
 
   defp variable?(_other), do: false
+
+  defp keep(kind) when kind in [:failures, :all], do: Atom.to_string(kind)
+  defp keep({:every, n}) when is_integer(n) and n > 0, do: "every:#{n}"
+  defp keep(_other), do: nil
 end

@@ -5,6 +5,41 @@ defmodule Tinkex.CustomLoss.SetupError do
   @type t :: %__MODULE__{message: String.t()}
 end
 
+defmodule Tinkex.CustomLoss.Setup.Progress do
+  @moduledoc false
+  # What an installer says, collected; what takes long, its large downloads, is told as it begins.
+
+  @enforce_keys [:say]
+  defstruct [:say]
+
+  @large ~r/\A *Downloading ([^ ]+ \([\d.]+ ?[MG]i?B\))/
+
+  @doc false
+  def tell(line, say),
+    do: with([_, download] <- Regex.run(@large, line), do: say.("downloading " <> download))
+
+  defimpl Collectable do
+    alias Tinkex.CustomLoss.Setup.Progress
+
+    def into(%{say: say}) do
+      collect = fn
+        {said, line}, {:cont, text} ->
+          {lines, [rest]} = (line <> text) |> String.split("\n") |> Enum.split(-1)
+          Enum.each(lines, &Progress.tell(&1, say))
+          {[said, text], rest}
+
+        {said, _line}, :done ->
+          IO.iodata_to_binary(said)
+
+        _said, :halt ->
+          :ok
+      end
+
+      {{[], ""}, collect}
+    end
+  end
+end
+
 defmodule Tinkex.CustomLoss.Setup do
   @moduledoc false
   # Makes a Python environment. This is all that `Tinkex.CustomLoss.setup!/1`, the Mix task and the
@@ -16,6 +51,7 @@ defmodule Tinkex.CustomLoss.Setup do
 
   alias Tinkex.CustomLoss.{Options, SetupError}
   alias Tinkex.CustomLoss.Pool.Python
+  alias Tinkex.CustomLoss.Setup.Progress
 
   @stamp ".tinkex_custom_loss"
   @pythons ~w(python3 python3.14 python3.13 python3.12 python3.11)
@@ -139,8 +175,8 @@ defmodule Tinkex.CustomLoss.Setup do
       File.write!(Path.join(dir, ".gitignore"), "*\n")
 
       if uv,
-        do: cmd!(uv, ["venv", "--quiet", "--allow-existing", "--python", base, dir]),
-        else: cmd!(base, ["-m", "venv", dir])
+        do: cmd!(uv, ["venv", "--quiet", "--allow-existing", "--python", base, dir], options),
+        else: cmd!(base, ["-m", "venv", dir], options)
 
       install(options, python)
     rescue
@@ -181,29 +217,28 @@ defmodule Tinkex.CustomLoss.Setup do
     write_stamp(options.dir, stamp(options))
   end
 
-  defp install(nil, python, target, options) do
-    pip = ["-m", "pip", "install", "--disable-pip-version-check"]
-
-    # Before the rest, which is content with it; elsewhere the index has nothing.
-    if options.torch_index,
-      do: cmd!(python, pip ++ ["--index-url", options.torch_index, torch(options) || "torch"])
-
-    cmd!(python, pip ++ [target | List.wrap(torch(options))] ++ options.args)
-  end
-
   defp install(uv, python, target, options) do
-    backend =
-      cond do
-        options.torch_index -> ["--index", options.torch_index]
-        options.torch == :cpu -> ["--torch-backend", "cpu"]
-        true -> []
-      end
+    install =
+      if uv,
+        do: [uv, "pip", "install", "--python", python],
+        else: [python, "-m", "pip", "install", "--disable-pip-version-check"]
 
-    cmd!(
-      uv,
-      ["pip", "install", "--python", python] ++
-        backend ++ [target | List.wrap(torch(options))] ++ options.args
-    )
+    [program | install] = install
+
+    # Before the rest, which is content with it. An index of PyTorch has old versions of some of the
+    # rest and none of others; uv would take the former.
+    if options.torch_index do
+      from = ["--index-url", options.torch_index, torch(options) || "torch"]
+      cmd!(program, install ++ from, options)
+    end
+
+    backend =
+      if uv && options.torch == :cpu && !options.torch_index,
+        do: ["--torch-backend", "cpu"],
+        else: []
+
+    rest = [target | List.wrap(torch(options))] ++ options.args
+    cmd!(program, install ++ backend ++ rest, options)
   end
 
   defp torch(%{torch: version}) when is_binary(version), do: "torch" <> version
@@ -238,12 +273,15 @@ defmodule Tinkex.CustomLoss.Setup do
 
   defp priv, do: Application.app_dir(:tinkex_custom_loss, "priv")
 
-  defp cmd!(program, args) do
-    case System.cmd(program, args, into: IO.stream(:stdio, :line), stderr_to_stdout: true) do
+  defp cmd!(program, args, options) do
+    into = if options.verbose, do: IO.stream(:stdio, :line), else: %Progress{say: &say/1}
+
+    case System.cmd(program, args, into: into, stderr_to_stdout: true) do
       {_, 0} ->
         :ok
 
-      {_, status} ->
+      {said, status} ->
+        if is_binary(said), do: IO.puts(said)
         fail!("#{program} #{Enum.join(args, " ")} ended with status #{status}; see above")
     end
   end

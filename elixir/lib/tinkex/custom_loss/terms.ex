@@ -7,12 +7,13 @@ defmodule Tinkex.CustomLoss.Terms do
 
   @base_loss [
     fn: [type: :term, required: true, doc: "what computes it."],
-    params: [type: :params, default: %{}, doc: "keyword arguments of the function."]
+    params: [type: :params, default: %{}, doc: "keyword arguments of the function."],
+    reduction: Schema.reduction()
   ]
 
   @doc """
-  The base loss of a call: from a name, `{name, params}`, or a map or keyword list with `:fn` and
-  `:params`, which may be strings.
+  The base loss of a call: from a name, `{name, params}`, or a map or keyword list with `:fn`,
+  `:params` and `:reduction`, which may be strings.
   """
   def base_loss!(nil), do: nil
   def base_loss!({fun, params}), do: base_loss!(fn: fun, params: params)

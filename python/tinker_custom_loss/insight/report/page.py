@@ -14,30 +14,36 @@ from ...errors import RequestError
 from ..diagnosis import diagnose
 from ..recorder import Run
 from ..series import BASE, JUDGED, key_prefix
+from ..tokenizing import decoder
 from .figures import Figure, comparison, figures, term_names
 from .svg import COLORS, LEFT, RIGHT, STYLE, WIDTH
+from .tokens import tokens_section
 
 __all__ = ["report_page"]
 
 
-def report_page(runs: Sequence[Run], *, prefix: str = "") -> str:
+def report_page(
+    runs: Sequence[Run], *, prefix: str = "", load: Sequence[str] = (), tokenizer: str | None = None
+) -> str:
     """One HTML page about one or more runs.
 
     Args:
         runs: from :func:`~tinker_custom_loss.insight.read_run`.
         prefix: the ``prefix`` that :func:`~tinker_custom_loss.flatten` was given.
+        load: modules with terms of kept steps that are not of the catalogue.
+        tokenizer: for the tokens of kept steps: see :func:`~..tokenizing.decoder`.
 
     Raises:
-        RequestError: a run holds no step with a ``loss_total``.
+        RequestError: a run holds no step with a ``loss_total``, or there is no such tokenizer.
     """
-    prefix = key_prefix(prefix)
+    prefix, decode = key_prefix(prefix), decoder(tokenizer)
     for run in runs:
         if not any(f"{prefix}loss_total" in metrics for metrics in run.steps.values()):
             raise RequestError(
                 f'{run.directory} holds no step with "{prefix}loss_total"; if the keys have a '
                 "prefix, give it"
             )
-    style = f"{STYLE}\n{_asset('page.css')}"
+    style = f"{STYLE}\n{_asset('page.css')}{_asset('tokens.css')}"
     script = _asset("page.js")
     across = comparison(runs, prefix)
     body = [_figure(across, "all")] if across else []
@@ -47,6 +53,7 @@ def report_page(runs: Sequence[Run], *, prefix: str = "") -> str:
         found = figures(run, prefix)
         charts |= {f"r{index}-{figure.key}": figure for figure in found}
         body.append(_section(run, found, index, prefix, len(runs) > 1))
+        body.append(tokens_section(run, load=load, decode=decode))
     title = ", ".join(run.title for run in runs)
     numbers = json.dumps({key: _numbers(figure) for key, figure in charts.items()}, allow_nan=False)
     numbers = numbers.replace("<", "\\u003c")  # a name may look like a tag
@@ -81,7 +88,7 @@ def _section(run: Run, found: Sequence[Figure], index: int, prefix: str, named: 
 
 def _findings(run: Run, prefix: str) -> str:
     judged = list(run.steps.values())[-JUDGED:]
-    found = diagnose(judged, prefix=prefix)
+    found = diagnose(judged, prefix=prefix, composition=run.config.get("composition"))
     if not found:
         return f'<p class="quiet">Nothing odd in the last {len(judged)} steps.</p>'
     items = "".join(

@@ -26,19 +26,34 @@ defmodule Tinkex.CustomLoss.Pool.Call do
           {:ok, map()} | {:error, Exception.t()}
   def run(server, request, timeout, deadline) do
     with_pool(server, {:run, [request]}, timeout, deadline, fn call ->
-      with :ok <- check(call, request),
-           {:ok, frame} <- encode(call, request),
-           {:ok, result} <- request(call, frame, :again) do
-        {:ok, Map.put(result, :async, async(request.regularizers, terms(call)))}
-      else
-        # Until the first worker was ready, only Python could tell; the sentence is the same.
-        {:error, %RequestError{} = error} ->
-          with :ok <- check(call, request), do: {:error, error}
-
-        error ->
-          error
-      end
+      with {:ok, result} <- answer(call, request, &Protocol.encode_compute/1),
+           do: {:ok, Map.put(result, :async, async(request.regularizers, terms(call)))}
     end)
+  end
+
+  @doc "The totals of a `totals` request, or an exception struct."
+  @spec totals(GenServer.server(), map(), timeout(), deadline()) ::
+          {:ok, map()} | {:error, Exception.t()}
+  def totals(server, request, timeout, deadline) do
+    with_pool(server, {:totals, [request]}, timeout, deadline, fn call ->
+      with {:ok, result} <- answer(call, request, &Protocol.encode_totals/1),
+           do: {:ok, result.totals}
+    end)
+  end
+
+  defp answer(call, request, encoder) do
+    with :ok <- check(call, request),
+         {:ok, frame} <- encode(call, request, encoder),
+         {:ok, result} <- request(call, frame, :again) do
+      {:ok, result}
+    else
+      # Until the first worker was ready, only Python could tell; the sentence is the same.
+      {:error, %RequestError{} = error} ->
+        with :ok <- check(call, request), do: {:error, error}
+
+      error ->
+        error
+    end
   end
 
   @doc "The descriptors of the terms, by name."
@@ -169,9 +184,9 @@ defmodule Tinkex.CustomLoss.Pool.Call do
     do: for(%{name: name, fn: fun} <- regularizers, terms[fun][:async], do: name)
 
   # As few binaries as its tensors allow, which messages only refer to.
-  defp encode(call, request) do
+  defp encode(call, request, encoder) do
     id = System.unique_integer([:positive])
-    frame = request |> Map.put(:id, id) |> Protocol.encode_compute() |> :erlang.iolist_to_iovec()
+    frame = request |> Map.put(:id, id) |> encoder.() |> :erlang.iolist_to_iovec()
     size = IO.iodata_length(frame)
     max_frame = call.handle.config.max_frame
 

@@ -1,13 +1,13 @@
 defmodule Tinkex.CustomLoss.Pool.Line do
   @moduledoc false
-  # Who waits, in the order of their coming: `:waiting` for room at a worker, or `:retrying` on an idle
-  # one. The pool that holds the line is sent `{{:gone, id}, ...}` and `{:timeout, _, {:deadline, id}}`
+  # Who waits, in the order of their coming: `:waiting` for room at a worker, `:returned` for the same
+  # after its worker ended, or `:retrying` on an idle one. The pool that holds the line is sent `{{:gone, id}, ...}` and `{:timeout, _, {:deadline, id}}`
   # about those in it, and withdraws them.
 
   alias Tinkex.CustomLoss.Pool
 
   # id => {place, request, monitor of its caller, timer}
-  defstruct waiting: :queue.new(), retrying: :queue.new(), watched: %{}
+  defstruct waiting: :queue.new(), returned: :queue.new(), retrying: :queue.new(), watched: %{}
 
   @doc "Puts a request at the end of a place."
   def join(line, place, %{id: id} = request) do

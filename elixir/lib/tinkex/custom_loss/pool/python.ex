@@ -115,7 +115,13 @@ defmodule Tinkex.CustomLoss.Pool.Python do
         "#{config.threads}",
         "--log-level",
         "#{config.log_level}"
-      ]
+      ] ++ record_args(config.record)
+  end
+
+  defp record_args(nil), do: []
+
+  defp record_args(record) do
+    ["--record", record.dir, "--keep", record.keep, "--keep-bytes", "#{record.keep_bytes}"]
   end
 
   defp env(config) do
@@ -211,10 +217,20 @@ defmodule Tinkex.CustomLoss.Pool.Python do
       else: "'" <> String.replace(text, "'", "'\\''") <> "'"
   end
 
-  @doc "Whether a Python is new enough and has the packages, without importing them."
+  @doc """
+  Whether a Python is new enough and has the packages, without importing them.
+
+  It has the `:start_timeout` of a worker for that.
+  """
   @spec check(Path.t(), map()) :: :ok | {:error, WorkerError.t()}
   def check(python, config) do
-    case cmd(python, ["-c", @probe], config, stderr_to_stdout: true) do
+    case probe(python, config) do
+      :timeout ->
+        not_started(
+          "#{python} was asked what packages it has, did not end within " <>
+            "#{config.start_timeout / 1000} s, and was killed: see what keeps it, with: #{python} -v -c pass"
+        )
+
       {"version " <> version, 0} ->
         not_started("#{python} is Python #{String.trim(version)}: 3.11 or newer is needed")
 
@@ -223,6 +239,33 @@ defmodule Tinkex.CustomLoss.Pool.Python do
 
       _nothing_missing ->
         :ok
+    end
+  end
+
+  defp probe(python, config) do
+    options = [:binary, :exit_status, :stderr_to_stdout, :hide]
+    options = [{:args, ["-c", @probe]}, {:env, env(config)} | options]
+    port = Port.open({:spawn_executable, python}, options)
+    timer = Process.send_after(self(), {port, :timeout}, config.start_timeout)
+    answer = collect(port, "")
+    Process.cancel_timer(timer)
+    answer
+  end
+
+  defp collect(port, said) do
+    receive do
+      {^port, {:data, more}} ->
+        collect(port, said <> more)
+
+      {^port, {:exit_status, status}} ->
+        {said, status}
+
+      {^port, :timeout} ->
+        with {:os_pid, os_pid} <- Port.info(port, :os_pid),
+             do: System.cmd("/bin/sh", ["-c", "kill -KILL -#{os_pid}"])
+
+        Port.close(port)
+        :timeout
     end
   end
 

@@ -8,8 +8,8 @@ defmodule Tinkex.CustomLoss.Pool.Slot do
   #
   #     nil ──▶ :closed ──no requests left──▶ :ending ──down──▶ :starting ──ready──▶ nil
   #
-  # `load` counts its requests. One that is tried again is `alone`: either :open, while nobody joins it,
-  # or :closed to all others.
+  # `load` counts its requests. One that is tried again with no other is `alone`: either :open, while
+  # nobody joins it, or :closed to all others.
 
   defstruct state: :down,
             reason: nil,
@@ -22,6 +22,7 @@ defmodule Tinkex.CustomLoss.Pool.Slot do
             rss: nil,
             worker: nil,
             starts: 0,
+            failed: false,
             renewal: nil
 
   def new, do: %__MODULE__{since: now()}
@@ -29,14 +30,18 @@ defmodule Tinkex.CustomLoss.Pool.Slot do
   def starting(slot, os_pid), do: %{slot | state: :starting, os_pid: os_pid, since: now()}
 
   def ready(slot, port, ready) do
-    %{slot | state: :ready, port: port, ready: ready, starts: slot.starts + 1, since: now()}
+    up = %{slot | state: :ready, port: port, ready: ready, starts: slot.starts + 1, since: now()}
+    %{up | failed: false}
   end
 
   @doc "Without a Python process, and why; the rest outlives those."
   def down(slot, reason) do
     kept = Map.take(slot, [:worker, :starts, :renewal])
-    Map.merge(%{new() | reason: reason}, kept)
+    Map.merge(%{new() | reason: reason, failed: slot.state != :ready}, kept)
   end
+
+  @doc "Whether it will be idle: it is being started, which has not failed, or nobody joins what it has."
+  def coming?(slot), do: (slot.state != :ready and not slot.failed) or slot.alone == :closed
 
   @doc """
   Whether it may be given a request, of less than `limit`.
@@ -56,6 +61,7 @@ defmodule Tinkex.CustomLoss.Pool.Slot do
   def take(slot, index, losses) do
     alone =
       case losses do
+        _any when slot.load > 0 -> nil
         [] -> nil
         [{other, _reason}] when other != index -> :open
         _several_or_here -> :closed

@@ -208,8 +208,10 @@ defmodule Tinkex.CustomLoss.Pool.Worker do
   defp received({:log, record}, _state, data),
     do: {:keep_state, %{data | log: Log.write(data.log, record)}}
 
-  defp received({:ready, %{protocol: version} = ready}, :starting, data) do
-    if version == Protocol.version() do
+  defp received({:ready, ready}, :starting, data) do
+    if refusal = version_mismatch(ready) || too_large(ready, data.config) do
+      ended({:not_started, refusal}, data)
+    else
       duration = System.monotonic_time() - data.opened
       Pool.worker(data.pool, data.index, {:ready, data.port, ready})
 
@@ -222,8 +224,6 @@ defmodule Tinkex.CustomLoss.Pool.Worker do
       report(fn -> Telemetry.worker_up(data.config, data.index, up) end)
       data = %{data | ping: nil, missed_pings: 0}
       {:next_state, :ready, data, next_ping(data)}
-    else
-      ended({:not_started, version_mismatch(version)}, data)
     end
   end
 
@@ -334,7 +334,7 @@ defmodule Tinkex.CustomLoss.Pool.Worker do
   defp backoff({first, longest}, failures),
     do: min(longest, first * Integer.pow(2, min(failures, 30)))
 
-  defp version_mismatch(version) do
+  defp version_mismatch(%{protocol: version}) do
     ours = Protocol.version()
 
     {older, what} =
@@ -342,7 +342,17 @@ defmodule Tinkex.CustomLoss.Pool.Worker do
         do: {"Python package tinker-custom-loss", "pip install --upgrade tinker-custom-loss"},
         else: {"Elixir package tinkex_custom_loss", "mix deps.update tinkex_custom_loss"}
 
-    "the worker speaks version #{version} of the protocol, this side version #{ours}: " <>
-      "the #{older} is older; run: #{what}"
+    if version != ours do
+      "the worker speaks version #{version} of the protocol, this side version #{ours}: " <>
+        "the #{older} is older; run: #{what}"
+    end
   end
+
+  # It would be started anew at every ping. What it computes with comes on top.
+  defp too_large(%{rss: rss}, %{max_rss: max}) when is_integer(rss) and 3 * rss > 2 * max do
+    "a worker starts with #{rss} bytes in memory, and :max_rss is #{max}: " <>
+      "raise that to #{div(3 * rss, 2)} at least, or load less"
+  end
+
+  defp too_large(_ready, _config), do: nil
 end

@@ -24,8 +24,9 @@ defmodule Tinkex.CustomLoss.Wire.Protocol do
           optional(:data) => map() | nil,
           optional(:base_loss) => map() | nil,
           optional(:regularizers) => [map()],
-          optional(:step) => integer(),
-          optional(:gradients) => boolean()
+          optional(:step) => non_neg_integer() | nil,
+          optional(:gradients) => boolean(),
+          optional(:totals) => map() | nil
         }
 
   @doc """
@@ -39,17 +40,40 @@ defmodule Tinkex.CustomLoss.Wire.Protocol do
   """
   @spec encode_compute(compute()) :: iodata()
   def encode_compute(%{id: id, logprobs: %Batch{} = logprobs} = request) do
-    Frame.encode(%{
+    message = %{
       "op" => "compute",
       "id" => id,
       "logprobs" => logprobs,
       "data" => Map.get(request, :data),
       "base_loss" => term(Map.get(request, :base_loss)),
       "regularizers" => request |> Map.get(:regularizers, []) |> Enum.map(&term/1),
-      "step" => Map.get(request, :step, 0),
+      "step" => Map.get(request, :step),
       "gradients" => Map.get(request, :gradients, true)
-    })
+    }
+
+    Frame.encode(with_totals(message, request))
   end
+
+  @doc """
+  Asks for the totals of a step; with `:totals`, whether these datums can be a part of one.
+
+  The keys are those of `encode_compute/1`, of which it needs no logprobs.
+  """
+  @spec encode_totals(map()) :: iodata()
+  def encode_totals(%{id: id, data: data} = request) do
+    message = %{
+      "op" => "totals",
+      "id" => id,
+      "data" => data,
+      "base_loss" => term(Map.get(request, :base_loss)),
+      "regularizers" => request |> Map.get(:regularizers, []) |> Enum.map(&term/1)
+    }
+
+    Frame.encode(with_totals(message, request))
+  end
+
+  defp with_totals(message, %{totals: %{} = totals}), do: Map.put(message, "totals", totals)
+  defp with_totals(message, _whole), do: message
 
   @doc "Withdraws a request; the answer is the error `:cancelled` of that request."
   @spec encode_cancel(id()) :: iodata()
@@ -89,6 +113,7 @@ defmodule Tinkex.CustomLoss.Wire.Protocol do
           torch: :string,
           tinker: :string,
           pid: :integer,
+          rss: {:nilable, :integer},
           max_frame: :integer,
           max_in_flight: :integer,
           terms: {:list, @term}}
@@ -101,6 +126,7 @@ defmodule Tinkex.CustomLoss.Wire.Protocol do
              {:map, {:part, value: {:nilable, :float}, weight: :float, contribution: :float}}}
 
   @computed {:record, loss_total: :float, gradients: {:nilable, :batch}, record: @record}
+  @counted {:record, totals: {:map, {:part, scope: :string, sequences: :integer}}}
   @listed {:record, terms: {:list, @term}}
   @alive {:record, in_flight: :integer, uptime: :float, rss: :integer}
 
@@ -144,7 +170,7 @@ defmodule Tinkex.CustomLoss.Wire.Protocol do
     * `{:ready, map}` - keys as in the protocol. Of another version than `version/0` only `:protocol`
       is there: no more is known about it than that.
     * `{:result, id, map}` - with the keys of the answer to `compute` (`:loss_total`, `:gradients`,
-      `:telemetry`, the latter with string keys), `terms` (`:terms`) or `ping` (`:in_flight`,
+      `:telemetry`, the latter with string keys), `totals` (`:totals`, with string keys), `terms` (`:terms`) or `ping` (`:in_flight`,
       `:uptime`, `:rss`)
     * `{:error, id | nil, error}` - a map with an atom as its `:kind`. A reply that has an id but is
       not what the protocol says is one, too, of kind `:protocol`: whoever waits is told.
@@ -208,6 +234,7 @@ defmodule Tinkex.CustomLoss.Wire.Protocol do
 
   defp message(_message), do: {:invalid, "the worker's message has no op"}
 
+  defp result_type(%{"totals" => _}), do: @counted
   defp result_type(%{"terms" => _}), do: @listed
   defp result_type(%{"in_flight" => _}), do: @alive
   defp result_type(_message), do: @computed

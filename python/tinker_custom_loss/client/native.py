@@ -1,0 +1,158 @@
+"""One step whose base loss is the server's own, driven here: its pass, then the regularizers'."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import math
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tinker import APIFuture, Datum, ForwardBackwardOutput, TrainingClient
+
+from ..composer import Composer
+from ..record import RegularizerRecord, StepRecord, metrics_of
+from ..running.threads import THREADS
+from . import sdk
+from .call_queue import computing, follow
+from .failures import Failures
+from .futures import StepFuture, concurrent_future, settle, withdrawable
+from .linear import linearize_with
+from .step import StepOutput
+
+__all__ = ["NativeStep", "native_data"]
+
+
+def native_data(data: list[Datum], loss_fn: str) -> list[Datum]:
+    """What of ``data`` the server's loss takes: the terms' own arrays stay here.
+
+    The server refuses keys that its loss does not know. What the loss is not known to take is
+    sent as it is.
+    """
+    known = sdk.LOSS_INPUTS.get(loss_fn)
+    return data if known is None else [sdk.with_inputs_of(datum, known) for datum in data]
+
+
+class NativeStep:
+    """The call of the loop as it is, and one linear pass that adds the regularizers' gradient.
+
+    The regularizers see the logprobs that the call returns, so there is no forward pass of
+    theirs. A gradient that is zero everywhere is not sent.
+    """
+
+    def __init__(
+        self,
+        client: TrainingClient,
+        call: Callable[[], APIFuture[ForwardBackwardOutput]],
+        data: list[Datum],
+        composer: Composer,
+        step: int,
+        totals: Mapping[str, Any] | None,
+        flat: bool,
+        failures: Failures,
+    ) -> None:
+        self._cancelled = threading.Event()
+        self.future: concurrent.futures.Future[StepOutput] = withdrawable(self._cancelled)
+        self._client = client
+        self._call = call
+        self._data = data
+        self._composer = composer
+        self._step = step
+        self._totals = totals
+        self._flat = flat
+        self._failures = failures
+        self._era = failures.era
+
+    def run(self) -> None:
+        """Returns as soon as the linear pass has taken its place in the order of requests."""
+        follow(self.future, self._submit)
+
+    def _submit(self) -> APIFuture[StepOutput]:
+        self._failures.refuse(self._era)
+        started = time.perf_counter()
+        try:
+            output = self._call().result()
+        except BaseException as error:
+            self._report(error, f"step {self._step}, which the server refused,")
+            raise
+        seconds = time.perf_counter() - started
+        try:
+            with computing(self._client):
+                linear, composition = linearize_with(
+                    self._composer, self._data, output, self._step, self._totals, self._cancelled
+                )
+            backward = None
+            if bool(composition.gradient.flat.any()):
+                backward = concurrent_future(self._client.forward_backward(linear, sdk.LOSS))
+        except BaseException as error:
+            raise self._without_regularizers(error) from error.__cause__
+        record = _with_base(composition.record, output.metrics.get("loss:sum"), seconds)
+        outer: concurrent.futures.Future[StepOutput] = concurrent.futures.Future()
+        if backward is None:
+            outer.set_result(self._output(output, record, 0.0))
+            return StepFuture(outer)
+
+        def outcome() -> StepOutput:
+            try:
+                surrogate = backward.result().metrics.get("loss:sum")
+            except BaseException as error:
+                raise self._without_regularizers(error) from error.__cause__
+            return self._output(output, record, surrogate)
+
+        backward.add_done_callback(lambda _: settle(outer, outcome))
+        return StepFuture(outer)
+
+    def _output(
+        self, output: ForwardBackwardOutput, record: StepRecord, surrogate: float | None
+    ) -> StepOutput:
+        """The server's output, its metrics where they were, and the record beside them."""
+        metrics = {**metrics_of(record, flat=self._flat), **output.metrics}
+        if surrogate is not None:  # not every server tells
+            metrics["surrogate_loss:sum"] = surrogate
+        kind, outputs = output.loss_fn_output_type, output.loss_fn_outputs
+        return StepOutput(kind, outputs, metrics, record=record)
+
+    def _without_regularizers(self, error: BaseException) -> BaseException:
+        error.add_note(
+            f"The server's own loss of step {self._step} was computed, and its gradient is "
+            "accumulated; the regularizers' is not."
+        )
+        self._report(
+            error, f"the regularization of step {self._step}, whose own loss is accumulated,"
+        )
+        return error
+
+    def _report(self, error: BaseException, what: str) -> None:
+        if not THREADS.ending:
+            self._failures.report(what, error, self._era)
+
+
+def _with_base(record: StepRecord, loss: float | None, seconds: float) -> StepRecord:
+    """The record of the regularizers, with the server's loss as the base loss.
+
+    Its gradient with respect to the logprobs is not known here, nor therefore the total one, nor
+    what depends on it. A server that tells no loss leaves nan.
+    """
+    value = math.nan if loss is None else loss
+    regularizers: dict[str, RegularizerRecord] = {
+        name: {**each, "cosine_to_total": None} for name, each in record["regularizers"].items()
+    }
+    return {
+        **record,
+        "loss_total": value + record["regularizer_total"],
+        "base_loss": {
+            "value": value,
+            "grad_norm": None,
+            "grad_rms": None,
+            "cosine_to_total": None,
+            "differentiable": True,
+            "zero_gradient": None,
+            "seconds": seconds,
+            "non_finite_zeroed": 0,
+            "custom": {},
+        },
+        "regularizers": regularizers,
+        "total_grad_norm": None,
+        "total_grad_rms": None,
+    }

@@ -1,0 +1,65 @@
+"""What recording costs: ``recording_cost`` is the median step of a demo-sized run that is recorded
+and keeps its failures, over that of one that is not; the two take turns in one run.
+
+    python tests/bench/recording.py [STEPS]
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("TINKER_TELEMETRY", "0")
+sys.path.insert(0, str(Path(__file__).parents[2] / "docs" / "examples"))
+
+import random
+
+import demo
+import tinker
+import torch
+
+from tinker_custom_loss import Recorder, flatten, with_regularizers
+from tinker_custom_loss.sandbox import SandboxServer
+
+STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 200
+TARGET = 1.02
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    text = (Path(__file__).parents[2] / "LICENSE").read_bytes()
+    rng = random.Random(0)
+    seconds: dict[str, list[float]] = {"plain": [], "recorded": []}
+    with SandboxServer(seed=0) as server, tempfile.TemporaryDirectory() as directory:
+        service = tinker.ServiceClient(base_url=server.url, api_key="tml-sandbox")
+        with Recorder(directory, keep="failures") as recorder:
+            clients = {
+                name: with_regularizers(
+                    service.create_lora_training_client("sandbox").result(),
+                    base_loss=demo.base_loss,
+                    regularizers=demo.REGULARIZERS,
+                    recorder=recorder if name == "recorded" else None,
+                )
+                for name in seconds
+            }
+            for step in range(STEPS):
+                data = demo.batch_of(text, rng)
+                for name in sorted(clients, reverse=bool(step % 2)):
+                    started = time.perf_counter()
+                    metrics = clients[name].forward_backward_custom(data).result().metrics
+                    if name == "recorded":
+                        recorder.log(flatten(metrics), step)
+                    seconds[name].append(time.perf_counter() - started)
+    plain, recorded = (statistics.median(seconds[name][10:]) for name in ("plain", "recorded"))
+    ratio = recorded / plain
+    verdict = "ok" if ratio <= TARGET else "short"
+    print(f"recording_cost {ratio:.3f} (target {TARGET}) {verdict}")
+    print(f"# a step: {plain * 1e3:.2f} ms, recorded {recorded * 1e3:.2f} ms", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

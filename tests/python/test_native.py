@@ -1,0 +1,319 @@
+"""The server's own loss with regularizers: one more pass, and the gradient of the whole."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import numpy as np
+import pytest
+import tinker
+import torch
+
+from tinker_custom_loss import Composer, RequestError, StoppedError, TermError, with_regularizers
+from tinker_custom_loss.terms import kl, l2
+from training import ADAM, Gate, assert_same_parameters, datums, spread, squares, weighted_nll
+
+SQUARES = {"fn": squares, "weight": 0.1, "name": "squares"}
+SPREAD = {"fn": spread, "weight": 0.3, "name": "spread"}
+
+
+def fails(data, logprobs):
+    raise ZeroDivisionError("no tokens to divide by")
+
+
+FAILS = {"fn": fails, "weight": 1.0, "name": "ratio"}
+
+
+class Counting(tinker.TrainingClient):
+    """Notes which passes are asked of it."""
+
+    def forward(self, data, *args, **kwargs):
+        self.passes.append("forward")
+        return super().forward(data, *args, **kwargs)
+
+    def forward_backward(self, data, loss_fn, *args, **kwargs):
+        self.passes.append((loss_fn, [sorted(datum.loss_fn_inputs) for datum in data]))
+        return super().forward_backward(data, loss_fn, *args, **kwargs)
+
+
+@pytest.fixture
+def counting(new_client):
+    client = new_client()
+    client.__class__ = Counting
+    client.passes = []
+    return client
+
+
+def policy_data():
+    """Of each datum the first half is the prompt, as tinker-cookbook's RL loops send it."""
+
+    def after_prompt(make):
+        def column(shape):
+            values = make(shape).astype(np.float32)
+            values[: shape[0] // 2] = 0
+            return values
+
+        return column
+
+    data = datums(
+        alternatives=False,
+        logprobs=after_prompt(lambda shape: -np.linspace(4, 6, shape[0])),
+        advantages=after_prompt(lambda shape: np.linspace(-1, 1, shape[0])),
+    )
+    for datum in data:
+        del datum.loss_fn_inputs["weights"]
+    return data
+
+
+class TestCrossEntropy:
+    def test_the_gradient_is_that_of_the_whole_loss(self, new_client, sandbox, counting):
+        """To 1e-6, without a forward pass."""
+        data = datums()
+        native = with_regularizers(counting, regularizers=[SQUARES, SPREAD])
+        whole = with_regularizers(new_client(), regularizers=[SQUARES, SPREAD])
+        for _ in range(3):
+            output = native.forward_backward(data, "cross_entropy")
+            native.optim_step(ADAM)
+            want = whole.forward_backward_custom(data, weighted_nll).result(60)
+            whole.optim_step(ADAM).result(60)
+        assert_same_parameters(
+            sandbox.parameters(native.model_id), sandbox.parameters(whole.model_id)
+        )
+        assert [loss for loss, _ in counting.passes] == ["cross_entropy"] * 6
+        got = output.result(60)
+        assert got.record.keys() == want.record.keys()
+        assert got.record["loss_total"] == pytest.approx(want.record["loss_total"], rel=1e-4)
+        assert got.record["base_loss"].keys() == want.record["base_loss"].keys()
+        for name in ("squares", "spread"):
+            term, same = got.record["regularizers"][name], want.record["regularizers"][name]
+            assert term.keys() == same.keys()
+            assert term["value"] == pytest.approx(same["value"], rel=1e-4)
+            assert term["cosine_to_total"] is None  # the server's gradient is not known here
+
+    def test_the_servers_output_stays_where_it_was(self, new_client):
+        data = datums()
+        bare = new_client().forward_backward(data, "cross_entropy").result(60)
+        client = with_regularizers(new_client(), regularizers=[SQUARES], flat_metrics=True)
+        got = client.forward_backward(data, "cross_entropy").result(60)
+        assert bare.metrics.items() <= got.metrics.items()
+        assert got.metrics["base_loss/value"] == bare.metrics["loss:sum"]
+        assert got.metrics["loss_total"] == pytest.approx(
+            bare.metrics["loss:sum"] + got.metrics["regularizers/squares/contribution"]
+        )
+        assert isinstance(got.metrics["surrogate_loss:sum"], float)
+        assert got.loss_fn_output_type == bare.loss_fn_output_type
+        for mine, theirs in zip(got.loss_fn_outputs, bare.loss_fn_outputs, strict=True):
+            assert mine.keys() == theirs.keys()
+            assert np.array_equal(mine["logprobs"].to_numpy(), theirs["logprobs"].to_numpy())
+
+    def test_arrays_that_only_terms_read_stay_here(self, counting):
+        data = datums(
+            alternatives=False,
+            reference_logprobs=lambda shape: np.full(shape, -2, dtype=np.float32),
+        )
+        client = with_regularizers(counting, regularizers=[{"fn": kl, "weight": 0.1, "name": "kl"}])
+        output = client.forward_backward(data, "cross_entropy").result(60)
+        assert output.record["regularizers"]["kl"]["value"] > 0
+        assert {tuple(keys) for _, each in counting.passes for keys in each} == {
+            ("target_tokens", "weights")
+        }
+
+    @pytest.mark.filterwarnings("ignore:DEPRECATED:FutureWarning")
+    def test_async_loops_get_them_too(self, new_client):
+        client = with_regularizers(new_client(), regularizers=[SQUARES])
+
+        async def step():
+            future = await client.forward_backward_async(datums(), loss_fn="cross_entropy")
+            optim = await client.optim_step_async(ADAM)
+            await optim.result_async()
+            return await future.result_async()
+
+        assert asyncio.run(step()).record["regularizers"]["squares"]["value"] > 0
+
+    def test_what_a_call_says_goes_first(self, counting):
+        client = with_regularizers(counting, regularizers=[SQUARES])
+        plain = client.forward_backward(datums(), "cross_entropy", regularizers=[]).result(60)
+        assert not hasattr(plain, "record")
+        assert len(counting.passes) == 1
+        other = client.forward_backward(datums(), "cross_entropy", regularizers=[SPREAD], step=7)
+        assert list(other.result(60).record["regularizers"]) == ["spread"]
+        assert other.result(60).record["schedule_step"] == 7
+
+    def test_steps_are_counted_with_the_custom_ones(self, new_client):
+        client = with_regularizers(new_client(), regularizers=[SQUARES])
+        steps = [
+            client.forward_backward(datums(), "cross_entropy"),
+            client.forward_backward_custom(datums(), spread),
+            client.forward_backward(datums(), "cross_entropy"),
+        ]
+        assert [each.result(60).record["schedule_step"] for each in steps] == [0, 1, 2]
+
+    def test_a_gradient_of_zero_is_not_sent(self, counting):
+        late = {**SQUARES, "weight": lambda step: 0.0 if step < 1 else 0.1}
+        client = with_regularizers(counting, regularizers=[late])
+        assert client.forward_backward(datums(), "cross_entropy").result(60).record
+        assert len(counting.passes) == 1
+        client.forward_backward(datums(), "cross_entropy").result(60)
+        assert len(counting.passes) == 3
+
+    def test_wrong_arguments_are_refused_before_anything_is_sent(self, counting):
+        client = with_regularizers(counting, regularizers=[SQUARES])
+        with pytest.raises(RequestError, match="the batch is empty"):
+            client.forward_backward([], "cross_entropy")
+        with pytest.raises(RequestError, match="step"):
+            client.forward_backward(datums(), "cross_entropy", step="two")
+        with pytest.raises(RequestError, match="totals"):
+            client.forward_backward(datums(), "cross_entropy", regularizers=[], totals={})
+        assert counting.passes == []
+
+
+class TestEveryLossOfTheServers:
+    @pytest.mark.parametrize(
+        "loss_fn", ["cross_entropy", "importance_sampling", "ppo", "cispo", "dro"]
+    )
+    def test_the_gradient_is_that_of_the_whole_loss(self, new_client, sandbox, counting, loss_fn):
+        data = datums(alternatives=False) if loss_fn == "cross_entropy" else policy_data()
+        native = with_regularizers(counting, regularizers=[SQUARES, SPREAD])
+        step = native.forward_backward(data, loss_fn)
+        native.optim_step(ADAM).result(60)
+        whole = with_regularizers(new_client(), regularizers=[SQUARES, SPREAD])
+        if loss_fn == "cross_entropy":
+            same = Composer(weighted_nll, [SQUARES, SPREAD])
+        else:  # the server's have no mask: its dro tethers the prompt, too
+            same = Composer(loss_fn, [SQUARES, SPREAD], base_params={"weights": None})
+        want = whole.forward_backward_custom(data, same)
+        whole.optim_step(ADAM).result(60)
+        assert_same_parameters(
+            sandbox.parameters(native.model_id), sandbox.parameters(whole.model_id)
+        )
+        assert [loss for loss, _ in counting.passes] == [loss_fn, "cross_entropy"]
+        assert step.result(60).record["base_loss"]["value"] == pytest.approx(
+            want.result(60).record["base_loss"]["value"], rel=1e-4
+        )
+
+
+class TestOptimStep:
+    """Loops such as tinker-cookbook's log its metrics, and none of a pass."""
+
+    def test_has_the_record_of_the_steps_before_it(self, new_client):
+        client = with_regularizers(new_client(), regularizers=[SQUARES], flat_metrics=True)
+        bare = client.optim_step(ADAM).result(60).metrics or {}
+        first = client.forward_backward(datums(), "cross_entropy")
+        second = client.forward_backward(datums(), "cross_entropy")
+        metrics = client.optim_step(ADAM).result(60).metrics
+        value = "regularizers/squares/value"
+        both = first.result(60).metrics[value] + second.result(60).metrics[value]
+        assert metrics[value] == pytest.approx(both)
+        assert bare.keys() <= metrics.keys()
+        assert value not in (client.optim_step(ADAM).result(60).metrics or {})
+
+    def test_and_of_none_that_failed(self, new_client):
+        client = with_regularizers(new_client(), regularizers=[FAILS], flat_metrics=True)
+        client.forward_backward(datums(), "cross_entropy")
+        assert "loss_total" not in (client.optim_step(ADAM).result(60).metrics or {})
+
+
+class TestOrder:
+    def test_what_was_called_later_waits_for_the_linear_pass(self, new_client, sandbox):
+        data = datums()
+        gate = Gate()
+        client = with_regularizers(new_client(), regularizers=[gate.term()])
+        before = sandbox.parameters(client.model_id)
+        step = client.forward_backward(data, "cross_entropy")
+        optim = client.optim_step(ADAM)
+        assert gate.reached.wait(60)
+        assert not step.future().done()
+        assert torch.equal(sandbox.parameters(client.model_id), before)
+        gate.open.set()
+        optim.result(60)
+        same = with_regularizers(new_client(), regularizers=[{**gate.term(), "fn": squares}])
+        same.forward_backward(data, "cross_entropy").result(60)
+        same.optim_step(ADAM).result(60)
+        assert torch.equal(sandbox.parameters(client.model_id), sandbox.parameters(same.model_id))
+
+
+class TestFailures:
+    def test_a_failing_term_leaves_the_base(self, new_client, sandbox, caplog):
+        data = datums()
+        client = with_regularizers(new_client(), regularizers=[FAILS])
+        with caplog.at_level(logging.ERROR, "tinker_custom_loss"):
+            step = client.forward_backward(data, "cross_entropy")
+            client.optim_step(ADAM).result(60)
+        with pytest.raises(TermError, match="no tokens to divide by") as info:
+            step.result(60)
+        assert any("gradient is accumulated" in note for note in info.value.__notes__)
+        (line,) = caplog.messages
+        assert line.startswith("the regularization of step 0, whose own loss is accumulated, cont")
+        bare = new_client()
+        bare.forward_backward(data, "cross_entropy").result(60)
+        bare.optim_step(ADAM).result(60)
+        assert torch.equal(sandbox.parameters(client.model_id), sandbox.parameters(bare.model_id))
+
+    def test_a_term_that_may_be_skipped_is(self, new_client):
+        skipped = {**FAILS, "on_error": "skip"}
+        client = with_regularizers(new_client(), regularizers=[skipped, SQUARES])
+        record = client.forward_backward(datums(), "cross_entropy").result(60).record
+        assert record["regularizers"]["ratio"]["skipped"]
+
+    def test_the_client_stops_if_it_is_asked_to(self, new_client):
+        client = with_regularizers(new_client(), regularizers=[FAILS], on_failure="stop")
+        step = client.forward_backward(datums(), "cross_entropy")
+        optim = client.optim_step(ADAM)
+        with pytest.raises(StoppedError, match="the regularization of step 0"):
+            optim.result(60)
+        with pytest.raises(TermError):
+            step.result(60)
+
+    def test_what_the_server_refuses_the_future_raises(self, new_client):
+        client = with_regularizers(new_client(), regularizers=[SQUARES])
+        step = client.forward_backward(datums(), "no_such_loss")
+        with pytest.raises((tinker.TinkerError, ValueError)):
+            step.result(60)
+        assert client.forward_backward(datums(), "cross_entropy").result(60).record
+
+    def test_a_step_that_is_withdrawn_leaves_the_base(self, new_client):
+        gate = Gate()
+        client = with_regularizers(new_client(), regularizers=[gate.term()], on_failure="stop")
+        step = client.forward_backward(datums(), "cross_entropy")
+        assert gate.reached.wait(60)
+        step.future().cancel()
+        gate.open.set()
+        assert client.optim_step(ADAM).result(60)
+
+    def test_a_term_may_not_call_its_own_client(self, new_client):
+        def calls(data, logprobs):
+            client.forward_backward(data, "cross_entropy")
+
+        client = with_regularizers(
+            new_client(), regularizers=[{"fn": calls, "weight": 1.0, "name": "calls"}]
+        )
+        with pytest.raises(TermError, match=r"called forward_backward\(\) of the training client"):
+            client.forward_backward(datums(), "cross_entropy").result(60)
+
+
+class TestDatumsOfPolicies:
+    def test_only_sampled_tokens_are_weighted(self, caplog):
+        """tinker-cookbook takes the mask away, which the server would refuse."""
+        data = policy_data()
+        logprobs = [torch.full((len(d.loss_fn_inputs["logprobs"].data),), -1.0) for d in data]
+        for each in logprobs:
+            each.requires_grad_()
+        loss, _ = l2(data, logprobs)
+        loss.backward()
+        for datum, each in zip(data, logprobs, strict=True):
+            sampled = datum.loss_fn_inputs["logprobs"].to_torch() != 0
+            assert torch.equal(each.grad != 0, sampled)
+        assert caplog.messages == []
+
+    def test_a_mask_goes_first(self):
+        data = policy_data()
+        for datum in data:
+            mask = np.zeros_like(datum.loss_fn_inputs["logprobs"].to_numpy())
+            mask[-1] = 1
+            datum.loss_fn_inputs["mask"] = tinker.TensorData.from_numpy(mask)
+        logprobs = [torch.full((len(d.loss_fn_inputs["mask"].data),), -1.0) for d in data]
+        for each in logprobs:
+            each.requires_grad_()
+        l2(data, logprobs)[0].backward()
+        assert all((each.grad != 0).nonzero().tolist() == [[len(each) - 1]] for each in logprobs)

@@ -1,0 +1,56 @@
+"""The report shows at which tokens of a kept step which term pulls."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import tinker
+import torch
+
+import replayed_terms
+from tinker_custom_loss import Composer, Recorder, flatten
+from tinker_custom_loss.insight import kept_steps, read_run, replay
+from tinker_custom_loss.insight.report import report_page
+from tinker_custom_loss.insight.report.tokens import pulls
+
+TEXT = b"abc<"
+
+
+@pytest.fixture
+def run(tmp_path):
+    datum = tinker.Datum(
+        model_input=tinker.ModelInput.from_ints([256, *TEXT[:-1]]),
+        loss_fn_inputs={"target_tokens": list(TEXT), "weights": [0.0, 1.0, 1.0, 1.0]},
+    )
+    terms = [
+        {"fn": "l2", "weight": 0.5},
+        {"fn": replayed_terms.towards, "weight": 0.1, "params": {"target": -9.0, "scales": (1, 0)}},
+    ]
+    with Recorder(tmp_path / "run", keep="all") as recorder:
+        composer = Composer("nll", terms, recorder=recorder)
+        composition = composer.compute([datum], [torch.tensor([-0.5, -0.25, -4.0, -1.5])], step=0)
+        recorder.log(flatten(composition.record), 0)
+    return read_run(tmp_path / "run")
+
+
+def test_the_pull_of_a_term_at_a_token_is_its_weighted_gradient(run):
+    (file,) = kept_steps(run.directory)
+    found = pulls(replay(file, load=["replayed_terms"], term_gradients=True))
+    assert found["base_loss"][0].tolist() == [0.0, -1.0, -1.0, -1.0]
+    assert found["l2"][0].tolist() == [0.0, -0.25, -4.0, -1.5]  # 0.5 · 2 · logprob
+    assert found["towards"][0].tolist() == [0.0, 0.0, 0.0, 0.0]
+
+
+def test_each_token_is_marked_by_the_term_that_pulls_hardest(run):
+    page = report_page([run], tokenizer="bytes", load=["replayed_terms"])
+    marked = re.findall(r'<span class="(t\d p\d)" title="([^"]*)">([^<]*)</span>', page)
+    assert [text for _, _, text in marked] == ["a", "b", "c", "&lt;"]
+    assert [kind for kind, _, _ in marked] == ["t0 p0", "t0 p2", "t1 p4", "t1 p2"]
+    assert marked[2][1] == "base_loss -1, l2 -4, towards +0"
+
+
+def test_a_term_that_cannot_be_had_is_left_out_which_the_section_says(run):
+    page = report_page([run])
+    assert "without &quot;towards&quot;, which cannot be had here" in page
+    assert ">97</span> <span" in page
