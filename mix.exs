@@ -67,6 +67,8 @@ defmodule TinkexCustomLoss.MixProject do
         {:telemetry, "~> 1.0"},
         {:nx, "~> 0.9", optional: true},
         {:tinkex, "~> 0.4", optional: true},
+        {:kino, "~> 0.12", optional: true},
+        {:telemetry_metrics, "~> 1.0", optional: true},
         {:ex_doc, "~> 0.34", only: :dev, runtime: false}
       ]
     else

@@ -2,6 +2,9 @@
 #
 #     mix run docs/examples/demo.exs [TEXT]
 #
+# Ctrl-C asks the BEAM for its menu, and cannot be caught there; `make demo` turns it into a hangup,
+# at which the training stops after the step that it is at.
+#
 # Every step's loss is composed of a base loss and three regularizers, a built-in one and two of
 # demo_terms.py, one of them async. PyTorch composes and differentiates it in a Python process of
 # its own; the model answers from another one. At the end the parameter gradient of the linearized
@@ -50,6 +53,8 @@ defmodule Demo do
     )
 
     :rand.seed(:exsss, 0)
+    stopped = :atomics.new(1, [])
+    {:ok, _} = System.trap_signal(:sighup, fn -> :atomics.put(stopped, 1, 1) end)
 
     {:ok, _} =
       Supervisor.start_link([{CustomLoss, name: Demo.Loss, load: [@terms]}],
@@ -60,10 +65,20 @@ defmodule Demo do
 
     seen =
       model
-      |> steps(text, System.monotonic_time(:second) + @seconds)
+      |> steps(text, System.monotonic_time(:second) + @seconds, stopped)
       |> Live.watch(total: @steps)
       |> Enum.to_list()
 
+    if :atomics.get(stopped, 1) == 1, do: interrupted(seen), else: judge(model, text, seen)
+  end
+
+  # As a program that Ctrl-C ended.
+  defp interrupted(seen) do
+    IO.puts("\nstopped after #{length(seen)} of #{@steps} steps")
+    130
+  end
+
+  defp judge(model, text, seen) do
     first = List.first(seen)
     last = List.last(seen)
 
@@ -79,10 +94,11 @@ defmodule Demo do
   end
 
   # The metrics of one step after another.
-  defp steps(model, text, until) do
+  defp steps(model, text, until, stopped) do
     Stream.unfold(0, fn step ->
-      if step < @steps and System.monotonic_time(:second) < until,
-        do: {train(model, batch(text), step), step + 1}
+      if step < @steps and System.monotonic_time(:second) < until and
+           :atomics.get(stopped, 1) == 0,
+         do: {train(model, batch(text), step), step + 1}
     end)
   end
 

@@ -38,7 +38,8 @@ defmodule Tinkex.CustomLoss.TelemetryTest do
            } = metadata
 
     assert_received {@compute ++ [:stop], measurements, stopped}
-    assert stopped == Map.put(metadata, :error, nil)
+    assert %{"loss_total" => 12.5, "regularizers" => %{"squares" => _}} = stopped.record
+    assert Map.drop(stopped, [:error, :record]) == metadata and stopped.error == nil
     assert %{loss_total: 12.5, regularizer_total: 12.5} = measurements
     assert measurements.monotonic_time - start == measurements.duration
 
@@ -117,6 +118,50 @@ defmodule Tinkex.CustomLoss.TelemetryTest do
     assert_raise ArgumentError, ~r/invalid value for :level of attach_logger\/1/, fn ->
       CustomLoss.Telemetry.attach_logger(level: :loud)
     end
+  end
+
+  test "a table follows the events of its pool, and of no other" do
+    on_exit(ensure_telemetry())
+    pool = start_pool!(name: __MODULE__, await_ready: true)
+    other = start_supervised!({CustomLoss, await_ready: true}, id: :other)
+
+    text =
+      ExUnit.CaptureIO.capture_io(fn ->
+        opts = [pool: __MODULE__, total: 2, ansi: false, device: Process.group_leader()]
+        live = start_supervised!({CustomLoss.Live, opts})
+        send(live, :stray)
+        for value <- [-1.0, -2.0], do: {:ok, _} = squared(pool, value)
+        {:ok, _} = squared(other, -9.0)
+        assert {:error, _} = CustomLoss.compute(pool, nil, [[-1.0]], base_loss: :no_such_term)
+        stop_supervised!({CustomLoss.Live, __MODULE__})
+      end)
+
+    assert ["    0  loss 1 = base_loss 1", "    1  loss 4 = base_loss 4", "", _heads, base] =
+             String.split(text, "\n", trim: false) |> Enum.take(5)
+
+    assert base =~ ~r/^base_loss +4 .* ▁█$/u
+    # Its handler went with it.
+    {:ok, _} = squared(pool, -3.0)
+  end
+
+  defp squared(pool, value), do: CustomLoss.compute(pool, nil, [[value]], base_loss: :l2)
+
+  test "there are metrics for a reporter, of events that there are" do
+    if Code.ensure_loaded?(Telemetry.Metrics) do
+      metrics = CustomLoss.Telemetry.metrics(pool: __MODULE__)
+      events = CustomLoss.Telemetry.events()
+      assert Enum.all?(metrics, &(&1.event_name in events))
+      loss = Enum.find(metrics, &(List.last(&1.name) == :loss_total))
+      assert %{tags: [:pool]} = loss
+      assert %{pool: "{:global, :a}"} = loss.tag_values.(%{pool: {:global, :a}})
+      assert loss.keep.(%{pool: __MODULE__}) and not loss.keep.(%{pool: Other})
+    else
+      assert_raise ArgumentError, ~r/add :telemetry_metrics to your dependencies/, fn ->
+        CustomLoss.Telemetry.metrics()
+      end
+    end
+
+    assert_raise ArgumentError, ~r/:pol/, fn -> CustomLoss.Telemetry.metrics(pol: 1) end
   end
 
   # What the logger of attach_logger/1 makes of all that was received.

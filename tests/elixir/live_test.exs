@@ -51,6 +51,21 @@ defmodule Tinkex.CustomLoss.LiveTest do
     assert String.ends_with?(line, "= base_loss 4 + 1 more")
   end
 
+  test "a row of the table fits as well, whatever its figures" do
+    wide = %{
+      "value" => -0.00012341,
+      "weight" => -0.00012341,
+      "contribution" => -0.00012341,
+      "grad_norm_weighted" => 1.0e-12,
+      "skipped" => true
+    }
+
+    record = put_in(record(0)["regularizers"]["a_regularizer_with_a_long_name"], wide)
+    lines = for(_ <- 1..24, do: record) |> shown(ansi: false) |> lines()
+    assert Enum.max(Enum.map(lines, &String.length/1)) <= 80
+    assert List.last(lines) =~ "skipped" or Enum.at(lines, -2) =~ "skipped"
+  end
+
   test "on a terminal the table is drawn over the one before" do
     drawn = shown([record(0), record(1)], total: 2, ansi: true)
     assert [_first, second] = String.split(drawn, IO.ANSI.cursor_up(4))

@@ -91,6 +91,7 @@ defmodule Tinkex.CustomLoss.OutputTest do
              nan               nan         1.0           nan
              smoothness       2.68         0.1         0.268     3.2056  -0.15349
              "stay close"  skipped  2.5000e-07           0.0                  0.0
+             "stay close": skipped
            >\
            """
 
@@ -103,5 +104,41 @@ defmodule Tinkex.CustomLoss.OutputTest do
     figures = %{"value" => 1.0, "grad_norm" => nil, "cosine_to_total" => nil}
     output = %{output | record: %{"base_loss" => figures, "regularizers" => %{}}}
     assert inspect(output) =~ ~r/\]\]\n +value\n  base_loss    1.0\n>/
+  end
+
+  @dead %{
+    "value" => -1.0e-7,
+    "weight" => -1.0e-7,
+    "contribution" => -1.0e-14,
+    "grad_norm" => 1.0e-7,
+    "cosine_to_total" => -0.15349,
+    "zero_gradient" => true,
+    "non_finite_zeroed" => 3
+  }
+  @skipped %{
+    "value" => nil,
+    "skipped" => true,
+    "error" => "no such topology:\n" <> String.duplicate("x", 90)
+  }
+
+  test "inspect tells what the figures do not say, in 80 columns" do
+    long = String.duplicate("long", 20)
+    record = %{"regularizers" => %{"dead" => @dead, "gone" => @skipped, long => @dead}}
+    lines = %Output{loss_total: 1.0, gradients: nil, record: record} |> inspect() |> lines()
+
+    assert "  dead: its gradient is 0, it trained nothing" in lines
+    assert "  dead: 3 non-finite gradient entries were replaced by 0" in lines
+    assert Enum.any?(lines, &(&1 =~ ~r/^  gone: skipped: no such topology: x+…$/))
+    assert Enum.max(Enum.map(lines, &String.length/1)) == 80
+    assert Enum.any?(lines, &(&1 =~ ~r/^  longlong.*… +-1.0000e-07 /))
+  end
+
+  defp lines(text), do: String.split(text, "\n")
+
+  test "Livebook renders what inspect shows" do
+    record = %{"regularizers" => %{"a```b" => @dead}}
+    output = %Output{loss_total: 1.0, gradients: nil, record: record}
+    assert %{text: text} = Kino.Render.to_livebook(output)
+    assert text == "``````text\n#{inspect(output)}\n``````"
   end
 end

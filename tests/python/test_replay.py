@@ -319,3 +319,27 @@ def test_any_composition_comes_out_bit_equal(
     again = replay(file, load=["replayed_terms"])
     assert again.is_same, str(again)
     assert again.changes == []
+
+
+def test_a_process_killed_while_it_keeps_steps_leaves_whole_ones(tmp_path):
+    program = (
+        "import sys, itertools, torch\n"
+        "from tinker_custom_loss import Composer, Recorder\n"
+        "recorder = Recorder(sys.argv[1], keep='all', keep_bytes=1_000_000)\n"
+        "composer = Composer('nll', [{'fn': 'l2', 'weight': 0.1}], recorder=recorder)\n"
+        "for step in itertools.count():\n"
+        "    composer.compute([None], [torch.full((4000,), -1.0)], step=step)\n"
+        "    if step == 30: print('going', flush=True)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "going\n"
+    process.kill()
+    process.communicate()
+    files = kept_steps(tmp_path)
+    assert len(files) >= 2
+    assert all(replay(file).is_same for file in (files[0], files[-1]))
+    assert [read_step(file).step for file in files] == sorted(read_step(f).step for f in files)
+    assert read_run(tmp_path).config["composition"]["regularizers"][0]["fn"] == "l2"

@@ -29,6 +29,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--seed", type=int, default=0, help="of models that name none (%(default)s)"
     )
     parser.add_argument(
+        "--state", metavar="DIR", help="where checkpoints live across restarts (else in memory)"
+    )
+    parser.add_argument(
         "--erlang-port",
         action="store_true",
         help="serve an Erlang port on file descriptors 3 and 4 instead (docs/sandbox.md)",
@@ -76,7 +79,9 @@ def _serve_http(options: argparse.Namespace) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: interrupted.set())
     try:
-        server = SandboxServer(seed=options.seed, host=options.host, port=options.port)
+        server = SandboxServer(
+            seed=options.seed, host=options.host, port=options.port, state=options.state
+        )
     except RequestError as error:
         print(f"--{error.path}: {error}", file=sys.stderr)
         return 2

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from ..errors import RequestError
+from ..tensors.batch import TensorBatch
 from .examples import VOCABULARY
 from .losses import CROSS_ENTROPY
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from ..tensors.batch import TensorBatch
     from .examples import Examples
     from .losses import Loss
 
@@ -32,6 +32,8 @@ _CONTEXT = 8
 _EMBEDDING = 24
 _HIDDEN = 64
 _BEGINNING = 256
+_NAMES = ("embedding", "hidden_weight", "hidden_bias", "output_weight", "output_bias")
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 _POSITIONS_AT_ONCE = 8192  # bounds the logits held at a time to 16 MiB
 
 
@@ -89,6 +91,10 @@ class ForwardBackwardResult:
     def metrics(self) -> dict[str, float]:
         return {"loss:sum": self.loss_sum}
 
+    @property
+    def nbytes(self) -> int:
+        return self.logprobs.flat.nbytes
+
 
 class LanguageModel:
     """Parameters, their accumulated gradient and AdamW's state; the same ``seed``, the same model.
@@ -127,6 +133,45 @@ class LanguageModel:
     def logprobs(self, examples: Examples) -> TensorBatch:
         """log p(target | the tokens up to it), attached to the graph of the parameters."""
         return _joined([logprobs for _, logprobs in self._logprob_parts(examples)], examples)
+
+    def contexts(self, tokens: Tensor) -> Tensor:
+        """What the model sees at each position of a text [T], as :meth:`logits` takes it: [T,8]."""
+        return _contexts(TensorBatch(tokens, (tuple(tokens.shape),)))
+
+    def logits(self, contexts: Tensor) -> Tensor:
+        """Scores of every token as the next one, [N,512]; ``contexts`` is [N,8]."""
+        hidden = torch.tanh(
+            self._embedding[contexts].flatten(1) @ self._hidden_weight + self._hidden_bias
+        )
+        return hidden @ self._output_weight + self._output_bias
+
+    def state(self, *, optimizer: bool) -> dict[str, Tensor]:
+        """Copies of the parameters by name and, with ``optimizer``, of AdamW's moments."""
+        tensors = {}
+        for name, parameter in zip(_NAMES, self.parameters, strict=True):
+            tensors[name] = parameter.detach().clone()
+            if optimizer:
+                for key, value in self._optimizer.state[parameter].items():
+                    tensors[f"{name}.{key}"] = value.clone()
+        return tensors
+
+    def load(self, tensors: Mapping[str, Tensor], *, optimizer: bool) -> None:
+        """Become what :meth:`state` was taken of; without ``optimizer``, AdamW starts anew.
+
+        What has been accumulated is forgotten.
+        """
+        self._optimizer = torch.optim.AdamW(self.parameters)
+        with torch.no_grad():
+            for name, parameter in zip(_NAMES, self.parameters, strict=True):
+                parameter.copy_(tensors[name])
+                moments = {
+                    key: tensors[f"{name}.{key}"].clone()
+                    for key in _MOMENTS
+                    if f"{name}.{key}" in tensors
+                }
+                if optimizer and moments:
+                    self._optimizer.state[parameter] = moments
+        self.zero_gradients()
 
     def forward(self, examples: Examples, loss: Loss = CROSS_ENTROPY) -> ForwardBackwardResult:
         """Logprobs and loss alone; without weights the cross entropy is 0.
@@ -212,11 +257,7 @@ class LanguageModel:
             part = alternatives[first : first + _POSITIONS_AT_ONCE]
             last = first + len(part)
             targets = slice(int(ends[first] - part[0]), int(ends[last - 1]))
-            hidden = torch.tanh(
-                self._embedding[contexts[first:last]].flatten(1) @ self._hidden_weight
-                + self._hidden_bias
-            )
-            logits = hidden @ self._output_weight + self._output_bias
+            logits = self.logits(contexts[first:last])
             rows = torch.arange(len(part)).repeat_interleave(part)
             chosen = logits[rows, examples.target_tokens.flat[targets]]
             yield targets, chosen - logits.logsumexp(1)[rows]

@@ -6,17 +6,24 @@ import contextlib
 import ipaddress
 import json
 import logging
+import os
 import socket
 import threading
 import zlib
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
+from urllib.parse import parse_qsl
 
 from ..errors import RequestError
+from .errors import ClosedError, UnknownError
 from .model import ForwardBackwardResult, LanguageModel
-from .trainer import ClosedError, Trainer, UnknownError
+from .sampling import CONTEXT_LENGTH, Sample
+from .sampling_wire import encode_sample, sample_as_json
+from .state import TOKENIZER, State
+from .trainer import Trainer
 from .wire import (
     PROTOBUF,
     TrainingCall,
@@ -43,10 +50,10 @@ _Headers = Message  # case-insensitive
 
 _MODEL_NAME = "sandbox"
 _TRAINING_CALLS = ("forward", "forward_backward", "optim_step")
-_NUMBERED_BUT_NOT_SERVED = ("save_weights", "save_weights_for_sampler", "load_weights")
+_STATE_CALLS = ("save_weights", "save_weights_for_sampler", "load_weights", "save_weights_external")
 # The SDK asks for it through a connection pool of its own that it forgets without closing it.
 _LAST_OF_ITS_CONNECTION = "client/config"
-_WHAT_IT_DOES = "the sandbox trains one tiny model; it neither samples nor keeps checkpoints"
+_WHAT_IT_DOES = "docs/sandbox.md lists what the sandbox does, and what it leaves to the service"
 
 
 class SandboxServer:
@@ -61,9 +68,11 @@ class SandboxServer:
     ``seed`` initializes the models of clients that name none; every ``base_model`` is this one.
     ``port`` 0 takes a free one. ``client_config`` is what ``client/config`` answers, for example
     ``{"fwdbwd_max_chunk_len": 2}``. ``poll_seconds`` is how long ``retrieve_future`` waits before
-    it answers "try again".
+    it answers "try again". Checkpoints live in memory or, with a directory as ``state``, on disk,
+    where the next server finds them.
 
-    :raises RequestError: ``host`` is not a loopback address, or ``seed`` is no seed.
+    :raises RequestError: ``host`` is not a loopback address, ``seed`` is no seed, or a file in
+        ``state`` is no checkpoint.
     """
 
     def __init__(
@@ -74,12 +83,14 @@ class SandboxServer:
         port: int = 0,
         client_config: Mapping[str, Any] | None = None,
         poll_seconds: float = 20.0,
+        state: str | os.PathLike[str] | None = None,
     ) -> None:
         # The first optimizer of a process has torch import its compiler, which takes a second and
         # more: not while a client waits for its model. This checks the seed, too.
         LanguageModel(seed)
         self._trainer = Trainer(seed)
-        self._api = _Api(self._trainer, dict(client_config or {}), poll_seconds)
+        self._state = State(seed, self._trainer, None if state is None else Path(state))
+        self._api = _Api(self._trainer, self._state, dict(client_config or {}), poll_seconds)
         self._http = _HttpServer(_loopback(host), port, self._api)
         self._thread = threading.Thread(
             target=self._http.serve_forever, args=(0.05,), name="tinker sandbox", daemon=True
@@ -92,6 +103,14 @@ class SandboxServer:
         host, port = self._http.server_address[:2]
         host = str(host)
         return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+    @property
+    def base_model(self) -> str:
+        """The name under which also a sampler that knows no model finds its tokenizer.
+
+        It is the directory of the byte tokenizer. Under any other name there is the same model.
+        """
+        return TOKENIZER
 
     @property
     def model_ids(self) -> list[str]:
@@ -117,6 +136,7 @@ class SandboxServer:
         self._http.shutdown()
         self._thread.join()
         self._trainer.close()
+        self._state.close()
         self._http.server_close()
 
     def __enter__(self) -> Self:
@@ -157,15 +177,24 @@ class _Reply(Exception):
 class _Api:
     """What each endpoint answers: (JSON object in, or a training call) -> JSON object out."""
 
-    def __init__(self, trainer: Trainer, client_config: dict[str, Any], poll_seconds: float):
+    def __init__(
+        self, trainer: Trainer, state: State, client_config: dict[str, Any], poll_seconds: float
+    ) -> None:
         self._trainer = trainer
+        self._state = state
         self._client_config = client_config
         self._poll_seconds = poll_seconds
         self._endpoints: dict[str, Callable[[dict[str, Any]], Mapping[str, Any]]] = {
             "healthz": lambda _: {"status": "ok"},
             "get_server_capabilities": lambda _: {
                 "supported_models": [
-                    {"model_name": _MODEL_NAME, "trainable": True, "sampleable": False}
+                    {
+                        "model_name": name,
+                        "trainable": True,
+                        "sampleable": True,
+                        "max_context_length": CONTEXT_LENGTH,
+                    }
+                    for name in (_MODEL_NAME, TOKENIZER)
                 ]
             },
             "client/config": lambda _: self._client_config,
@@ -176,21 +205,32 @@ class _Api:
             "create_model": self._create_model,
             "get_info": self._get_info,
             "unload_model": self._unload_model,
+            "create_sampling_session": state.create_sampling_session,
+            "asample": state.sample,
+            "weights_info": state.weights_info,
+            "cancel_future": lambda _: {},
         }
 
-    def answer(self, endpoint: str, body: bytes, headers: _Headers) -> tuple[str, bytes]:
+    def answer(self, method: str, target: str, body: bytes, headers: _Headers) -> tuple[str, bytes]:
         """``(content type, body)`` of a successful answer.
 
         :raises RequestError: the caller is at fault.
         """
+        path, _, query = target.partition("?")
+        endpoint = path.removeprefix("/api/v1/").strip("/")
         if endpoint in _TRAINING_CALLS:
             content_type = headers.get("content-type") or ""
             return _json(self._train(parse_training_call(endpoint, body, content_type), body))
         request = parse_json(body)
         if endpoint == "retrieve_future":
             return self._retrieve_future(request, headers)
-        if endpoint in _NUMBERED_BUT_NOT_SERVED:
-            return _json(self._train(_not_served(endpoint, request), body))
+        if endpoint == "load_weights" and request.get("model_id") is None:
+            return _json({"request_id": self._state.create_from(request)})
+        if endpoint in _STATE_CALLS:
+            return _json(self._train(self._state_call(endpoint, request), body))
+        answer = self._state.rest(method, endpoint.split("/"), dict(parse_qsl(query)), request)
+        if answer is not None:
+            return _json(answer)
         if endpoint not in self._endpoints:
             raise UnknownError(f"there is no {endpoint} here: {_WHAT_IT_DOES}")
         return _json(self._endpoints[endpoint](request))
@@ -199,8 +239,9 @@ class _Api:
         self._trainer.check_session(request.get("session_id"))
         return {"type": "session_heartbeat"}
 
-    def _create_session(self, _: dict[str, Any]) -> Mapping[str, Any]:
-        return {"type": "create_session", "session_id": self._trainer.create_session()}
+    def _create_session(self, request: dict[str, Any]) -> Mapping[str, Any]:
+        session_id = self._trainer.create_session(request.get("user_metadata"))
+        return {"type": "create_session", "session_id": session_id}
 
     def _create_model(self, request: dict[str, Any]) -> Mapping[str, Any]:
         optimizer = _section(request, "optimizer_config").get("type", "adamw")
@@ -215,6 +256,7 @@ class _Api:
             base_model=request.get("base_model") or _MODEL_NAME,
             seed=lora.get("seed"),
             lora_rank=lora.get("rank"),
+            user_metadata=request.get("user_metadata"),
         )
         # The official client polls for the model, Tinkex takes it from this answer.
         return {"request_id": f"{model_id}/create_model", "model_id": model_id}
@@ -224,7 +266,12 @@ class _Api:
         return {
             "type": "get_info",
             "model_id": run.model_id,
-            "model_data": {"arch": "bengio-2003", "model_name": run.base_model},
+            # Samplers have no tokenizer_id: they look for the tokenizer under the model's name.
+            "model_data": {
+                "arch": "bengio-2003",
+                "model_name": TOKENIZER,
+                "tokenizer_id": TOKENIZER,
+            },
             "model_name": run.base_model,
             "is_lora": run.lora_rank is not None,
             "lora_rank": run.lora_rank,
@@ -239,19 +286,29 @@ class _Api:
         run.submit(call.seq_id, call.operation, (len(body), zlib.crc32(body)))
         return {"request_id": f"{run.model_id}/{call.seq_id}"}
 
+    def _state_call(self, endpoint: str, request: dict[str, Any]) -> TrainingCall:
+        model_id, seq_id = request.get("model_id"), request.get("seq_id")
+        if endpoint == "save_weights_external":
+            return TrainingCall(model_id, seq_id, _not_served)
+        run = self._trainer.run(model_id)
+        state = self._state
+        make = {
+            "save_weights": state.save,
+            "save_weights_for_sampler": state.save_for_sampler,
+            "load_weights": state.load,
+        }[endpoint]
+        return TrainingCall(model_id, seq_id, make(request, run))
+
     def _retrieve_future(self, request: dict[str, Any], headers: _Headers) -> tuple[str, bytes]:
         request_id = str(request.get("request_id"))
         model_id, _, what = request_id.rpartition("/")
-        if what in ("create_model", "unload_model"):
+        if what in ("create_model", "unload_model", "load_weights"):
             return _json({"type": what, "model_id": model_id})
-        if not what.isdecimal():
-            raise UnknownError(f"{request_id!r} is no request of this server", path="request_id")
-        run = self._trainer.run(model_id)
-        future = run.future(int(what))
+        future = self._trainer.futures.get(request_id)
         try:
             result = future.result(self._poll_seconds)
         except FutureTimeoutError:
-            missing = run.missing(int(what))
+            missing = self._trainer.run(model_id).missing(int(what)) if what.isdecimal() else None
             reason = None if missing is None else f"waiting for the request with seq_id {missing}"
             return _json(
                 {
@@ -265,19 +322,22 @@ class _Api:
             raise
         except Exception as error:
             return _json(_failure(error, headers))
+        self._trainer.futures.retrieved(request_id)
         return _encode(result, headers)
 
 
-def _not_served(endpoint: str, request: dict[str, Any]) -> TrainingCall:
-    # It has a number, so it has to take its place in the order or all that follows would wait.
-    def operation(_: LanguageModel) -> Result:
-        raise RequestError(f"the sandbox has no {endpoint}: {_WHAT_IT_DOES}")
-
-    return TrainingCall(request.get("model_id"), request.get("seq_id"), operation)
+def _not_served(_: LanguageModel) -> Result:
+    # It has a number, so it takes its place in the order: all that follows would wait for it.
+    raise RequestError(f"the sandbox exports no weights: {_WHAT_IT_DOES}")
 
 
 def _encode(result: Result, headers: _Headers) -> tuple[str, bytes]:
-    if isinstance(result, ForwardBackwardResult) and PROTOBUF in (headers.get("accept") or ""):
+    protobuf = PROTOBUF in (headers.get("accept") or "")
+    if isinstance(result, Sample):
+        if protobuf:
+            return PROTOBUF, encode_sample(result)
+        return _json(sample_as_json(result))
+    if isinstance(result, ForwardBackwardResult) and protobuf:
         return PROTOBUF, encode_protobuf(result)
     return "application/json", encode_json(result)
 
@@ -358,11 +418,19 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer()
 
+    def do_PUT(self) -> None:
+        self._answer()
+
+    def do_DELETE(self) -> None:
+        self._answer()
+
     def _answer(self) -> None:
         server = cast("_HttpServer", self.server)
         endpoint = self.path.partition("?")[0].removeprefix("/api/v1/").strip("/")
         try:
-            content_type, body = server.api.answer(endpoint, self._body(), self.headers)
+            content_type, body = server.api.answer(
+                self.command, self.path, self._body(), self.headers
+            )
             status = 200
         except ClosedError as error:
             status, content_type, body = 410, *_json({"detail": str(error)})

@@ -8,36 +8,30 @@ everything behind a gap.
 from __future__ import annotations
 
 import threading
+import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError
-from .model import ForwardBackwardResult, LanguageModel
+from .errors import ClosedError, UnknownError
+from .futures import Futures
+from .model import LanguageModel
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
 
 __all__ = ["ClosedError", "Operation", "Result", "Trainer", "TrainingRun", "UnknownError"]
 
-Result = ForwardBackwardResult | dict[str, Any]
+Result = Any  # of an operation: ForwardBackwardResult, Sample or a dict for JSON
 Operation = Callable[[LanguageModel], Result]
 
-_RESULTS_KEPT = 4096
-
-
-class UnknownError(RequestError):
-    """A session, model or request that this server does not have."""
-
-
-class ClosedError(Exception):
-    """The server was closed before the request was executed."""
-
-
-@dataclass
-class _Request:
-    future: Future[Result]
-    fingerprint: object
+_FINGERPRINTS_KEPT = 4096
 
 
 @dataclass
@@ -48,11 +42,14 @@ class TrainingRun:
     base_model: str
     lora_rank: int | None
     model: LanguageModel
+    futures: Futures
+    user_metadata: dict[str, Any] | None = None
+    last_request: float = field(default_factory=time.time)
     _executor: ThreadPoolExecutor = field(init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _next: int = 1
     _held: dict[int, tuple[Operation, Future[Result]]] = field(default_factory=dict)
-    _requests: OrderedDict[int, _Request] = field(default_factory=OrderedDict)
+    _fingerprints: OrderedDict[int, object] = field(default_factory=OrderedDict)
 
     def __post_init__(self) -> None:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix=f"sandbox {self.model_id}")
@@ -74,25 +71,19 @@ class TrainingRun:
         with self._lock:
             if self._repeats(seq_id, fingerprint):
                 return
-            future: Future[Result] = Future()
-            self._requests[seq_id] = _Request(future, fingerprint)
+            self.last_request = time.time()
+            future = self.futures.add(f"{self.model_id}/{seq_id}")
+            self._fingerprints[seq_id] = fingerprint
             self._held[seq_id] = operation, future
             while self._next in self._held:
                 self._executor.submit(self._execute, *self._held.pop(self._next))
                 self._next += 1
-            while len(self._requests) > _RESULTS_KEPT:
-                self._requests.popitem(last=False)
+            while len(self._fingerprints) > _FINGERPRINTS_KEPT:
+                self._fingerprints.popitem(last=False)
 
     def future(self, seq_id: int) -> Future[Result]:
         """The future of a submitted request."""
-        request = self._requests.get(seq_id)
-        if request is None:
-            raise UnknownError(
-                f"the model {self.model_id} has no request {seq_id}, or answered it more than "
-                f"{_RESULTS_KEPT} requests ago",
-                path="request_id",
-            )
-        return request.future
+        return self.futures.get(f"{self.model_id}/{seq_id}")
 
     def missing(self, seq_id: int) -> int | None:
         """The ``seq_id`` that has to arrive before ``seq_id`` can be executed, if one has."""
@@ -107,13 +98,11 @@ class TrainingRun:
         for future in held:
             future.set_exception(ClosedError("the sandbox was closed"))
         self._executor.shutdown(wait=True, cancel_futures=True)
-        for request in self._requests.values():
-            if not request.future.done():
-                request.future.set_exception(ClosedError("the sandbox was closed"))
+        self.futures.close(self.model_id)
 
     def _repeats(self, seq_id: int, fingerprint: object) -> bool:
-        if seq_id in self._requests:
-            if self._requests[seq_id].fingerprint == fingerprint:
+        if seq_id in self._fingerprints:
+            if self._fingerprints[seq_id] == fingerprint:
                 return True
         elif seq_id >= self._next:
             return False
@@ -139,14 +128,16 @@ class Trainer:
 
     def __init__(self, seed: int = 0) -> None:
         self._seed = seed
-        self._sessions: set[str] = set()
+        self.futures = Futures()
+        self._sessions: dict[str, dict[str, Any]] = {}
         self._runs: dict[str, TrainingRun] = {}
         self._lock = threading.Lock()
 
-    def create_session(self) -> str:
+    def create_session(self, user_metadata: dict[str, Any] | None = None) -> str:
+        """A name that no session of any sandbox had."""
         with self._lock:
             session_id = f"sandbox-{uuid.uuid4().hex[:16]}"
-            self._sessions.add(session_id)
+            self._sessions[session_id] = user_metadata or {}
         return session_id
 
     def check_session(self, session_id: object) -> None:
@@ -165,6 +156,9 @@ class Trainer:
         base_model: str = "sandbox",
         seed: int | None = None,
         lora_rank: int | None = None,
+        user_metadata: dict[str, Any] | None = None,
+        state: Mapping[str, Tensor] | None = None,
+        optimizer: bool = False,
     ) -> str:
         """The id of a new model, or of the one that this session created under that number."""
         self.check_session(session_id)
@@ -172,7 +166,11 @@ class Trainer:
         with self._lock:
             if model_id not in self._runs:
                 model = LanguageModel(self._seed if seed is None else seed)
-                self._runs[model_id] = TrainingRun(model_id, base_model, lora_rank, model)
+                if state is not None:
+                    model.load(state, optimizer=optimizer)
+                self._runs[model_id] = TrainingRun(
+                    model_id, base_model, lora_rank, model, self.futures, user_metadata
+                )
         return model_id
 
     def run(self, model_id: object) -> TrainingRun:
@@ -191,6 +189,21 @@ class Trainer:
         with self._lock:
             self._runs.pop(run.model_id, None)
         run.close()
+
+    @property
+    def sessions(self) -> dict[str, dict[str, Any]]:
+        """The metadata of each session that was created, and is not finished."""
+        return dict(self._sessions)
+
+    def finish_session(self, session_id: object) -> None:
+        """Forget a session and its models."""
+        self.check_session(session_id)
+        with self._lock:
+            self._sessions.pop(str(session_id))
+            gone = [i for i in self._runs if i.startswith(f"{session_id}:")]
+            runs = [self._runs.pop(i) for i in gone]
+        for run in runs:
+            run.close()
 
     @property
     def model_ids(self) -> list[str]:

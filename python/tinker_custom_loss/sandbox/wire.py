@@ -34,6 +34,8 @@ __all__ = [
     "decompress",
     "encode_json",
     "encode_protobuf",
+    "json_tensor",
+    "json_tokens",
     "parse_json",
     "parse_training_call",
 ]
@@ -236,7 +238,7 @@ def _protobuf_datum(datum: pb.Datum, path: str) -> _RawDatum:
     for chunk in datum.model_input:
         kind = chunk.WhichOneof("chunk")
         if kind != "encoded_text":
-            raise _not_text(kind, path)
+            raise _not_text(kind, f"{path}.model_input")
         tokens.append(np.frombuffer(chunk.encoded_text.tokens, dtype=np.int32))
     inputs = {
         name: _protobuf_tensor(tensor, f'{path}.loss_fn_inputs["{name}"]')
@@ -297,24 +299,31 @@ def _json_datum(datum: Any, path: str) -> _RawDatum:
     if not isinstance(datum, dict):
         raise RequestError("expected an object", path=path)
     model_input = _expect(datum, "model_input", dict, path)
-    tokens = []
-    for chunk in _expect(model_input, "chunks", list, f"{path}.model_input"):
-        kind = chunk.get("type", "encoded_text") if isinstance(chunk, dict) else type(chunk)
-        if kind != "encoded_text":
-            raise _not_text(kind, path)
-        tokens.append(_numbers(chunk, "tokens", np.int64, f"{path}.model_input"))
+    tokens = json_tokens(model_input, f"{path}.model_input")
     inputs = {
-        name: _json_tensor(tensor, f'{path}.loss_fn_inputs["{name}"]')
+        name: json_tensor(tensor, f'{path}.loss_fn_inputs["{name}"]')
         for name, tensor in _expect(datum, "loss_fn_inputs", dict, path).items()
         if name in ("target_tokens", *COLUMNS)
     }
-    return _tokens(tokens), inputs
+    return tokens, inputs
+
+
+def json_tokens(model_input: Mapping[str, Any], path: str) -> Tensor:
+    """The tokens of a ``ModelInput`` of text, [T] int64."""
+    tokens = []
+    for chunk in _expect(model_input, "chunks", list, path):
+        kind = chunk.get("type", "encoded_text") if isinstance(chunk, dict) else type(chunk)
+        if kind != "encoded_text":
+            raise _not_text(kind, path)
+        tokens.append(_numbers(chunk, "tokens", np.int64, path))
+    return _tokens(tokens)
 
 
 _JSON_DTYPES: dict[str, type[np.generic]] = {"float32": np.float32, "int64": np.int64}
 
 
-def _json_tensor(tensor: Any, path: str) -> Tensor:
+def json_tensor(tensor: Any, path: str) -> Tensor:
+    """A ``TensorData``, dense."""
     if not isinstance(tensor, dict):
         raise RequestError("expected an object with data, dtype and shape", path=path)
     dtype = _JSON_DTYPES.get(str(tensor.get("dtype")))
@@ -400,5 +409,5 @@ def _is_shape(shape: Any) -> bool:
 def _not_text(kind: object, path: str) -> RequestError:
     return RequestError(
         f"the sandbox's model reads chunks of encoded_text, not of {kind}",
-        path=f"{path}.model_input",
+        path=path,
     )

@@ -177,18 +177,26 @@ defmodule Tinkex.CustomLoss.Bridge do
   end
 
   @doc """
-  Calls `handler` for the events of `:telemetry`, by a stand-in where the library is not there: that
-  knows one handler, and of no events in particular. Returns what ends it.
+  Calls `handler` for the events of `:telemetry`, by a stand-in where the library is not there.
+  Returns what ends it.
   """
   def handle_telemetry(events, handler) do
+    end_stand_in = ensure_telemetry()
     id = {__MODULE__, make_ref()}
+    :ok = apply(:telemetry, :attach_many, [id, events, handler, nil])
 
-    if function_exported?(:telemetry, :attach_many, 4) do
-      apply(:telemetry, :attach_many, [id, events, handler, nil])
-      fn -> apply(:telemetry, :detach, [id]) end
+    fn ->
+      apply(:telemetry, :detach, [id])
+      end_stand_in.()
+    end
+  end
+
+  @doc "Makes a stand-in for `:telemetry` where it is not there. Returns what ends it."
+  def ensure_telemetry do
+    if Code.ensure_loaded?(:telemetry) do
+      fn -> :ok end
     else
-      unless Code.ensure_loaded?(:telemetry), do: create_telemetry()
-      :persistent_term.put(__MODULE__, {events, handler})
+      create_telemetry()
 
       fn ->
         :persistent_term.erase(__MODULE__)
@@ -202,13 +210,23 @@ defmodule Tinkex.CustomLoss.Bridge do
     Module.create(
       :telemetry,
       quote do
+        @key unquote(__MODULE__)
+
+        def attach_many(id, events, handler, config) do
+          :persistent_term.put(@key, Map.put(handlers(), id, {events, handler, config}))
+        end
+
+        def detach(id), do: :persistent_term.put(@key, Map.delete(handlers(), id))
+
         def execute(event, measurements, metadata) do
-          with {events, handler} <- :persistent_term.get(unquote(__MODULE__), nil) do
-            if event in events, do: handler.(event, measurements, metadata, nil)
-          end
+          for {_id, {events, handler, config}} <- handlers(),
+              event in events,
+              do: handler.(event, measurements, metadata, config)
 
           :ok
         end
+
+        defp handlers, do: :persistent_term.get(@key, %{})
       end,
       Macro.Env.location(__ENV__)
     )

@@ -10,7 +10,8 @@ defmodule Tinkex.CustomLoss.Live do
       end)
       |> Tinkex.CustomLoss.Live.finish()
 
-  or, around any enumerable of outputs or records, `watch/2`. On a terminal it is a table that is
+  or, around any enumerable of outputs or records, `watch/2`; or, where the loop is not yours to
+  change, `start_link/1`, which draws what a pool computes, whoever asks it. On a terminal it is a table that is
   drawn anew with every step:
 
       8/200 steps  loss 2.157  ██▆▅▃▂▁▁  |∇| 0.041
@@ -23,7 +24,8 @@ defmodule Tinkex.CustomLoss.Live do
   each without its sign.
   """
 
-  alias Tinkex.CustomLoss.{Output, Schema}
+  alias Tinkex.CustomLoss.Live.Follower
+  alias Tinkex.CustomLoss.{Output, Schema, Telemetry}
 
   @columns 80
   @share 8
@@ -41,6 +43,8 @@ defmodule Tinkex.CustomLoss.Live do
       doc: "whether that is a terminal. By default, whether `IO.ANSI.enabled?/0` says so."
     ]
   ]
+
+  @follow [pool: [type: :any, required: true, doc: "the name of the pool."]]
 
   @enforce_keys [:device, :total, :ansi]
   defstruct [:device, :total, :ansi, count: 0, drawn: 0, record: nil, losses: [], values: %{}]
@@ -101,6 +105,32 @@ defmodule Tinkex.CustomLoss.Live do
     )
   end
 
+  @doc """
+  Starts a process that draws every computation of a pool, from its events (`:telemetry`).
+
+      children = [{Tinkex.CustomLoss, name: MyLoss}, {Tinkex.CustomLoss.Live, pool: MyLoss}]
+
+  Callers only send it the record. When it ends, by `GenServer.stop/1` or with its supervisor, it
+  draws what has come and ends the table. Raises `ArgumentError` if the library `:telemetry` is not
+  there.
+
+  ## Options
+
+  Those of `new/1`, and
+
+  #{Schema.docs(@follow)}
+  """
+  @spec start_link(keyword()) :: GenServer.on_start()
+  def start_link(opts) do
+    options = Schema.validate!(opts, @follow ++ @options, "Tinkex.CustomLoss.Live.start_link/1")
+    Telemetry.available!()
+    GenServer.start_link(Follower, {options.pool, Keyword.delete(opts, :pool)})
+  end
+
+  @doc false
+  def child_spec(opts),
+    do: %{id: {__MODULE__, opts[:pool]}, start: {__MODULE__, :start_link, [opts]}}
+
   defp keep(value, kept), do: Enum.take([value | kept || []], @kept)
 
   defp every(%{total: nil}), do: 10
@@ -155,7 +185,7 @@ defmodule Tinkex.CustomLoss.Live do
   defp table(live) do
     terms = terms(live.record)
     whole = terms |> Enum.map(fn {_name, term} -> size(contribution(term)) end) |> Enum.sum()
-    heads = ["term", "value", "weight", "w·value", "share", "w·|∇|", "cos", "trend"]
+    heads = ["term", "value", "weight", "w·value", "share", "w·|∇|", "cos"]
 
     rows =
       for {name, term} <- terms do
@@ -166,13 +196,18 @@ defmodule Tinkex.CustomLoss.Live do
           figure(contribution(term)),
           bar(size(contribution(term)), whole),
           figure(term["grad_norm_weighted"] || term["grad_norm"]),
-          cosine(term),
-          trend(live.values[name], @trend)
+          cosine(term)
         ]
       end
 
-    [heads | rows]
-    |> Enum.zip_with(& &1)
+    columns = Enum.zip_with([heads | rows], & &1)
+    # What is left of the line.
+    taken = for column <- columns, do: 1 + (column |> Enum.map(&String.length/1) |> Enum.max())
+    width = min(@trend, @columns - Enum.sum(taken))
+    trends = ["trend" | for({name, _term} <- terms, do: trend(live.values[name], width))]
+    columns = if width < 5, do: columns, else: columns ++ [trends]
+
+    columns
     |> Enum.with_index(&column(&1, &2, live.ansi))
     |> Enum.zip_with(&(&1 |> Enum.join(" ") |> String.trim_trailing()))
   end

@@ -78,6 +78,8 @@ defmodule Tinkex.CustomLoss.Output do
 
     alias Tinkex.CustomLoss.Wire.Numbers
 
+    # 80, less the indentation.
+    @columns 78
     @heads ["", "value", "weight", "contribution", "grad_norm", "cosine"]
     @keys ["value", "weight", "contribution", "grad_norm", "cosine_to_total"]
 
@@ -86,13 +88,15 @@ defmodule Tinkex.CustomLoss.Output do
       base = if record["base_loss"], do: [{"base_loss", record["base_loss"]}], else: []
       {shown, more} = Enum.split(regularizers, limit(opts.limit))
       rows = for {name, record} <- base ++ shown, do: [label(name) | figures(record)]
+      findings = for {name, record} <- base ++ shown, text <- findings(record), do: {name, text}
       rest = if more == [], do: [], else: ["… #{length(regularizers)} regularizers in all"]
 
       # What every row leaves empty is no column.
       table = if rows == [], do: [], else: [@heads | rows] |> Enum.zip_with(& &1)
       lines = table |> Enum.filter(&(tl(&1) |> Enum.any?(fn cell -> cell != "" end))) |> aligned()
       head = "loss_total: #{figure(output.loss_total)}, gradients: #{gradients(output.gradients)}"
-      body = Enum.map([head | lines] ++ rest, &concat(line(), &1))
+      told = for {name, text} <- findings, do: shorten("#{label(name)}: #{text}", @columns)
+      body = Enum.map([head | lines] ++ rest ++ told, &concat(line(), &1))
       concat(["#Tinkex.CustomLoss.Output<", nest(concat(body), 2), line(), ">"])
     end
 
@@ -106,12 +110,35 @@ defmodule Tinkex.CustomLoss.Output do
       if record["skipped"], do: List.replace_at(figures, 0, "skipped"), else: figures
     end
 
+    # What the figures do not say.
+    defp findings(record) do
+      zeroed = record["non_finite_zeroed"] || 0
+
+      [
+        record["zero_gradient"] == true && "its gradient is 0, it trained nothing",
+        zeroed > 0 && "#{zeroed} non-finite gradient entries were replaced by 0",
+        record["skipped"] == true && "skipped#{if error = record["error"], do: ": " <> error}"
+      ]
+      |> Enum.filter(& &1)
+    end
+
+    # In one line.
+    defp shorten(text, width) do
+      text = String.replace(text, ~r/\s+/, " ")
+      if String.length(text) > width, do: String.slice(text, 0, width - 1) <> "…", else: text
+    end
+
     defp figure(nil), do: ""
     defp figure(number), do: Tinkex.CustomLoss.Output.figure(number)
 
     # Lines of columns: the first to the left, numbers to the right.
-    defp aligned(columns) do
-      columns
+    defp aligned([]), do: []
+
+    defp aligned([labels | columns]) do
+      taken = for column <- columns, do: 2 + (column |> Enum.map(&String.length/1) |> Enum.max())
+      room = max(8, @columns - Enum.sum(taken))
+
+      [Enum.map(labels, &shorten(&1, room)) | columns]
       |> Enum.with_index(fn column, index ->
         width = column |> Enum.map(&String.length/1) |> Enum.max()
         pad = if index == 0, do: &String.pad_trailing/2, else: &String.pad_leading/2

@@ -9,9 +9,10 @@ defmodule Tinkex.CustomLoss.Telemetry do
   | event | measurements | metadata |
   |---|---|---|
   | `[:tinkex_custom_loss, :compute, :start]` | `system_time`, `monotonic_time` | `pool`, `step`, `gradients`, `regularizers` (their names) |
-  | `[:tinkex_custom_loss, :compute, :stop]` | `duration`, `monotonic_time`, `loss_total`, `regularizer_total` | the same, and `error` |
+  | `[:tinkex_custom_loss, :compute, :stop]` | `duration`, `monotonic_time`, `loss_total`, `regularizer_total` | the same, and `error`, `record` |
   | `[:tinkex_custom_loss, :compute, :exception]` | `duration`, `monotonic_time` | the same, and `kind`, `reason`, `stacktrace` |
 
+  `record` is that of the step (`Tinkex.CustomLoss.Output`), or nil with an error.
   `error` is the exception of an answer `{:error, exception}`, or nil. With an error there are no
   losses; nor is there one that is not finite. `:exception` is for what is raised.
 
@@ -100,17 +101,73 @@ defmodule Tinkex.CustomLoss.Telemetry do
     options = Schema.validate!(opts, @logger, "attach_logger/1")
     id = options.handler_id || {EventLogger, make_ref()}
 
-    unless match?({:module, _}, load()) do
-      raise ArgumentError, "there is no :telemetry to attach to: add it to your dependencies"
-    end
-
-    arguments = [id, @events, &EventLogger.handle_event/4, Map.take(options, [:level])]
-
-    case apply(:telemetry, :attach_many, arguments) do
+    case attach(id, @events, &EventLogger.handle_event/4, Map.take(options, [:level])) do
       :ok -> id
       {:error, :already_exists} -> raise ArgumentError, "#{inspect(id)} is attached already"
     end
   end
+
+  @doc false
+  def available! do
+    unless match?({:module, _}, load()) do
+      raise ArgumentError, "there is no :telemetry to attach to: add it to your dependencies"
+    end
+  end
+
+  @doc false
+  def attach(id, events, handler, config) do
+    available!()
+    apply(:telemetry, :attach_many, [id, events, handler, config])
+  end
+
+  @metrics [pool: [type: :any, doc: "the name of one pool, to measure no other."]]
+
+  @doc """
+  Metrics for a reporter of `Telemetry.Metrics`: loss, terms, times, and a pool's troubles.
+
+      children = [{TelemetryMetricsPrometheus, metrics: Tinkex.CustomLoss.Telemetry.metrics()}]
+
+  Tags are `:pool` and, for those of a term, `:regularizer_name`. Times are in milliseconds.
+
+  #{Schema.docs(@metrics)}
+  Raises `ArgumentError` if the library `:telemetry_metrics` is not there.
+  """
+  @spec metrics(keyword()) :: [struct()]
+  def metrics(opts \\ []) do
+    options = Schema.validate!(opts, @metrics, "metrics/1")
+
+    unless Code.ensure_loaded?(Telemetry.Metrics) do
+      raise ArgumentError,
+            "there is no Telemetry.Metrics: add :telemetry_metrics to your dependencies"
+    end
+
+    keep = if options.pool, do: [keep: &(&1.pool == options.pool)], else: []
+    common = [tag_values: &%{&1 | pool: tag(&1.pool)}] ++ keep
+    pool = [tags: [:pool]] ++ common
+    term = [tags: [:pool, :regularizer_name]] ++ common
+    time = [unit: {:native, :millisecond}]
+
+    for {kind, name, opts} <- [
+          {:last_value, "tinkex_custom_loss.compute.stop.loss_total", pool},
+          {:last_value, "tinkex_custom_loss.compute.stop.regularizer_total", pool},
+          {:summary, "tinkex_custom_loss.compute.stop.duration", time ++ pool},
+          {:last_value, "tinkex.regularizer.compute.stop.value", term},
+          {:last_value, "tinkex.regularizer.compute.stop.contribution", term},
+          {:last_value, "tinkex.regularizer.compute.stop.grad_norm", term},
+          {:summary, "tinkex.regularizer.compute.stop.duration", time ++ term},
+          {:counter, "tinkex.regularizer.compute.exception.duration", term},
+          {:summary, "tinkex_custom_loss.worker.up.duration", time ++ pool},
+          {:counter, "tinkex_custom_loss.worker.down.delay", pool},
+          {:summary, "tinkex_custom_loss.queue.length", pool},
+          {:sum, "tinkex_custom_loss.retry.count", pool},
+          {:counter, "tinkex_custom_loss.deadline.timeout", pool}
+        ],
+        do: apply(Telemetry.Metrics, kind, [name, opts])
+  end
+
+  # Reporters write tags as text.
+  defp tag(name) when is_atom(name) or is_binary(name), do: name
+  defp tag(other), do: inspect(other)
 
   @doc "Ends what `attach_logger/1` began."
   @spec detach(term()) :: :ok | {:error, :not_found}
@@ -152,7 +209,7 @@ defmodule Tinkex.CustomLoss.Telemetry do
 
       {:error, error} = result ->
         ended = ended(start)
-        execute([:tinkex_custom_loss, :compute, :stop], ended, Map.put(ours, :error, error))
+        told(ended, ours, error, nil)
         failed(ended, theirs, error)
         result
     end
@@ -168,11 +225,16 @@ defmodule Tinkex.CustomLoss.Telemetry do
     losses = %{loss_total: loss, regularizer_total: record["regularizer_total"]}
     losses = for {name, value} <- losses, is_number(value), into: %{}, do: {name, value}
     ended = Map.merge(ended, losses)
-    execute([:tinkex_custom_loss, :compute, :stop], ended, Map.put(ours, :error, nil))
+    told(ended, ours, nil, record)
 
     if map_size(losses) == 2,
       do: execute([:tinkex, :custom_loss, :stop], ended, theirs),
       else: failed(ended, theirs, "its loss is #{loss}")
+  end
+
+  defp told(ended, ours, error, record) do
+    metadata = Map.merge(ours, %{error: error, record: record})
+    execute([:tinkex_custom_loss, :compute, :stop], ended, metadata)
   end
 
   defp failed(ended, theirs, reason),

@@ -1,0 +1,13 @@
+"""What a request to the sandbox can end in beside a mistake of its own."""
+
+from ..errors import RequestError
+
+__all__ = ["ClosedError", "UnknownError"]
+
+
+class UnknownError(RequestError):
+    """A session, model, checkpoint or request that this server does not have."""
+
+
+class ClosedError(Exception):
+    """The server was closed before the request was executed."""
