@@ -209,8 +209,8 @@ def merge(records: Sequence[StepRecord]) -> StepRecord:
     base_losses = [record["base_loss"] for record in records if record["base_loss"]]
     steps = {record["schedule_step"] for record in records}
     return {
-        "loss_total": math.fsum(record["loss_total"] for record in records),
-        "regularizer_total": math.fsum(record["regularizer_total"] for record in records),
+        "loss_total": _sum_of(record["loss_total"] for record in records),
+        "regularizer_total": _sum_of(record["regularizer_total"] for record in records),
         "base_loss": (_merged_base_loss(base_losses, totals, total, size) if base_losses else None),
         "regularizers": {
             name: _merged_regularizer(
@@ -224,7 +224,7 @@ def merge(records: Sequence[StepRecord]) -> StepRecord:
         "logprob_count": size,
         "datum_count": sum(record["datum_count"] for record in records),
         "schedule_step": steps.pop() if len(steps) == 1 else None,
-        "compute_seconds": math.fsum(record["compute_seconds"] for record in records),
+        "compute_seconds": _sum_of(record["compute_seconds"] for record in records),
     }
 
 
@@ -253,13 +253,13 @@ def _merged_base_loss(
     norm = _merged_norm(norms)
     cosines = [part["cosine_to_total"] for part in parts]
     return {
-        "value": math.fsum(part["value"] for part in parts),
+        "value": _sum_of(part["value"] for part in parts),
         "grad_norm": norm,
         "grad_rms": root_mean_square(norm, size),
         "cosine_to_total": _merged_cosine(cosines, norms, norm, totals, total),
         "differentiable": any(part["differentiable"] for part in parts),
         "zero_gradient": _merged_zero(parts, norm),
-        "seconds": math.fsum(part["seconds"] for part in parts),
+        "seconds": _sum_of(part["seconds"] for part in parts),
         "non_finite_zeroed": sum(part["non_finite_zeroed"] for part in parts),
         "custom": _merged_custom([part["custom"] for part in parts]),
     }
@@ -277,7 +277,7 @@ def _merged_regularizer(
     return {
         "value": _sum([part["value"] for part in parts]),
         "weight": weight,
-        "contribution": math.fsum(part["contribution"] for part in parts),
+        "contribution": _sum_of(part["contribution"] for part in parts),
         "grad_norm": norm,
         "grad_norm_weighted": None if norm is None else abs(weight) * norm,
         "grad_rms": root_mean_square(norm, size),
@@ -304,7 +304,15 @@ def _merged_zero(
 
 def _sum(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
-    return math.fsum(known) if len(known) == len(values) else None
+    return _sum_of(known) if len(known) == len(values) else None
+
+
+def _sum_of(values: Iterable[float]) -> float:
+    values = [*values]
+    try:
+        return math.fsum(values)
+    except (OverflowError, ValueError):  # fsum refuses what is too large, and inf - inf
+        return float(sum(values))
 
 
 def _merged_norm(norms: Sequence[float | None]) -> float | None:
@@ -322,10 +330,12 @@ def _merged_cosine(
     """``Σ cos·|g|·|G| / (|g|·|G|)`` over the parts; divided first, so that nothing overflows."""
     if norm is None or total is None or None in cosines:
         return None
+    if not all(map(math.isfinite, [norm, total, *(c or 0.0 for c in cosines)])):
+        return None
     if norm == 0.0 or total == 0.0:
         return 0.0
     shares = zip(cosines, norms, totals, strict=True)
-    value = math.fsum((c or 0.0) * ((g or 0.0) / norm) * ((t or 0.0) / total) for c, g, t in shares)
+    value = _sum_of((c or 0.0) * ((g or 0.0) / norm) * ((t or 0.0) / total) for c, g, t in shares)
     return max(-1.0, min(1.0, value))
 
 

@@ -63,6 +63,7 @@ defmodule Tinkex.CustomLoss do
   use Supervisor
 
   alias Tinkex.CustomLoss.{
+    Merge,
     Output,
     Pool,
     Regularizer,
@@ -288,6 +289,25 @@ defmodule Tinkex.CustomLoss do
   """
   @spec add_totals(map(), map()) :: map()
   defdelegate add_totals(first, second), to: Split
+
+  @doc """
+  The record of a step that was computed in parts, from the outputs of its parts or their records.
+
+      record = Tinkex.CustomLoss.merge(outputs)
+      record["regularizers"]["kl"]["value"]
+
+  For parts that were computed with the step's `:totals`: then it is the record of the one call that
+  computes them together. Values, contributions and metrics add up, and so do counts and seconds. The
+  parts' logprobs are disjoint, so squared norms and dot products add up too, from which norms and
+  cosines follow. nil is what cannot be known: the value of a term that was skipped in a part, the
+  cosine to a gradient that is not finite, and the step of a schedule where the parts differ in it.
+
+  A record may also be the metrics of a step of `forward_backward_custom/4`, unless they are flat; what
+  else is among them is left out. Raises `ArgumentError` where there are none, or where they are not
+  of one step: other terms, or other weights.
+  """
+  @spec merge([Output.t() | %{String.t() => term()}]) :: %{String.t() => term()}
+  defdelegate merge(parts), to: Merge
 
   defp restore(nil, _batch), do: {:ok, nil}
 
