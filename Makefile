@@ -69,8 +69,8 @@ replays: setup ## keep 200 random compositions and replay them (REPLAYS=n for an
 	@REPLAYS=$(or $(REPLAYS),200) $(BIN)/pytest -q tests/python/test_replay.py -k bit_equal
 
 .PHONY: lint lint-elixir lint-python lint-tree
-lint: setup ## check formatting, types, warnings
-	@$(MAKE) --keep-going lint-elixir lint-python lint-tree
+lint: setup ## check formatting, types, warnings, links of the docs
+	@$(MAKE) --keep-going lint-elixir lint-python lint-tree site
 
 lint-elixir: setup
 	mix format --check-formatted
@@ -103,6 +103,11 @@ bench: setup ## measure: one line a figure, NAME VALUE (target T) ok|short
 pictures: setup ## make the pictures of docs/ from the run in docs/runs/demo
 	@$(BIN)/python -m tinker_custom_loss report docs/runs/demo -o .make/report.html --svg .make/pictures
 	@for picture in docs/pictures/*.svg; do cp .make/pictures/$${picture##*/} $$picture; done
+
+# A link that leads nowhere is an error.
+.PHONY: site
+site: setup ## build docs/ as a site in .make/site, with search, that asks no other host for anything
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 .PHONY: clean
 clean: ## remove all that make made

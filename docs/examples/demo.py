@@ -71,15 +71,16 @@ def main() -> int:
 
     rng = random.Random(0)
     losses: list[float] = []
-    with SandboxServer(seed=0) as server:
+    with SandboxServer(seed=0) as server, Recorder("runs/demo", overwrite=True) as recorder:
         service = tinker.ServiceClient(base_url=server.url, api_key="tml-sandbox")
         client = with_regularizers(
             service.create_lora_training_client("sandbox").result(),
             base_loss=base_loss,
             regularizers=REGULARIZERS,
+            recorder=recorder,
         )
         started = time.monotonic()
-        with Recorder("runs/demo", overwrite=True) as recorder, live(recorder, total=STEPS):
+        with live(recorder, total=STEPS):
             while len(losses) < STEPS and time.monotonic() - started < SECONDS:
                 step = client.forward_backward_custom(batch_of(text, rng))
                 client.optim_step(tinker.AdamParams(learning_rate=0.01))

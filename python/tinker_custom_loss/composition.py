@@ -16,7 +16,7 @@ from .record import RegularizerRecord, StepRecord, flatten, step_record
 from .regularizer import BASE_LOSS, Regularizer
 from .running.differentiation import Evaluation
 from .running.evaluation import is_of_catalogue
-from .running.non_finite import CheckedEvaluation, check_finite, record_of
+from .running.non_finite import CheckedEvaluation, check_finite, record_of, weighted_cosine
 from .tensors import gradients as grad
 from .tensors.batch import TensorBatch
 from .tensors.gradients import ParameterGradient
@@ -186,11 +186,25 @@ class Step:
             base_loss=base_loss,
             regularizers=records,
             total_grad_norm=total_norm,
+            cosines=None if total is None else self._cosines(checked),
             size=size,
             datums=len(self.batch),
             schedule_step=self.schedule_step,
             compute_seconds=time.perf_counter() - self.started,
         )
+
+    def _cosines(self, checked: Sequence[CheckedEvaluation]) -> dict[str, dict[str, float]]:
+        """Of each pair of weighted gradients; 0 where one of the two is zero, or not there."""
+        weighted = list(zip(self.terms, self.weights, checked, strict=True))
+        return {
+            term.name: {
+                other.name: weighted_cosine(
+                    part, weight, their_part.gradient, their_part.norm, their_weight
+                )
+                for other, their_weight, their_part in weighted[index:]
+            }
+            for index, (term, weight, part) in enumerate(weighted[:-1], start=1)
+        }
 
     def _warn_of_zero_gradients(self, record: StepRecord) -> None:
         """Of terms that train nothing, most often because of a detach too many.

@@ -69,7 +69,11 @@ class RegularizerRecord(TypedDict):
 
 
 class StepRecord(TypedDict):
-    """What one step leaves behind. The keys are always the same."""
+    """What one step leaves behind. The keys are always the same.
+
+    ``cosines`` are those of each pair of weighted gradients, under the names of the two in the
+    order of the terms: ``cosines["base_loss"]["kl"]``. A negative one is a conflict of the two.
+    """
 
     loss_total: float
     regularizer_total: float
@@ -77,6 +81,7 @@ class StepRecord(TypedDict):
     regularizers: dict[str, RegularizerRecord]
     total_grad_norm: float | None
     total_grad_rms: float | None
+    cosines: dict[str, dict[str, float]] | None
     logprob_count: int
     datum_count: int
     schedule_step: int | None
@@ -90,6 +95,7 @@ def step_record(
     base_loss: RegularizerRecord | None,
     regularizers: dict[str, RegularizerRecord],
     total_grad_norm: float | None,
+    cosines: dict[str, dict[str, float]] | None,
     size: int,
     datums: int,
     schedule_step: int | None,
@@ -106,6 +112,7 @@ def step_record(
         "regularizers": regularizers,
         "total_grad_norm": total_grad_norm,
         "total_grad_rms": root_mean_square(total_grad_norm, size),
+        "cosines": cosines,
         "logprob_count": size,
         "datum_count": datums,
         "schedule_step": schedule_step,
@@ -202,8 +209,8 @@ def merge(records: Sequence[StepRecord]) -> StepRecord:
     base_losses = [record["base_loss"] for record in records if record["base_loss"]]
     steps = {record["schedule_step"] for record in records}
     return {
-        "loss_total": math.fsum(record["loss_total"] for record in records),
-        "regularizer_total": math.fsum(record["regularizer_total"] for record in records),
+        "loss_total": _sum_of(record["loss_total"] for record in records),
+        "regularizer_total": _sum_of(record["regularizer_total"] for record in records),
         "base_loss": (_merged_base_loss(base_losses, totals, total, size) if base_losses else None),
         "regularizers": {
             name: _merged_regularizer(
@@ -213,10 +220,11 @@ def merge(records: Sequence[StepRecord]) -> StepRecord:
         },
         "total_grad_norm": total,
         "total_grad_rms": root_mean_square(total, size),
+        "cosines": _merged_cosines(records),
         "logprob_count": size,
         "datum_count": sum(record["datum_count"] for record in records),
         "schedule_step": steps.pop() if len(steps) == 1 else None,
-        "compute_seconds": math.fsum(record["compute_seconds"] for record in records),
+        "compute_seconds": _sum_of(record["compute_seconds"] for record in records),
     }
 
 
@@ -245,13 +253,13 @@ def _merged_base_loss(
     norm = _merged_norm(norms)
     cosines = [part["cosine_to_total"] for part in parts]
     return {
-        "value": math.fsum(part["value"] for part in parts),
+        "value": _sum_of(part["value"] for part in parts),
         "grad_norm": norm,
         "grad_rms": root_mean_square(norm, size),
         "cosine_to_total": _merged_cosine(cosines, norms, norm, totals, total),
         "differentiable": any(part["differentiable"] for part in parts),
         "zero_gradient": _merged_zero(parts, norm),
-        "seconds": math.fsum(part["seconds"] for part in parts),
+        "seconds": _sum_of(part["seconds"] for part in parts),
         "non_finite_zeroed": sum(part["non_finite_zeroed"] for part in parts),
         "custom": _merged_custom([part["custom"] for part in parts]),
     }
@@ -269,7 +277,7 @@ def _merged_regularizer(
     return {
         "value": _sum([part["value"] for part in parts]),
         "weight": weight,
-        "contribution": math.fsum(part["contribution"] for part in parts),
+        "contribution": _sum_of(part["contribution"] for part in parts),
         "grad_norm": norm,
         "grad_norm_weighted": None if norm is None else abs(weight) * norm,
         "grad_rms": root_mean_square(norm, size),
@@ -296,7 +304,15 @@ def _merged_zero(
 
 def _sum(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
-    return math.fsum(known) if len(known) == len(values) else None
+    return _sum_of(known) if len(known) == len(values) else None
+
+
+def _sum_of(values: Iterable[float]) -> float:
+    values = [*values]
+    try:
+        return math.fsum(values)
+    except (OverflowError, ValueError):  # fsum refuses what is too large, and inf - inf
+        return float(sum(values))
 
 
 def _merged_norm(norms: Sequence[float | None]) -> float | None:
@@ -314,11 +330,33 @@ def _merged_cosine(
     """``Σ cos·|g|·|G| / (|g|·|G|)`` over the parts; divided first, so that nothing overflows."""
     if norm is None or total is None or None in cosines:
         return None
+    if not all(map(math.isfinite, [norm, total, *(c or 0.0 for c in cosines)])):
+        return None
     if norm == 0.0 or total == 0.0:
         return 0.0
     shares = zip(cosines, norms, totals, strict=True)
-    value = math.fsum((c or 0.0) * ((g or 0.0) / norm) * ((t or 0.0) / total) for c, g, t in shares)
+    value = _sum_of((c or 0.0) * ((g or 0.0) / norm) * ((t or 0.0) / total) for c, g, t in shares)
     return max(-1.0, min(1.0, value))
+
+
+def _merged_cosines(records: Sequence[StepRecord]) -> dict[str, dict[str, float]] | None:
+    parts = [record["cosines"] for record in records if record["cosines"] is not None]
+    if len(parts) < len(records):
+        return None
+    norms: dict[str, list[float | None]] = {
+        name: [record["regularizers"][name]["grad_norm"] for record in records]
+        for name in records[0]["regularizers"]
+    }
+    norms["base_loss"] = [base["grad_norm"] for r in records if (base := r["base_loss"])]
+    whole = {name: _merged_norm(of_parts) for name, of_parts in norms.items()}
+    return {
+        a: {
+            b: _merged_cosine([p[a][b] for p in parts], norms[a], whole[a], norms[b], whole[b])
+            or 0.0
+            for b in others
+        }
+        for a, others in parts[0].items()
+    }
 
 
 def _merged_custom(parts: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:

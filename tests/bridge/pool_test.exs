@@ -7,6 +7,7 @@ defmodule Tinkex.CustomLoss.PoolTest do
 
   alias Tinkex.CustomLoss
   alias Tinkex.CustomLoss.{OverloadedError, RequestError, TimeoutError, WorkerError}
+  alias Tinkex.CustomLoss.Pool.Handle
 
   describe "a pool" do
     test "answers many callers at once, each with its own answer" do
@@ -398,9 +399,8 @@ defmodule Tinkex.CustomLoss.PoolTest do
       end)
 
     config = %{name: pool, max_frame: 1_048_576}
-    handle = %{supervisor: pool, pool: pool, config: config, terms: nil}
-    :persistent_term.put({CustomLoss.Pool, pool}, handle)
-    on_exit(fn -> :persistent_term.erase({CustomLoss.Pool, pool}) end)
+    Handle.publish(%Handle{supervisor: pool, pool: pool, config: config})
+    Handle.forget_with(pool)
 
     assert {:error, %WorkerError{reason: :draining}} = ask(pool, 1)
     assert Process.info(self(), :messages) == {:messages, []}

@@ -2,6 +2,7 @@ defmodule Tinkex.CustomLoss.ReadmeTest do
   # Changes the working directory.
   use ExUnit.Case, async: false
 
+  import ExUnit.CaptureIO, only: [with_io: 1]
   import ExUnit.CaptureLog
 
   alias Tinkex.CustomLoss.Pool.Python
@@ -63,7 +64,9 @@ defmodule Tinkex.CustomLoss.ReadmeTest do
     @tag :tmp_dir
     test "docs/#{name}", %{tmp_dir: dir} do
       given = if @tinkex, do: given(unquote(name)), else: []
-      bindings = run(unquote(guide), dir, given)
+      {bindings, printed} = with_io(fn -> run(unquote(guide), dir, given) end)
+      # What it shows in a block of text is what it prints.
+      for {_, shown} <- blocks(unquote(guide), "text"), do: assert(printed =~ shown)
       check(unquote(name), bindings)
     end
   end

@@ -5,7 +5,7 @@ defmodule Tinkex.CustomLoss.SplitTest do
   import Tinkex.CustomLoss.Bridge
 
   alias Tinkex.CustomLoss
-  alias Tinkex.CustomLoss.RequestError
+  alias Tinkex.CustomLoss.{Output, RequestError}
 
   setup_all do
     %{pool: start_pool!(load: [fixture("pathological.py")], await_ready: true)}
@@ -87,6 +87,9 @@ defmodule Tinkex.CustomLoss.SplitTest do
       end
     end
 
+    defp flat(output),
+      do: output |> Output.flat() |> Map.reject(fn {key, _} -> key =~ "seconds" end)
+
     @catalogue ~w(nll dft focal ppo cispo importance_sampling reinforce dro gspo kl proximal l2 dpo)
     @reductions [
       :token_sum,
@@ -139,6 +142,13 @@ defmodule Tinkex.CustomLoss.SplitTest do
         assert error <= 1.0e-6 * norm.(want)
         sum = Enum.sum(for {_data, output} <- outputs, do: output.loss_total)
         assert_in_delta sum, whole.loss_total, 1.0e-5 * (1 + abs(whole.loss_total))
+
+        # Their records merge to that of the whole, but for the time it took.
+        merged = flat(CustomLoss.merge(for {_data, output} <- outputs, do: output))
+        assert Map.keys(merged) == Map.keys(flat(whole))
+
+        for {key, value} <- flat(whole),
+            do: assert_in_delta(merged[key], value, 1.0e-5 * (1 + abs(value)), key)
 
         # Totals of parts are those of the whole.
         each =

@@ -57,18 +57,21 @@ defmodule Tinkex.CustomLoss.VectorsTest do
     end
   end
 
-  defp request(%{"op" => "compute"} = message, payload) do
-    message
-    |> Map.new(fn {key, value} -> {String.to_existing_atom(key), value} end)
-    |> Map.update!(:logprobs, &batches(&1, payload))
-    |> Map.update!(:data, &batches(&1, payload))
-    |> Protocol.encode_compute()
-    |> IO.iodata_to_binary()
-  end
+  defp request(%{"op" => "compute"} = message, payload),
+    do: message |> fields(payload) |> Protocol.encode_compute() |> binary()
+
+  defp request(%{"op" => "totals"} = message, payload),
+    do: message |> fields(payload) |> Protocol.encode_totals() |> binary()
 
   defp request(%{"op" => "cancel", "id" => id}, ""), do: binary(Protocol.encode_cancel(id))
   defp request(%{"op" => "terms", "id" => id}, ""), do: binary(Protocol.encode_terms(id))
   defp request(%{"op" => "ping", "id" => id}, ""), do: binary(Protocol.encode_ping(id))
+
+  defp fields(message, payload),
+    do:
+      Map.new(message, fn {key, value} ->
+        {String.to_existing_atom(key), batches(value, payload)}
+      end)
 
   defp batches(%{"data" => [at, size], "dtype" => _} = wire, payload) do
     {:ok, batch} = Batch.from_wire(%{wire | "data" => binary_part(payload, at, size)})

@@ -97,6 +97,27 @@ def test_python_blocks_run_in_order(document: Path, tmp_path: Path) -> None:
         assert losses[-1] < losses[0] / 2
 
 
+def test_the_tutorial_prints_what_it_shows(tmp_path: Path) -> None:
+    tutorial = ROOT / "docs" / "getting-started-python.md"
+    printed = {line.rstrip() for line in run(tutorial, tmp_path).splitlines()}
+    (table,) = blocks(tutorial, "text")
+    assert set(table["code"].splitlines()) <= printed
+    assert (tmp_path / "runs" / "first" / "metrics.jsonl").exists()
+
+
+def test_the_notebook_trains_and_draws(tmp_path: Path) -> None:
+    notebook = json.loads((ROOT / "docs" / "getting-started.ipynb").read_text("utf-8"))
+    cells = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
+    assert all(not c.get("outputs") for c in notebook["cells"])
+    # What a notebook draws of the last line of a cell is what its object gives it.
+    cells[-1] = f"drawn = {cells[-1]}\nprint(drawn._repr_svg_())"
+    (tmp_path / "program.py").write_text("\n".join(cells), encoding="utf-8")
+    ran = execute(tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert "smoothness" in ran.stdout
+    assert "<svg" in ran.stdout
+
+
 def test_the_record_is_the_documented_record() -> None:
     (record,) = blocks(README, "json")
     losses = next(block for block in blocks(README, "python") if "# my_losses.py" in block["code"])
@@ -108,7 +129,7 @@ def test_the_record_is_the_documented_record() -> None:
     )
     data = [Datum(model_input=ModelInput.empty())] * 2
     logprobs = [torch.tensor([-0.1, -2.3, -0.7]), torch.tensor([-1.2, -0.4])]
-    assert_documented(json.loads(record["code"]), composer.compute(data, logprobs, step=0).record)
+    assert_documented(json.loads(record["code"]), composer.compute(data, logprobs).record)
 
 
 def assert_documented(documented: Any, real: Any, key: str = "") -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from term_library import square, total
-from tinker_custom_loss import Composer, NonFiniteError, RequestError, TermError, flatten
+from tinker_custom_loss import Composer, NonFiniteError, RequestError, TermError, flatten, merge
 
 DATA = ["datum"]
 
@@ -88,6 +88,37 @@ RECORD = {"loss_total": 2, "base_loss": None, "regularizers": {"kl": {"custom": 
 def test_the_only_gradient_is_the_total_as_weighted(logprobs, weight, cosine):
     record = Composer(None, [term(square, weight)]).compute(DATA, logprobs).record
     assert record["regularizers"]["term"]["cosine_to_total"] == cosine
+
+
+class TestCosines:
+    """Of each pair of terms, as they are weighted."""
+
+    def test_of_every_pair_once_with_the_signs_of_the_weights(self, logprobs):
+        terms = [term(square, 0.5, "pull"), term(square, -2.0, "push"), term(square, 0.0, "idle")]
+        composition = Composer(total, terms).compute(DATA, logprobs, term_gradients=True)
+        names, own = composition.cosines()
+        cosine = float(own[names.index("base_loss"), names.index("pull")])
+        assert 0.1 < abs(cosine) < 1
+        cosines = composition.record["cosines"]
+        assert list(cosines) == ["base_loss", "pull", "push"]
+        assert cosines["base_loss"] == pytest.approx({"pull": cosine, "push": -cosine, "idle": 0})
+        assert cosines["pull"] == pytest.approx({"push": -1, "idle": 0})
+        assert cosines["push"] == {"idle": 0}
+        assert "cosines/base_loss/pull" in composition.flat_record
+
+    def test_one_term_has_no_pair_and_a_loss_alone_no_gradient(self, logprobs):
+        composer = Composer(None, [term(square)])
+        assert composer.compute(DATA, logprobs).record["cosines"] == {}
+        assert composer.compute_loss(DATA, logprobs).record["cosines"] is None
+
+    def test_of_a_step_in_parts_is_that_of_the_whole(self, logprobs):
+        terms = [term(square, -0.5)]
+        logprobs = [*logprobs, torch.tensor([-0.1, 0.3])]
+        parts = [Composer(total, terms).compute(DATA, [part]).record for part in logprobs]
+        whole = Composer(total, terms).compute(DATA * 2, logprobs).record
+        assert merge(parts)["cosines"]["base_loss"] == pytest.approx(whole["cosines"]["base_loss"])
+        blind = {**parts[0], "cosines": None}
+        assert merge([blind, parts[1]])["cosines"] is None
 
 
 class TestFlatten:

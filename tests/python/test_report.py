@@ -8,6 +8,10 @@ import html.parser
 import json
 import math
 import re
+import shutil
+import subprocess
+import sys
+import time
 from xml.etree import ElementTree
 
 import pytest
@@ -79,6 +83,31 @@ def test_the_page_asks_nothing_of_anyone_and_runs_only_its_own_script(tmp_path):
         assert f"{kind}-src 'sha256-{digest}'" in policy
 
 
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium is installed")
+def test_a_browser_has_nothing_to_complain_of(tmp_path):
+    page = report_page([recorded(tmp_path / "run", 20, with_pairs)] * 2)
+    assert complaints(tmp_path, page) == []
+    # Nor is it mute: a policy that does not fit the script is an error, as a request would be.
+    (complaint,) = complaints(tmp_path, page.replace('"use strict";', '"use strict"; '))
+    assert "Content Security Policy" in complaint
+
+
+def complaints(directory, page):
+    file = directory / "page.html"
+    file.write_text(page, encoding="utf-8")
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"]
+    command += ["--disable-background-networking", "--enable-logging=stderr", "--dump-dom"]
+    ran = subprocess.run(
+        [*command, f"--user-data-dir={directory / 'profile'}", file.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert "Which terms fight" in ran.stdout
+    return [line for line in ran.stderr.splitlines() if "CONSOLE" in line]
+
+
 def test_the_charts_hold_the_recorded_numbers(tmp_path):
     page = report_page([recorded(tmp_path / "run", 20)])
     numbers = numbers_of(page)
@@ -130,6 +159,89 @@ def test_runs_are_compared_over_one_axis(tmp_path):
     across = numbers_of(report_page(runs))["all-comparison"]
     assert across["series"]["b"]["mean"][4:6] == [float(f"{5.0 - 4e-4:.4g}"), None]
     assert list(across["series"]) == ["a", "b"]
+
+
+def with_pairs(step, flat):
+    return flat | {
+        "cosines/base_loss/kl": 0.5,
+        "cosines/base_loss/l2": math.sin(step),
+        "cosines/kl/l2": -0.25 * (step > 5),
+    }
+
+
+def test_the_pairs_of_terms_are_a_heat_map_the_worst_first(tmp_path):
+    conflicts = numbers_of(report_page([recorded(tmp_path, 12, with_pairs)]))["r0-conflicts"]
+    assert list(conflicts["series"]) == ["kl · l2", "base_loss · l2", "base_loss · kl"]
+    assert conflicts["series"]["kl · l2"]["mean"] == [0] * 6 + [-0.25] * 6
+    assert conflicts["plot"][0] > 100  # where its first step is, right of the names
+
+
+def test_of_many_pairs_the_worst_are_shown_and_the_caption_says_so(tmp_path):
+    def change(step, flat):
+        return flat | {f"cosines/kl/t{i}": 1 - i / 10 for i in range(20)}
+
+    page = report_page([recorded(tmp_path, 3, change)])
+    shown = numbers_of(page)["r0-conflicts"]["series"]
+    assert list(shown) == [f"kl · t{i}" for i in range(19, 7, -1)]
+    assert "the 12 of 20 pairs that differ most" in page
+
+
+def test_the_composition_is_a_table_and_anothers_config_is_none(tmp_path):
+    described = {
+        "base_loss": {"fn": "nll", "scope": "token", "params": {}},
+        "regularizers": [
+            {
+                "name": "<kl>",
+                "fn": "kl",
+                "scope": "token",
+                "params": {"estimator": "k3"},
+                "weight": {"schedule": "ramp", "at": {"0": 0.0, "10": 0.5}},
+                "enabled": False,
+            }
+        ],
+        "versions": {"torch": "2.13.0", "tinker": None},
+    }
+    page = report_page([recorded(tmp_path / "a", 3, config={"composition": described})])
+    table = page[page.index('class="words"') :]
+    assert "&lt;kl&gt; (not enabled)" in table
+    assert "ramp: 0 at 0, 0.5 at 10" in table
+    assert "estimator=&quot;k3&quot;" in table
+    assert "torch 2.13.0</p>" in table
+    for other in ("text", {"regularizers": 3}, {"regularizers": ["kl"]}):
+        page = report_page([recorded(tmp_path / "b", 3, config={"composition": other})])
+        assert 'class="words"' not in page
+
+
+def test_ten_thousand_steps_are_drawn_at_once(tmp_path):
+    run = recorded(tmp_path, 10_000, with_pairs)
+    started = time.perf_counter()
+    report_page([run])
+    assert time.perf_counter() - started < 10  # one second, on a machine that does nothing else
+
+
+def test_pictures_are_png_with_letters_in_them(tmp_path, capsys):
+    resvg_py = pytest.importorskip("resvg_py", reason="needs the extra png")
+    recorded(tmp_path / "run", 12, with_pairs)
+    command = ["report", str(tmp_path / "run"), "-o", str(tmp_path / "r.html")]
+    status = main([*command, "--png", str(tmp_path / "png"), "--svg", str(tmp_path / "svg")])
+    if "no font" in capsys.readouterr().err:
+        assert status == 2
+        pytest.skip("no font is installed")
+    picture = (tmp_path / "png" / "run-conflicts.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert int.from_bytes(picture[16:20]) == 1920
+    svg = (tmp_path / "svg" / "run-conflicts.svg").read_text()
+    assert "var(" not in svg  # which resvg, Inkscape and LaTeX do not know
+    silent = re.sub("<text.*?</text>", "", svg)
+    assert picture != resvg_py.svg_to_bytes(silent, zoom=4)
+
+
+def test_without_resvg_the_command_says_what_to_install(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "resvg_py", None)
+    recorded(tmp_path / "run", 3)
+    command = ["report", str(tmp_path / "run"), "-o", str(tmp_path / "r.html")]
+    assert main([*command, "--png", str(tmp_path)]) == 2
+    assert "pip install 'tinker-custom-loss[png]'" in capsys.readouterr().err
 
 
 def test_the_command_writes_the_page_and_figures_that_stand_alone(tmp_path, capsys):

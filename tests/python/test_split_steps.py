@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import json
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from naive_terms import ALTERNATIVES, CASES
-from port_client import PortClient, batch
+from splits import MEANS, made_up, splits
 from test_linear import forward_output
 from tinker_custom_loss import (
     Composer,
@@ -26,95 +22,7 @@ from tinker_custom_loss import (
     merge,
     with_regularizers,
 )
-from tinker_custom_loss.terms import CATALOGUE
-from tinker_custom_loss.terms.reduction import REDUCTIONS
 from training import datums
-
-ANY_SHAPE = [case for case in CASES if case.shapes is not ALTERNATIVES and case.name != "margin"]
-
-
-def made_up(sizes, alternatives, seed=0):
-    """Datums in groups, whose numbers of members and of tokens are ``sizes``; and logprobs."""
-    random = torch.Generator().manual_seed(seed)
-
-    def numbers(shape):
-        return torch.rand(shape, generator=random, dtype=torch.float64)
-
-    def likely(shape):
-        x = numbers(shape)
-        return torch.log_softmax(2 * x, -1) - 0.2 if len(shape) == 2 else -3 * x - 0.1
-
-    data, logprobs = [], []
-    for group, (members, tokens) in enumerate(sizes):
-        shape = (tokens, 2) if alternatives else (tokens,)
-        for member in range(members):
-            picked = (numbers(shape[:1]) * 3).floor().long()
-            inputs = {
-                "target_tokens": np.zeros(shape, dtype=np.int64),
-                "weights": torch.tensor([0.0, 1.0, 0.5], dtype=torch.float64)[picked],
-                "group": 10 * group + 3,
-                "chosen": int(member == 0),
-                "reference_logprobs": likely(shape),
-                "teacher_logprobs": likely(shape),
-                "logprobs": likely(shape),
-                "advantages": numbers(shape) * 4 - 2,
-            }
-            data.append(SimpleNamespace(loss_fn_inputs=inputs))
-            logprobs.append(likely(shape))
-    return data, logprobs
-
-
-@dataclasses.dataclass
-class Split:
-    """A composition over made-up datums, and a partition of their indices."""
-
-    cases: list
-    reductions: list
-    weights: list
-    sizes: list
-    alternatives: bool
-    parts: list
-
-    @property
-    def composer(self):
-        base, *others = zip(self.cases, self.reductions, self.weights, strict=True)
-        return Composer(
-            base[0].name,
-            [
-                {
-                    "fn": case.name,
-                    "name": f"term {i}",
-                    "weight": weight,
-                    "params": case.params,
-                    "reduction": reduction,
-                }
-                for i, (case, reduction, weight) in enumerate(others)
-            ],
-            base_params={**base[0].params, "reduction": base[1]},
-        )
-
-
-@st.composite
-def splits(draw):
-    alternatives = draw(st.booleans())
-    cases = draw(
-        st.lists(st.sampled_from(CASES if alternatives else ANY_SHAPE), min_size=3, max_size=6)
-    )
-    sizes = draw(st.lists(st.tuples(st.integers(2, 3), st.integers(1, 4)), min_size=2, max_size=4))
-    members = [group for group, (count, _) in enumerate(sizes) for _ in range(count)]
-    whole_groups = any(CATALOGUE[case.name].scope == "group" for case in cases)
-    units = members if whole_groups else range(len(members))
-    which = {unit: draw(st.integers(0, 2)) for unit in sorted({*units})}
-    order = draw(st.permutations(range(len(members))))
-    parts = [[i for i in order if which[units[i]] == part] for part in range(3)]
-    return Split(
-        cases,
-        [draw(st.sampled_from(REDUCTIONS)) for _ in cases],
-        [draw(st.floats(-2, 2)) for _ in cases],
-        sizes,
-        alternatives,
-        [part for part in parts if part],
-    )
 
 
 def in_parts(split):
@@ -170,14 +78,6 @@ def test_totals_of_the_parts_add_up(split):
         assert added[name] == entry
 
 
-MEANS = [
-    {"fn": name, "weight": weight, "reduction": reduction}
-    for name, weight, reduction in [
-        ("nll", 1.0, "token_mean"),
-        ("focal", 0.1, "sequence_mean_token_mean"),
-        ("l2", 0.01, "sequence_mean_token_sum"),
-    ]
-]
 PLACES = [False, True, "process"]
 
 
@@ -352,63 +252,6 @@ class TestRefused:
         assert torch.equal(sandbox.model(bare.model_id).gradient_flat(), before)
 
 
-class TestMerge:
-    data, logprobs = made_up([(2, 3), (3, 1)], alternatives=False)
-
-    def records(self, composer, step=None):
-        totals = composer.totals(self.data)
-        return [
-            composer.compute(self.data[a:b], self.logprobs[a:b], totals=totals, step=step).record
-            for a, b in [(0, 2), (2, 5)]
-        ]
-
-    def test_of_losses_alone_has_no_gradient_figures(self):
-        composer = Composer("nll", MEANS[1:])
-        record = composer.compute_loss(self.data, self.logprobs).record
-        merged = merge([record, record])
-        assert merged["total_grad_norm"] is None
-        assert merged["base_loss"]["cosine_to_total"] is None
-        assert merged["loss_total"] == 2 * record["loss_total"]
-
-    def test_a_term_skipped_in_a_part_has_no_value_but_what_it_contributed(self):
-        logprobs = [x.clone() for x in self.logprobs]
-        logprobs[0][:] = torch.nan
-        self.data[0].loss_fn_inputs["weights"][:] = 1.0
-        skipped = {**MEANS[2], "on_non_finite": "skip"}
-        composer = Composer(
-            None, [{"fn": "nll", "weight": 1.0, "params": {"weights": "w"}}, skipped]
-        )
-        for datum, count in zip(self.data, [0.0, 1.0, 1.0, 1.0, 1.0], strict=True):
-            datum.loss_fn_inputs["w"] = torch.full_like(datum.loss_fn_inputs["weights"], count)
-        totals = composer.totals(self.data)
-        first, second = (
-            composer.compute(self.data[a:b], logprobs[a:b], totals=totals).record
-            for a, b in [(0, 2), (2, 5)]
-        )
-        term = merge([first, second])["regularizers"]["l2"]
-        assert term["value"] is None
-        assert term["skipped"] is True
-        assert "nan" in term["error"]
-        assert term["contribution"] == second["regularizers"]["l2"]["contribution"] != 0
-
-    def test_other_terms_or_weights_are_refused(self):
-        one = self.records(Composer(None, MEANS))
-        other = self.records(Composer(None, MEANS[:2]))
-        with pytest.raises(RequestError, match="record 1 is not of the same step as record 0"):
-            merge([one[0], other[0]])
-        composer = Composer(None, [{"fn": "nll", "weight": lambda step: 1.0 + step}])
-        with pytest.raises(RequestError, match="the same step="):
-            merge([self.records(composer, step)[step] for step in (0, 1)])
-        with pytest.raises(RequestError, match="with one at least"):
-            merge([])
-
-    def test_steps_that_differ_are_not_known(self):
-        composer = Composer(None, MEANS)
-        parts = [self.records(composer, step)[step] for step in (0, 1)]
-        assert merge(parts)["schedule_step"] is None
-        assert merge(self.records(composer, 4))["schedule_step"] == 4
-
-
 def test_awaited_it_is_the_same():
     data, logprobs = made_up([(2, 3), (3, 1)], alternatives=False)
     composer = Composer(None, MEANS)
@@ -416,61 +259,3 @@ def test_awaited_it_is_the_same():
     got = asyncio.run(composer.compute_async(data[:2], logprobs[:2], totals=totals))
     want = composer.compute(data[:2], logprobs[:2], totals=totals)
     assert torch.equal(got.gradient.flat, want.gradient.flat)
-
-
-@pytest.fixture(scope="module")
-def port():
-    with PortClient() as client:
-        yield client
-
-
-def through(port, split, indices, op="compute", **fields):
-    """The answer of a real worker about some of the datums of a split."""
-    data, logprobs = made_up(split.sizes, split.alternatives)
-    keys = data[0].loss_fn_inputs
-    inputs = {
-        key: batch(*(torch.as_tensor(data[i].loss_fn_inputs[key]) for i in indices)) for key in keys
-    }
-    if op == "compute":
-        fields["logprobs"] = batch(*(logprobs[i] for i in indices))
-    base, *others = zip(split.cases, split.reductions, split.weights, strict=True)
-    terms = [
-        {
-            "fn": case.name,
-            "name": f"term {i}",
-            "weight": weight,
-            "params": case.params,
-            "reduction": reduction,
-        }
-        for i, (case, reduction, weight) in enumerate(others)
-    ]
-    base_loss = {"fn": base[0].name, "params": base[0].params, "reduction": base[1]}
-    reply = port.ask(
-        op,
-        data={"count": len(indices), "inputs": inputs},
-        base_loss=base_loss,
-        regularizers=terms,
-        **fields,
-    )
-    assert reply["op"] == "result", reply
-    return reply
-
-
-@settings(max_examples=25)
-@given(split=splits())
-def test_through_the_port_the_parts_have_the_gradient_of_the_whole(port, split):
-    everything = list(range(sum(map(len, split.parts))))
-    whole = through(port, split, everything)
-    totals = through(port, split, everything, "totals")["totals"]
-    replies = [through(port, split, part, totals=totals) for part in split.parts]
-    got = {}
-    for indices, reply in zip(split.parts, replies, strict=True):
-        got |= dict(zip(indices, reply["gradients"], strict=True))
-    joined = torch.cat([got[i].reshape(-1) for i in everything])
-    want = torch.cat([x.reshape(-1) for x in whole["gradients"]])
-    error = torch.linalg.vector_norm(joined - want)
-    assert error <= 1e-6 * torch.linalg.vector_norm(want) + 1e-12
-    merged, record = flatten(merge([r["record"] for r in replies])), flatten(whole["record"])
-    for key in record:
-        if not key.endswith("seconds"):
-            assert merged[key] == pytest.approx(record[key], rel=1e-6, abs=1e-9), key

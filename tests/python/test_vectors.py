@@ -12,7 +12,7 @@ import pytest
 
 from tinker_custom_loss.errors import ProtocolError
 from tinker_custom_loss.port.messagepack import pack, unpack
-from tinker_custom_loss.port.messages import Terms, decode_compute
+from tinker_custom_loss.port.messages import Terms, decode_compute, decode_totals
 from tinker_custom_loss.port.typed import read as typed
 
 VECTORS = Path(__file__).parents[1] / "vectors"
@@ -125,3 +125,14 @@ def test_a_request_is_understood(vector: dict[str, Any]) -> None:
     assert [list(shape) for shape in request.logprobs.shapes] == written["logprobs"]["shapes"]
     assert [spec.fn for spec in terms.regularizers] == [r["fn"] for r in written["regularizers"]]
     assert (request.step, request.gradients) == (written["step"], written["gradients"])
+    assert request.totals == written.get("totals")
+
+
+@each([vector for vector in MESSAGES if vector["value"]["op"] == "totals"])
+def test_a_request_of_totals_is_understood(vector: dict[str, Any]) -> None:
+    message = unpack(bytes.fromhex(vector["hex"]))
+    request, terms, written = decode_totals(message), typed(message.fields, Terms), vector["value"]
+    assert len(request.data) == written["data"]["count"]
+    assert request.totals == written.get("totals")
+    assert terms.base_loss is not None
+    assert terms.base_loss.fn == written["base_loss"]["fn"]

@@ -63,6 +63,7 @@ defmodule Tinkex.CustomLoss do
   use Supervisor
 
   alias Tinkex.CustomLoss.{
+    Merge,
     Output,
     Pool,
     Regularizer,
@@ -75,7 +76,7 @@ defmodule Tinkex.CustomLoss do
     WorkerError
   }
 
-  alias Tinkex.CustomLoss.Pool.{Call, Worker}
+  alias Tinkex.CustomLoss.Pool.{Call, Handle, Worker}
   alias Tinkex.CustomLoss.Training.LossFn
   alias Tinkex.CustomLoss.Wire.{Data, Tensor}
 
@@ -138,7 +139,7 @@ defmodule Tinkex.CustomLoss do
     Telemetry.load()
     # What events and log lines say: which pool it is.
     config = %{config | name: config.name || self()}
-    Pool.forget_with(self())
+    Handle.forget_with(self())
 
     children = [
       {Pool, {self(), config}},
@@ -165,7 +166,7 @@ defmodule Tinkex.CustomLoss do
 
   @doc false
   def start_workers(supervisor, config) do
-    pool = Pool.whereis(supervisor).pool
+    pool = Handle.of(supervisor).pool
     workers = for index <- 1..config.workers, do: {Worker, {index, pool, config}}
     Supervisor.start_link(workers, strategy: :one_for_one)
   end
@@ -175,7 +176,7 @@ defmodule Tinkex.CustomLoss do
     # The worker's own clock starts later, and knows better what was the matter.
     timeout = config.start_timeout + 5_000
 
-    case Pool.ask(Pool.whereis(supervisor).pool, :await_ready, timeout) do
+    case Pool.ask(Handle.of(supervisor).pool, :await_ready, timeout) do
       :ok -> :ignore
       :timeout -> {:error, %TimeoutError{timeout: timeout, stage: :queued}}
       {:error, error} -> {:error, error}
@@ -288,6 +289,25 @@ defmodule Tinkex.CustomLoss do
   """
   @spec add_totals(map(), map()) :: map()
   defdelegate add_totals(first, second), to: Split
+
+  @doc """
+  The record of a step that was computed in parts, from the outputs of its parts or their records.
+
+      record = Tinkex.CustomLoss.merge(outputs)
+      record["regularizers"]["kl"]["value"]
+
+  For parts that were computed with the step's `:totals`: then it is the record of the one call that
+  computes them together. Values, contributions and metrics add up, and so do counts and seconds. The
+  parts' logprobs are disjoint, so squared norms and dot products add up too, from which norms and
+  cosines follow. nil is what cannot be known: the value of a term that was skipped in a part, the
+  cosine to a gradient that is not finite, and the step of a schedule where the parts differ in it.
+
+  A record may also be the metrics of a step of `forward_backward_custom/4`, unless they are flat; what
+  else is among them is left out. Raises `ArgumentError` where there are none, or where they are not
+  of one step: other terms, or other weights.
+  """
+  @spec merge([Output.t() | %{String.t() => term()}]) :: %{String.t() => term()}
+  defdelegate merge(parts), to: Merge
 
   defp restore(nil, _batch), do: {:ok, nil}
 

@@ -19,6 +19,9 @@ def add_report(command: argparse.ArgumentParser) -> None:
         "--svg", metavar="DIR", help="also write each chart of each run as DIR/RUN-CHART.svg"
     )
     command.add_argument(
+        "--png", metavar="DIR", help="the same as pictures of 1920 pixels; needs the extra png"
+    )
+    command.add_argument(
         "--prefix", default="", help="that of the keys in metrics.jsonl, as given to flatten"
     )
     command.add_argument(
@@ -38,7 +41,7 @@ def add_report(command: argparse.ArgumentParser) -> None:
 def report(options: argparse.Namespace) -> int:
     """Write the report; the status is 2 if a run cannot be read."""
     from ..insight.recorder import read_run
-    from ..insight.report import figures, report_page, standalone
+    from ..insight.report import figures, png, report_page, standalone
 
     try:
         runs = [read_run(directory) for directory in options.runs]
@@ -46,12 +49,13 @@ def report(options: argparse.Namespace) -> int:
             runs, prefix=options.prefix, load=options.load, tokenizer=options.tokenizer
         )
         Path(options.output).write_text(page, encoding="utf-8")
-        if options.svg:
-            Path(options.svg).mkdir(parents=True, exist_ok=True)
-            for run in runs:
-                for figure in figures(run, options.prefix):
-                    file = Path(options.svg) / f"{run.title}-{figure.key}.svg"
-                    file.write_text(standalone(figure), encoding="utf-8")
+        for run in runs if options.svg or options.png else ():
+            for figure in figures(run, options.prefix):
+                name, svg = f"{run.title}-{figure.key}", standalone(figure)
+                if options.svg:
+                    _write(Path(options.svg) / f"{name}.svg", svg.encode())
+                if options.png:
+                    _write(Path(options.png) / f"{name}.png", png(svg))
     except RequestError as error:
         print(error, file=sys.stderr)
         return 2
@@ -61,3 +65,8 @@ def report(options: argparse.Namespace) -> int:
     steps = sum(len(run.steps) for run in runs)
     print(f"{options.output}: {len(runs)} run(s), {steps} steps, {len(page) / 1000:.0f} kB")
     return 0
+
+
+def _write(file: Path, content: bytes) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(content)

@@ -190,6 +190,17 @@ class Run:
         """The name of its directory."""
         return self.directory.resolve().name
 
+    @property
+    def composition(self) -> Mapping[str, Any] | None:
+        """What was composed, as ``Composer.describe()`` has it; None if ``config`` does not say."""
+        described = self.config.get("composition")
+        terms = described.get("regularizers") if isinstance(described, Mapping) else None
+        if not isinstance(terms, list) or not all(
+            isinstance(term, Mapping) and {"name", "weight"} <= term.keys() for term in terms
+        ):
+            return None
+        return described
+
     def __repr__(self) -> str:
         return f"Run({str(self.directory)!r}, {len(self.steps)} steps)"
 

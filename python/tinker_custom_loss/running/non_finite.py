@@ -18,7 +18,7 @@ from ..tensors.batch import TensorBatch
 from ..tensors.gradients import ParameterGradient
 from .differentiation import Evaluation
 
-__all__ = ["CheckedEvaluation", "check_finite", "record_of"]
+__all__ = ["CheckedEvaluation", "check_finite", "record_of", "weighted_cosine"]
 
 logger = logging.getLogger(__name__)
 
@@ -162,11 +162,23 @@ def _cosine_to_total(
 ) -> float | None:
     if total is None or total_norm is None:
         return None
-    if part.gradient is None or weight == 0.0 or part.norm == 0.0:
-        return 0.0
-    if alone:
+    if alone and part.gradient is not None and weight != 0.0 and part.norm != 0.0:
         return 1.0
-    return math.copysign(1.0, weight) * grad.cosine(part.gradient, total, part.norm, total_norm)
+    return weighted_cosine(part, weight, total, total_norm)
+
+
+def weighted_cosine(
+    part: CheckedEvaluation,
+    weight: float,
+    other: Tensor | None,
+    other_norm: float,
+    other_weight: float = 1.0,
+) -> float:
+    """Cosine of a term's weighted gradient and another; 0 where either is zero or not there."""
+    if part.gradient is None or other is None or weight == 0.0 or other_weight == 0.0:
+        return 0.0
+    sign = math.copysign(1.0, weight) * math.copysign(1.0, other_weight)
+    return sign * grad.cosine(part.gradient, other, part.norm, other_norm)
 
 
 def _index(token: tuple[int, ...]) -> str:

@@ -34,6 +34,6 @@ defmodule Tinkex.CustomLoss.Faults.ClusterTest do
 
     stop_supervised!(:one)
     eventually(fn -> length(:pg.get_members(module)) == 1 end)
-    assert {:ok, _} = module.compute(nil, [[-1.0]], base_loss: :l2)
+    assert {:ok, %{loss_total: 7.0}} = module.compute(nil, [[-1.0]], base_loss: :l2, step: 7)
   end
 end

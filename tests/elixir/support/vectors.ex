@@ -10,6 +10,16 @@ defmodule Tinkex.CustomLoss.Test.Vectors do
   def formats, do: "formats.json" |> read() |> Enum.map(&vector(&1["name"], &1))
   def invalid, do: "invalid.json" |> read() |> Enum.map(&vector(&1["name"], &1))
 
+  @doc "Records of parts, and what they merge to, or nil where they are refused."
+  def merges do
+    for json <- read("merge.json"),
+        do: %{
+          name: json["name"],
+          records: value(json["records"]),
+          merged: value(json["merged"])
+        }
+  end
+
   def messages do
     for file <- @directory |> Path.join("messages") |> File.ls!() |> Enum.sort() do
       message(Path.basename(file, ".json"))

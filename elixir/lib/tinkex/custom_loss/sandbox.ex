@@ -256,7 +256,7 @@ defmodule Tinkex.CustomLoss.Sandbox do
         end
 
       {^port, {:exit_status, status}} ->
-        {:error, Python.diagnose(state.config, status)}
+        Python.diagnose(state.config, status)
     after
       timeout -> Python.not_started("the sandbox was not ready after #{timeout / 1000} s")
     end

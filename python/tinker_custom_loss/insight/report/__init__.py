@@ -2,5 +2,6 @@
 
 from .figures import figures, standalone
 from .page import report_page
+from .png import png
 
-__all__ = ["figures", "report_page", "standalone"]
+__all__ = ["figures", "png", "report_page", "standalone"]

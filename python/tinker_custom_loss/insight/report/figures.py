@@ -9,17 +9,22 @@ from dataclasses import dataclass
 from ..recorder import Run
 from ..series import BASE, key_prefix
 from .buckets import Bucketed, bucket, edges
-from .svg import heat_map, lines, stacked, with_legend
+from .svg import LEFT, heat_map, lines, stacked, with_legend
 
 __all__ = ["Figure", "comparison", "figures", "standalone", "term_names"]
 
 BUCKETS = 160
 _HEAT_BUCKETS = 60
+_PAIRS = 12
+_NAME_WIDTH, _PAIR_WIDTH = 96, 168
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One chart: ``series`` are the numbers that it draws, over ``steps``, ``(first, last)``."""
+    """One chart: ``series`` are the numbers that it draws, over ``steps``, ``(first, last)``.
+
+    ``left`` is where the first step is drawn.
+    """
 
     key: str
     title: str
@@ -29,6 +34,10 @@ class Figure:
     steps: list[tuple[int, int]]
     colors: dict[str, int]
     legend: bool = True
+    left: int = LEFT
+
+    def _repr_svg_(self) -> str:  # what a notebook draws
+        return standalone(self)
 
 
 def figures(run: Run, prefix: str = "") -> list[Figure]:
@@ -73,27 +82,56 @@ def figures(run: Run, prefix: str = "") -> list[Figure]:
         log=True,
     )
     cosines = {name: coarse.of(name, "cosine_to_total") for name in names}
-    if any(value == value for s in cosines.values() for value in s.mean):
-        title = "With the step or against it"
-        found.append(
-            Figure(
-                "cosines",
-                title,
-                "cosine of the weighted gradient and the total one, with respect to the logprobs: "
-                "blue +1, orange -1",
-                heat_map(title, cosines, coarse.steps),
-                cosines,
-                coarse.steps,
-                colors,
-                legend=False,
-            )
-        )
+    _heat(
+        found,
+        coarse,
+        "cosines",
+        "With the step or against it",
+        "cosine of the weighted gradient and the total one, with respect to the logprobs: "
+        "blue +1, orange -1",
+        cosines,
+        _NAME_WIDTH,
+    )
+    pairs = coarse.pairs()
+    shown = dict(sorted(pairs.items(), key=lambda pair: _mean(pair[1]))[:_PAIRS])
+    which = f"the {_PAIRS} of {len(pairs)} pairs that differ most; " if len(pairs) > _PAIRS else ""
+    _heat(
+        found,
+        coarse,
+        "conflicts",
+        "Which terms fight",
+        f"{which}cosine of the weighted gradients of two terms, with respect to the logprobs: "
+        "blue they agree, orange they fight",
+        shown,
+        _PAIR_WIDTH,
+    )
     chart("values", "Values", "each term's own loss, without its weight", lambda name: "value")
     chart(
         "weights", "Weights", "as the schedule gave them", lambda n: None if n == BASE else "weight"
     )
     chart("seconds", "Time", "seconds of each term in a step", lambda name: "seconds", log=True)
     return found
+
+
+def _heat(
+    found: list[Figure],
+    source: _Source,
+    key: str,
+    title: str,
+    caption: str,
+    rows: dict[str, Bucketed],
+    left: int,
+) -> None:
+    if any(value == value for s in rows.values() for value in s.mean):
+        svg = heat_map(title, rows, source.steps, label=left)
+        found.append(
+            Figure(key, title, caption, svg, rows, source.steps, {}, legend=False, left=left)
+        )
+
+
+def _mean(series: Bucketed) -> float:
+    values = [value for value in series.mean if value == value]
+    return sum(values) / len(values) if values else 1.0
 
 
 def standalone(figure: Figure) -> str:
@@ -146,6 +184,12 @@ class _Source:
 
     def series(self, key: str) -> Bucketed:
         return bucket([row.get(key) for row in self._rows], self._ranges)
+
+    def pairs(self) -> dict[str, Bucketed]:
+        """The cosines of each pair of terms, the names with a ``·`` between."""
+        start = f"{self._prefix}cosines/"
+        keys = dict.fromkeys(key for row in self._rows for key in row if key.startswith(start))
+        return {key.removeprefix(start).replace("/", " · "): self.series(key) for key in keys}
 
     def of(self, name: str, quantity: str) -> Bucketed:
         term = BASE if name == BASE else f"regularizers/{name}"

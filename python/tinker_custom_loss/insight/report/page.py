@@ -15,8 +15,9 @@ from ..diagnosis import diagnose
 from ..recorder import Run
 from ..series import BASE, JUDGED, key_prefix
 from ..tokenizing import decoder
+from .composition import composition
 from .figures import Figure, comparison, figures, term_names
-from .svg import COLORS, LEFT, RIGHT, STYLE, WIDTH
+from .svg import COLORS, RIGHT, STYLE, WIDTH
 from .tokens import tokens_section
 
 __all__ = ["report_page"]
@@ -82,13 +83,13 @@ def _section(run: Run, found: Sequence[Figure], index: int, prefix: str, named: 
     return (
         "<section>" + (f"<h2>{escape(run.title)}</h2>" if named else "") + f"<p>{head}</p>"
         f"{_findings(run, prefix)}{_last(run, prefix)}"
-        f'<div class="charts">{charts}</div>{_config(run)}</section>'
+        f'<div class="charts">{charts}</div>{composition(run)}{_config(run)}</section>'
     )
 
 
 def _findings(run: Run, prefix: str) -> str:
     judged = list(run.steps.values())[-JUDGED:]
-    found = diagnose(judged, prefix=prefix, composition=run.config.get("composition"))
+    found = diagnose(judged, prefix=prefix, composition=run.composition)
     if not found:
         return f'<p class="quiet">Nothing odd in the last {len(judged)} steps.</p>'
     items = "".join(
@@ -159,7 +160,7 @@ def _numbers(figure: Figure) -> dict[str, object]:
     """What the readout under a chart shows, to four digits."""
     return {
         "steps": figure.steps,
-        "plot": [96 if figure.key == "cosines" else LEFT, WIDTH - RIGHT, WIDTH],
+        "plot": [figure.left, WIDTH - RIGHT, WIDTH],
         "series": {
             name: {"mean": _rounded(s.mean)}
             | ({} if s.low == s.high else {"low": _rounded(s.low), "high": _rounded(s.high)})

@@ -7,6 +7,7 @@ stands alone carries :data:`STYLE`.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -148,23 +149,30 @@ def stacked(
     return _figure(title, axes, steps, parts)
 
 
-def heat_map(title: str, rows: Mapping[str, Bucketed], steps: Sequence[tuple[int, int]]) -> str:
-    """Values in -1..1: blue where they are positive, orange where they are negative."""
-    height = 16
-    label = 96
+def heat_map(
+    title: str, rows: Mapping[str, Bucketed], steps: Sequence[tuple[int, int]], *, label: int
+) -> str:
+    """Values in -1..1: blue where they are positive, orange where they are negative.
+
+    The names of the rows have ``label`` units of the width.
+    """
+    height, letters = 16, label // 6
     width = (WIDTH - label - RIGHT) / max(1, len(steps))
     parts = []
     for r, (name, s) in enumerate(rows.items()):
         y = TOP + r * height
-        text = name if len(name) <= 16 else name[:15] + "…"
+        text = name if len(name) <= letters else name[: letters - 1] + "…"
         parts.append(f'<text x="{label - 4}" y="{y + 11}" text-anchor="end">{escape(text)}</text>')
         for c, value in enumerate(s.mean):
             if not math.isfinite(value):
                 continue
             color = COLORS[0] if value >= 0 else COLORS[5]
+            # A 0 is not as pale as the paper: what was not recorded is.
+            opacity = min(1.0, max(0.05, abs(value)))
             parts.append(
-                f'<rect x="{label + c * width:.1f}" y="{y}" width="{width + 0.3:.1f}" '
-                f'height="{height - 1}" fill="{color}" fill-opacity="{min(1.0, abs(value)):.2f}"/>'
+                f'<rect x="{label + c * width:.1f}" y="{y}" width="{width:.1f}" '
+                f'height="{height - 1}" fill="{color}" fill-opacity="{opacity:.2f}" '
+                'shape-rendering="crispEdges"/>'
             )
     bottom = TOP + len(rows) * height
     first, last = (steps[0][0], steps[-1][1]) if steps else (0, 0)
@@ -192,7 +200,8 @@ def with_legend(svg: str, colors: Mapping[str, int]) -> str:
     head, tail = svg.split("</title>", 1)
     head = head.replace(f'viewBox="0 0 {width:g} {height:g}"', whole)
     body = tail.removesuffix("</svg>")
-    return f"{head}</title><style>{STYLE}</style>{body}{''.join(parts)}</svg>\n"
+    style = re.sub(r"var\(--\w+,(#\w+)\)", r"\1", STYLE)  # there is no page that would say more
+    return f"{head}</title><style>{style}</style>{body}{''.join(parts)}</svg>\n"
 
 
 def _figure(title: str, axes: Axes, steps: Sequence[tuple[int, int]], parts: list[str]) -> str:

@@ -12,6 +12,7 @@ defmodule Tinkex.CustomLoss.Pool.Call do
     WorkerError
   }
 
+  alias Tinkex.CustomLoss.Pool.Handle
   alias Tinkex.CustomLoss.Wire.Protocol
 
   @doc """
@@ -101,7 +102,7 @@ defmodule Tinkex.CustomLoss.Pool.Call do
 
     case GenServer.whereis(server) do
       pid when is_pid(pid) and node(pid) == node() ->
-        case Pool.whereis(pid) do
+        case Handle.of(pid) do
           nil -> {:error, %WorkerError{reason: :not_running, worker: server}}
           handle -> fun.(%{handle: handle, timeout: timeout, deadline: deadline})
         end
@@ -120,7 +121,7 @@ defmodule Tinkex.CustomLoss.Pool.Call do
   @doc "The name of a pool, whichever way it is called; what it is called by, where nothing runs."
   @spec name(GenServer.server()) :: term()
   def name(pid) when is_pid(pid) and node(pid) == node() do
-    with %{config: %{name: name}} <- Pool.whereis(pid), do: name, else: (nil -> pid)
+    with %{config: %{name: name}} <- Handle.of(pid), do: name, else: (nil -> pid)
   end
 
   def name({name, node}) when is_atom(node) and name not in [:global, :via], do: name
@@ -173,7 +174,7 @@ defmodule Tinkex.CustomLoss.Pool.Call do
   end
 
   defp terms(%{handle: %{terms: nil, supervisor: supervisor}}) do
-    with %{terms: terms} <- Pool.whereis(supervisor), do: terms
+    with %{terms: terms} <- Handle.of(supervisor), do: terms
   end
 
   defp terms(%{handle: %{terms: terms}}), do: terms
@@ -257,7 +258,7 @@ defmodule Tinkex.CustomLoss.Pool.Call do
 
   # The supervisor starts another pool, unless it ends, too.
   defp again(%{handle: %{supervisor: supervisor, pool: pool}} = call, frame, reason) do
-    case Pool.whereis(supervisor) do
+    case Handle.of(supervisor) do
       %{pool: other} = handle when other != pool ->
         Telemetry.retry(handle.config, {:stopped, reason})
         request(%{call | handle: handle}, frame, :stop)
@@ -302,9 +303,6 @@ defmodule Tinkex.CustomLoss.Pool.Call do
     do: %WorkerError{reason: {:protocol, sentence}}
 
   # internal, and what no worker answers to a request that nobody cancelled.
-  def exception(%{message: sentence, traceback: nil}),
-    do: %WorkerError{reason: {:internal, sentence}}
-
   def exception(%{message: sentence, traceback: traceback}),
-    do: %WorkerError{reason: {:internal, "#{sentence}\n\n#{traceback}"}}
+    do: %WorkerError{reason: {:internal, Enum.join([sentence | List.wrap(traceback)], "\n\n")}}
 end

@@ -1,8 +1,8 @@
 defmodule Tinkex.CustomLoss.Pool.Line do
   @moduledoc false
   # Who waits, in the order of their coming: `:waiting` for room at a worker, `:returned` for the same
-  # after its worker ended, or `:retrying` on an idle one. The pool that holds the line is sent `{{:gone, id}, ...}` and `{:timeout, _, {:deadline, id}}`
-  # about those in it, and withdraws them.
+  # after its worker ended, or `:retrying` on an idle one. The pool that holds the line is sent
+  # `{{:gone, id}, ...}` and `{:timeout, _, {:deadline, id}}` about those in it, and withdraws them.
 
   alias Tinkex.CustomLoss.Pool
 

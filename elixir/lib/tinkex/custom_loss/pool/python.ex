@@ -31,10 +31,7 @@ defmodule Tinkex.CustomLoss.Pool.Python do
       options = if config.cd, do: [{:cd, config.cd} | options], else: options
       port = Port.open({:spawn_executable, python}, options)
 
-      case Port.info(port, :os_pid) do
-        {:os_pid, os_pid} -> {:ok, port, os_pid}
-        nil -> {:ok, port, nil}
-      end
+      {:ok, port, with({:os_pid, os_pid} <- Port.info(port, :os_pid), do: os_pid)}
     end
   rescue
     # What the operating system refuses: eacces, enomem, emfile and the like.
@@ -106,16 +103,9 @@ defmodule Tinkex.CustomLoss.Pool.Python do
   @spec worker_args(map()) :: [String.t()]
   def worker_args(config) do
     [@module | Enum.flat_map(config.load, &["--load", &1])] ++
-      [
-        "--max-frame",
-        "#{config.max_frame}",
-        "--max-in-flight",
-        "#{config.max_in_flight}",
-        "--threads",
-        "#{config.threads}",
-        "--log-level",
-        "#{config.log_level}"
-      ] ++ record_args(config.record)
+      ~w(--max-frame #{config.max_frame} --max-in-flight #{config.max_in_flight}) ++
+      ~w(--threads #{config.threads} --log-level #{config.log_level}) ++
+      record_args(config.record)
   end
 
   defp record_args(nil), do: []
@@ -127,21 +117,14 @@ defmodule Tinkex.CustomLoss.Pool.Python do
   defp env(config) do
     given = Environment.variables(config.env)
 
-    inherited =
-      case List.keyfind(given, "PYTHONPATH", 0) do
-        {_, value} -> value
-        nil -> System.get_env("PYTHONPATH")
-      end
+    {_, inherited} =
+      List.keyfind(given, "PYTHONPATH", 0, {:inherited, System.get_env("PYTHONPATH")})
 
     path = Enum.map(config.python_path, &Path.expand/1) ++ List.wrap(sources())
     path = path ++ if(inherited in [nil, ""], do: [], else: [inherited])
 
-    given
-    |> List.keystore("PYTHONPATH", 0, {"PYTHONPATH", Enum.join(path, ":")})
-    |> Enum.map(fn
-      {name, nil} -> {native(name), false}
-      {name, value} -> {native(name), native(value)}
-    end)
+    variables = List.keystore(given, "PYTHONPATH", 0, {"PYTHONPATH", Enum.join(path, ":")})
+    for {name, value} <- variables, do: {native(name), value != nil and native(value)}
   end
 
   # Where the locale is not UTF-8, as in a container without LANG, a port takes bytes alone.
@@ -181,22 +164,15 @@ defmodule Tinkex.CustomLoss.Pool.Python do
       print("missing" if missing else "complete", *missing)
   """
 
-  @doc """
-  Why a Python that exited before it was ready did so, and what to run.
-  """
-  @spec diagnose(map(), non_neg_integer()) :: WorkerError.t()
+  @doc "Why a Python that exited before it was ready did so, and what to run."
+  @spec diagnose(map(), non_neg_integer()) :: {:error, WorkerError.t()}
   def diagnose(config, status) do
     with {:ok, python} <- find(config.python),
          :ok <- check(python, config) do
-      {:error, error} =
-        not_started(
-          "#{python} exited with status #{status} before it was ready; what it said is on the " <>
-            "standard error of the BEAM. To see it again, run: #{doctor(python, config)}"
-        )
-
-      error
-    else
-      {:error, error} -> error
+      not_started(
+        "#{python} exited with status #{status} before it was ready; what it said is on the " <>
+          "standard error of the BEAM. To see it again, run: #{doctor(python, config)}"
+      )
     end
   end
 
@@ -235,7 +211,7 @@ defmodule Tinkex.CustomLoss.Pool.Python do
         not_started("#{python} is Python #{String.trim(version)}: 3.11 or newer is needed")
 
       {"missing " <> names, 0} ->
-        lacking(python, names |> String.split() |> Enum.map(&install_name/1))
+        lacking(python, names |> String.replace("_", "-") |> String.split())
 
       _nothing_missing ->
         :ok
@@ -275,16 +251,10 @@ defmodule Tinkex.CustomLoss.Pool.Python do
     System.cmd(python, args, [env: env] ++ opts)
   end
 
-  defp install_name("tinker_custom_loss"), do: "tinker-custom-loss"
-  defp install_name(name), do: name
-
   defp lacking(python, names) do
-    list = Enum.join(names, ", ")
-    run = Enum.join(names, " ")
-
     not_started(
-      "#{python} lacks #{list}; run: mix tinkex.custom_loss.setup, which makes an environment " <>
-        "that has it all, or: #{python} -m pip install #{run}"
+      "#{python} lacks #{Enum.join(names, ", ")}; run: mix tinkex.custom_loss.setup, which makes " <>
+        "an environment that has it all, or: #{python} -m pip install #{Enum.join(names, " ")}"
     )
   end
 

@@ -69,11 +69,10 @@ defmodule Tinkex.CustomLoss.Pool.Worker do
       log: Log.new(config.name, index)
     }
 
-    {:ok, :down, data, {:next_event, :internal, :open}}
+    {:ok, :down, data, {{:timeout, :backoff}, 0, :open}}
   end
 
   @impl true
-  def handle_event(:internal, :open, :down, data), do: open(data)
   def handle_event({:timeout, :backoff}, :open, :down, data), do: open(data)
 
   # From the pool
@@ -127,7 +126,7 @@ defmodule Tinkex.CustomLoss.Pool.Worker do
   # Ended by a signal, it has nothing to say about what it lacks.
   def handle_event(:info, {port, {:exit_status, status}}, :starting, %{port: port} = data)
       when status < 128 do
-    %WorkerError{reason: reason} = Python.diagnose(data.config, status)
+    {:error, %WorkerError{reason: reason}} = Python.diagnose(data.config, status)
     ended(reason, data)
   end
 
