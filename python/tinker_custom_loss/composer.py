@@ -169,7 +169,8 @@ class Composer:
         with torch.inference_mode(False), on_this_thread():
             composing = self._begin(data, logprobs, step)
             calls = self._parts(data, composing.batch, totals)
-            results = self._evaluate(calls, data, composing.batch, False, cancelled, here)
+            batch = composing.batch.sharing()
+            results = self._evaluate(calls, data, batch, False, cancelled, here)
             return composing.composed_loss(results)
 
     async def compute_async(
@@ -229,7 +230,8 @@ class Composer:
         with torch.inference_mode(False), on_this_thread():
             composing = self._begin(data, logprobs, step)
             calls = self._parts(data, composing.batch, totals)
-            results = self._evaluate(calls, data, composing.batch, True, cancelled, surroundings)
+            batch = composing.batch.sharing()
+            results = self._evaluate(calls, data, batch, True, cancelled, surroundings)
             return composing.composition(results, term_gradients)
 
     def totals(self, data: Sequence[Any]) -> dict[str, dict[str, Any]]:

@@ -49,6 +49,9 @@ Returned = tuple[Tensor | float, Mapping[str, Any]]
 Weight = float | Callable[[int], float]
 Place = bool | Literal["process"] | concurrent.futures.Executor
 
+_MANY = 12
+"""So many names are too many to list them all."""
+
 BASE_LOSS = "base_loss"
 """The name under which errors and records speak of the base loss. No regularizer may take it."""
 
@@ -215,6 +218,12 @@ class Regularizer:
             self._refuse("fn", "a function of (data, logprobs)", self.fn)
         if not isinstance(self.params, Mapping) or not all(isinstance(k, str) for k in self.params):
             self._refuse("params", "a dict of keyword arguments", self.params)
+        check_params = getattr(self.fn, "check_params", None)
+        if check_params is not None:
+            try:
+                check_params(**self.params)
+            except (TypeError, ValueError) as error:
+                raise RequestError(f"{self.title}: {error}", path="params") from error
         try:
             signature = inspect.signature(self.fn)
         except (TypeError, ValueError):
@@ -228,12 +237,6 @@ class Regularizer:
                 f"its signature is {signature}",
                 path="params" if self.params else "fn",
             ) from error
-        check_params = getattr(self.fn, "check_params", None)
-        if check_params is not None:
-            try:
-                check_params(**self.params)
-            except ValueError as error:
-                raise RequestError(f"{self.title}: {error}", path="params") from error
 
     def _check_weight(self) -> None:
         if not callable(self.weight) and not _is_finite_number(self.weight):
@@ -321,10 +324,12 @@ def check_step(step: object) -> None:
 
 
 def nearest(wrong: str, names: Sequence[str]) -> str:
-    """A clause that lists ``names``, the ones most like ``wrong`` first."""
+    """A clause that lists ``names``, the ones most like ``wrong`` first; of many only these."""
     ranked = sorted(
         names, key=lambda name: -difflib.SequenceMatcher(None, wrong.lower(), name.lower()).ratio()
     )
+    if len(ranked) > _MANY:
+        return f"of {len(ranked)}, the nearest are: {', '.join(ranked[:3])}"
     return "known are: " + ", ".join(ranked) if ranked else "none are known"
 
 

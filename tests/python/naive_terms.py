@@ -61,6 +61,45 @@ def positionwise(fn):
     return of_datum
 
 
+def _weights_of_importance(then, inputs, weights, ratio, kind, cap, floor):
+    """The weight of every token, nested like ``then``, and the inputs that the term then sees."""
+    old = inputs["old_logprobs"] if ratio else then
+    pairs = [
+        (a, b) if w else (0.0, 0.0)
+        for a, b, w in zip(_flat(old), _flat(inputs["logprobs"]), _flat(weights), strict=True)
+    ]
+    ratios = [math.exp(a - b) for a, b in pairs]
+    if kind.startswith("sequence"):
+        ratios = [math.exp(sum(a - b for a, b in pairs))] * len(pairs)
+    if kind.endswith("truncated"):
+        ratios = [min(x, cap) for x in ratios]
+    else:
+        ratios = [x if floor <= x <= cap else 0.0 for x in ratios]
+    return ratios, {**inputs, "logprobs": old}
+
+
+def important(fn, ratio=True):
+    """A naive policy term with importance weights: each summand, times the weight of it."""
+
+    def of_datum(
+        now, then, inputs, weights, importance, importance_cap=2.0, importance_floor=0.0, **params
+    ):
+        each, seen = _weights_of_importance(
+            then, inputs, weights, ratio, importance, importance_cap, importance_floor
+        )
+        values = fn(now, then, seen, weights, **params)
+        if not isinstance(values, list):
+            return each[0] * values
+        left = iter(each)
+
+        def weighed(value):
+            return [weighed(v) for v in value] if isinstance(value, list) else next(left) * value
+
+        return weighed(values)
+
+    return of_datum
+
+
 def _flat(nested):
     return [y for x in nested for y in _flat(x)] if isinstance(nested, list) else [nested]
 
@@ -351,6 +390,26 @@ CASES = [
     Case("gspo", gspo),
     Case("gspo", gspo, {"clip_low": 0.9, "clip_high": 3.0}),
     Case("gmpo", gmpo),
+    *(
+        Case(name, important(fn), {"importance": kind, **bounds})
+        for name, fn, kinds in (
+            ("importance_sampling", importance_sampling, ("token_masked", "sequence_truncated")),
+            ("ppo", ppo, ("token_truncated", "token_masked", "sequence_masked")),
+            ("cispo", cispo, ("token_truncated", "sequence_masked")),
+            ("dro", dro, ("token_masked", "sequence_masked")),
+            ("sapo", sapo, ("token_truncated", "sequence_truncated")),
+            ("gspo", gspo, ("sequence_truncated", "sequence_masked")),
+            ("gmpo", gmpo, ("sequence_truncated", "sequence_masked")),
+        )
+        for kind in kinds
+        for bounds in [{"importance_floor": 0.5} if "mask" in kind else {"importance_cap": 1.5}]
+    ),
+    Case("reinforce", important(reinforce, ratio=False), {"importance": "token_truncated"}),
+    Case(
+        "reinforce",
+        important(reinforce, ratio=False),
+        {"importance": "sequence_masked", "importance_cap": 3.0, "importance_floor": 0.1},
+    ),
     Case("dpo", dpo),
     Case("dpo", dpo, {"label_smoothing": 0.1}),
     Case("dpo", dpo, {"kind": "ipo"}),

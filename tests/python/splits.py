@@ -50,6 +50,7 @@ def made_up(sizes, alternatives, seed=0):
                 "reference_logprobs": likely(shape),
                 "teacher_logprobs": likely(shape),
                 "logprobs": likely(shape),
+                "old_logprobs": likely(shape),
                 "advantages": numbers(shape) * 4 - 2,
             }
             data.append(SimpleNamespace(loss_fn_inputs=inputs))

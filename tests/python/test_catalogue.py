@@ -27,6 +27,8 @@ class Rows:
         self.logprobs = [self._logprobs(shape) for shape in shapes]
         self.inputs = [self._inputs(shape) for shape in shapes]
         self.weights = [self._weights(shape, weighted) for shape in shapes]
+        for shape, row in zip(shapes, self.inputs, strict=True):
+            row["old_logprobs"] = self._logprobs(shape)
         self.groups, self.chosen = GROUPS[: len(shapes)], CHOSEN[: len(shapes)]
 
     def _random(self, shape):
@@ -158,6 +160,7 @@ def remade(made, fn):
         inputs=[*made.inputs.values()],
         optional=[*made.optional.values()],
         alternatives=made.alternatives,
+        importance=made.has_importance,
     )(fn)
 
 

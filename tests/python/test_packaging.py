@@ -71,7 +71,7 @@ def test_the_wheel_holds_every_module_and_nothing_else(built: dict[str, Path]) -
     expected = {
         f"tinker_custom_loss/{path.relative_to(PACKAGE)}"
         for path in PACKAGE.rglob("*")
-        if path.suffix in (".py", ".typed", ".css", ".js")
+        if path.suffix in (".py", ".typed", ".css", ".js", ".json")
     }
     for name in ("wheel", "wheel of the sdist"):
         with zipfile.ZipFile(built[name]) as wheel:

@@ -194,7 +194,7 @@ class TestCompute:
 BAD_REQUESTS = [
     # what is changed in a good request, the kind of error, its path, a part of its message
     ({"regularizers": [{"name": "a", "fn": "l3", "weight": 1}]}, "request", "regularizers[0].fn",
-     'there is no term "l3"; known are: kl, l1, l2, '),
+     'there is no term "l3"; of 65, the nearest are: kl, l1, l2'),
     ({"regularizers": [{"name": "a", "fn": "os:getpid", "weight": 1}]}, "request",
      "regularizers[0].fn", '"os" was not loaded'),
     ({"regularizers": [{"name": "a", "fn": "pathological:_private", "weight": 1}]}, "request",
@@ -221,7 +221,7 @@ BAD_REQUESTS = [
     ({"regularizers": []}, "request", "regularizers", "nothing to compute"),
     ({"regularizers": {}}, "protocol", "regularizers", "expected an array"),
     ({"regularizers": [7]}, "protocol", "regularizers[0]", "expected a map"),
-    ({"base_loss": {"fn": "nl"}}, "request", "base_loss.fn", "known are: nll"),
+    ({"base_loss": {"fn": "nl"}}, "request", "base_loss.fn", "the nearest are: nll"),
     ({"base_loss": "nll"}, "protocol", "base_loss", "expected a map"),
     ({"logprobs": None}, "protocol", "logprobs", "expected a map at `logprobs`, got nil"),
     ({"logprobs": {"dtype": "float32", "shapes": [[2]]}}, "protocol", "logprobs.data", "missing"),

@@ -156,10 +156,10 @@ class TestResolving:
     @pytest.mark.parametrize(
         ("name", "message"),
         [
-            ("L3", 'there is no term "L3"; known are: kl, l1, l2, nll, '),
+            ("L3", 'there is no term "L3"; of 32, the nearest are: kl, l1, l2'),
             (
                 "wrong_losses:topolgy",
-                '"wrong_losses" has no "topolgy"; known are: wrong_losses:top',
+                '"wrong_losses" has no "topolgy"; of 32, the nearest are: wrong_losses:top',
             ),
             ("wrong_losses:_private", "private, imported or not in __all__"),
             ("wrong_losses:hypot", "private, imported or not in __all__"),
@@ -167,7 +167,7 @@ class TestResolving:
             ("wrong_losses:Scaled", "it is a class"),
             ("wrong_losses:one_argument", r"cannot be called as fn\(data, logprobs\).*\(data\)"),
             ("os:system", '"os" was not loaded at start-up'),
-            ("", "known are: "),
+            ("", "the nearest are: "),
             (":", "was not loaded"),
         ],
     )

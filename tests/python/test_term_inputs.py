@@ -218,7 +218,7 @@ class TestAFunctionOfOnesOwn:
             return -logprob
 
         made = term(scope="token")(typed)
-        with pytest.raises(ValueError, match="unknown kind 'c'; expected one of a, b"):
+        with pytest.raises(ValueError, match="unknown kind 'c' of the term typed; expected one o"):
             made([datum()], PAIR[:1], kind="c")
 
     def test_that_takes_whatever_it_is_given(self):

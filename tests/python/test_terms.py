@@ -8,15 +8,16 @@ import logging
 import math
 import pickle
 from types import SimpleNamespace
+from typing import Annotated
 
 import numpy as np
 import pytest
 import tinker
 import torch
 
-from tinker_custom_loss import Composer, Regularizer, RequestError, TermError, term
+from tinker_custom_loss import Composer, Regularizer, RequestError, TensorBatch, TermError, term
 from tinker_custom_loss.port.data import WireData
-from tinker_custom_loss.terms import CATALOGUE, columns, entropy, kl, l2, nll
+from tinker_custom_loss.terms import CATALOGUE, Range, columns, entropy, kl, l2, nll
 
 every_term = pytest.mark.parametrize("name", CATALOGUE)
 
@@ -420,15 +421,15 @@ class TestNaming:
 
     def test_a_name_that_there_is_not_is_told_the_nearest(self):
         with pytest.raises(
-            RequestError, match='it has no "entorpy"; known are: entropy, '
+            RequestError, match='it has no "entorpy"; of 28, the nearest are: entropy, '
         ) as caught:
             Regularizer("entorpy", 1.0)
         assert caught.value.path == "fn"
 
     def test_a_wrong_value_is_refused_when_it_is_given(self):
-        with pytest.raises(RequestError, match="regularizer \"kl\": unknown estimator 'k4'; expec"):
+        with pytest.raises(RequestError, match="regularizer \"kl\": unknown estimator 'k4' of the"):
             Regularizer(kl, 1.0, params={"estimator": "k4"})
-        with pytest.raises(RequestError, match="unknown reduction 'average'; expected one of tok"):
+        with pytest.raises(RequestError, match="unknown reduction 'average' of the term kl; expe"):
             Regularizer(kl, 1.0, reduction="average")
 
     def test_a_reduction_is_given_once(self):
@@ -443,3 +444,102 @@ class TestNaming:
         with pytest.raises(RequestError, match="but its function does its own") as caught:
             Regularizer(lambda data, logprobs: (0.0, {}), 1.0, "plain", reduction="token_sum")
         assert caught.value.path == "reduction"
+
+
+class TestImportanceWeights:
+    """Of ppo, on one datum whose weights are exp(1), exp(-1) and 1."""
+
+    def run(self, **params):
+        inputs = {
+            "logprobs": torch.tensor([-3.0, -1.0, -2.0]),
+            "old_logprobs": torch.tensor([-2.0, -2.0, -2.0]),
+            "advantages": torch.ones(3),
+        }
+        data = [SimpleNamespace(loss_fn_inputs=inputs)]
+        batch = TensorBatch.from_tensors([torch.full((3,), -2.0)])
+        return CATALOGUE["ppo"].value_and_gradient(data, batch, weights=None, **params)
+
+    def test_are_truncated_at_the_cap(self):
+        evaluated = self.run(importance="token_truncated")
+        expected = -torch.tensor([2.0, math.exp(-1), 1.0])
+        torch.testing.assert_close(evaluated.gradient, expected)
+        assert evaluated.metrics["importance_truncated"] == 1.0
+        assert evaluated.metrics["importance_weight"] == pytest.approx(3 + math.exp(-1))
+
+    def test_mask_what_is_out_of_bounds_and_leave_denominators_alone(self):
+        evaluated = self.run(
+            importance="token_masked", importance_floor=0.5, reduction="token_mean"
+        )
+        assert evaluated.gradient.tolist() == pytest.approx([0.0, 0.0, -1 / 3])
+        assert evaluated.metrics["importance_masked"] == pytest.approx(2 / 3)
+
+    def test_of_a_sequence_are_the_product_of_its_tokens(self):
+        evaluated = self.run(importance="sequence_truncated", importance_cap=5.0)
+        assert evaluated.gradient.tolist() == pytest.approx([-1.0, -1.0, -1.0])
+
+    @pytest.mark.parametrize(
+        ("name", "params", "message"),
+        [
+            ("ppo", {"importance_cap": 2.0}, "has no meaning without importance weights"),
+            ("ppo", {"importance": "tis"}, "unknown importance 'tis' of the term ppo"),
+            ("ppo", {"importance": "token_masked", "old": "logprobs"}, 'compare the key "logpro'),
+            ("ppo", {"importance": "token_truncated", "importance_floor": 0.5}, 'use "token_mas'),
+            (
+                "ppo",
+                {"importance": "token_masked", "importance_floor": 2.5},
+                "in \\[0, importance",
+            ),
+            ("gspo", {"importance": "token_masked"}, 'a whole sequence; use "sequence_masked"'),
+            ("reinforce", {"old": "logprobs"}, 'the term reinforce has no parameter "old"'),
+        ],
+    )
+    def test_that_make_no_sense_are_refused_when_given(self, name, params, message):
+        with pytest.raises(RequestError, match=message):
+            Regularizer(name, 1.0, params=params)
+
+
+class TestRanges:
+    @pytest.mark.parametrize(
+        ("name", "params", "message"),
+        [
+            (
+                "ppo",
+                {"clip_low": 1.5},
+                '"clip_low" of the term ppo must be a number in \\[0, 1',
+            ),
+            (
+                "ppo",
+                {"dual_clip": 1.0},
+                '"dual_clip" of the term ppo must be a number > 1, or',
+            ),
+            (
+                "cispo",
+                {"low": 5.0},
+                '"low" of the term cispo must be a number in \\[0, high',
+            ),
+            ("dpo", {"beta": 0.0}, '"beta" of the term dpo must be a number > 0, got 0.0'),
+            ("dpo", {"beta": "0.1"}, "\"beta\" of the term dpo must be a number > 0, got '0.1'"),
+            (
+                "focal",
+                {"gamma": math.nan},
+                '"gamma" of the term focal must be a number >= 0',
+            ),
+            (
+                "margin",
+                {"label": 0.5},
+                '"label" of the term margin must be an integer >= 0',
+            ),
+            ("dpo", {"bta": 0.1}, 'the term dpo has no parameter "bta"; known are: beta'),
+        ],
+    )
+    def test_a_parameter_out_of_its_range_is_refused_when_given(self, name, params, message):
+        with pytest.raises(RequestError, match=message):
+            Regularizer(name, 1.0, params=params)
+
+    def test_a_term_of_ones_own_declares_its_ranges_in_its_types(self):
+        @term(scope="token")
+        def drift(logprob, *, power: Annotated[float, Range(above=0)] = 2.0):
+            return logprob.abs() ** power
+
+        with pytest.raises(RequestError, match='"power" of the term drift must be a number > 0'):
+            Regularizer(drift, 1.0, params={"power": 0})

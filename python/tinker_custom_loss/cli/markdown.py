@@ -36,16 +36,37 @@ All but those of scope `batch` take:
   is the sum over comparisons, and the last two are the mean.
 - `normalizer`: a positive constant that the result is divided by.
 
-and report `tokens`, the number of tokens with a weight. Where a gradient is said to be that of a
-surrogate, it is not that of the reported value: the value is an estimate to look at, the gradient
-one to train with.
+The policy terms also take importance weights, for samplers whose logprobs are not quite the
+trainer's. Each summand is multiplied by a weight, through which nothing is differentiated:
+
+- `importance`: `"none"` (default); `"token_truncated"` (TIS) or `"token_masked"` (MIS), by the
+  token's `exp(old-μ)`; `"sequence_truncated"` or `"sequence_masked"`, by `exp(Σ_t(old-μ))` over a
+  datum's tokens with a weight. Terms of scope `sequence` take the last two.
+- `old`: the key of the trainer's own logprobs at the time of sampling (`"old_logprobs"`), which
+  then stand in the place of μ in ρ. A term without ρ has no `old`: its weight compares the logprobs
+  of now with those under the key `sampler`.
+- `importance_cap` (2): a truncated weight is at most this; a masked one is 0 above it.
+- `importance_floor` (0): a masked weight is 0 below it. What is masked adds exactly 0; the
+  denominators of a reduction stay what they are.
+
+The metrics `importance_weight` and `importance_truncated` or `importance_masked` are reduced like
+the values: by `token_mean` they are the mean weight, and the fraction of tokens. (Yao et al., "Your
+Efficient RL Framework Secretly Brings You Off-Policy RL Training", 2025.)
+
+All of them report `tokens`, the number of tokens with a weight. Where a gradient is said to be
+that of a surrogate, it is not that of the reported value: the value is an estimate to look at, the
+gradient one to train with. A term with one value a position (`kl`, `entropy`, `distill`,
+`label_smoothing`, `margin`) does not repeat a `[T]` array for the K alternatives, each of which has
+a number of its own.
 
 What logprobs of target tokens cannot express is not here: a z-loss needs the logits' normalizer,
 an exact entropy or KL over the vocabulary needs all of it (`[T,K]` gives that over K
 alternatives), and a penalty on length has no gradient with respect to logprobs unless it is an
 advantage.
 """
-_COMMON = ("weights", "reduction", "normalizer")
+_COMMON = (
+    "weights", "reduction", "normalizer", "importance_cap", "importance_floor", "old"
+)  # fmt: skip
 
 
 def page(terms: Sequence[Mapping[str, Any]]) -> str:
@@ -85,6 +106,8 @@ def _arguments(block: str) -> Iterator[tuple[str, str]]:
 
 def _parameter(param: Mapping[str, Any], about: str) -> str:
     default = "required" if param["required"] else f"default `{param['default']!r}`"
+    if re.match("(float|int) ", param["type"]):  # it says which
+        default = f"`{param['type']}`, {default}"
     choices = ", ".join(f"`{choice!r}`" for choice in param["choices"])
     text = f"- `{param['name']}` ({default}{f'; one of {choices}' if choices else ''})"
     return f"{text}: {about}" if about else text

@@ -53,6 +53,7 @@ class TrainingCall:
     model_id: object
     seq_id: Any
     operation: Operation
+    loss_fn: object = None
 
 
 def parse_training_call(endpoint: str, body: bytes, content_type: str) -> TrainingCall:
@@ -66,12 +67,14 @@ def parse_training_call(endpoint: str, body: bytes, content_type: str) -> Traini
             raise RequestError(f"{endpoint} takes a JSON body, not {PROTOBUF}")
         return _parse_protobuf(body)
     request = parse_json(body)
+    model_id, seq_id = request.get("model_id"), request.get("seq_id")
     if endpoint == "optim_step":
-        operation = _optim_step(request)
-    else:
-        key = "forward_input" if endpoint == "forward" else "forward_backward_input"
-        operation = _json_forward_backward(request, key, forward_only=endpoint == "forward")
-    return TrainingCall(request.get("model_id"), request.get("seq_id"), operation)
+        return TrainingCall(model_id, seq_id, _optim_step(request))
+    key = "forward_input" if endpoint == "forward" else "forward_backward_input"
+    operation = _json_forward_backward(request, key, forward_only=endpoint == "forward")
+    input_ = request.get(key)
+    loss_fn = input_.get("loss_fn") if isinstance(input_, dict) else None
+    return TrainingCall(model_id, seq_id, operation, loss_fn)
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
@@ -230,7 +233,7 @@ def _parse_protobuf(body: bytes) -> TrainingCall:
         lambda: (_protobuf_datum(datum, f"data[{i}]") for i, datum in enumerate(message.data)),
         forward_only=message.forward_only,
     )
-    return TrainingCall(message.model_id, message.seq_id, operation)
+    return TrainingCall(message.model_id, message.seq_id, operation, message.loss_fn)
 
 
 def _protobuf_datum(datum: pb.Datum, path: str) -> _RawDatum:

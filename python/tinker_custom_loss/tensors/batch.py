@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +33,8 @@ class TensorBatch:
 
     flat: Tensor
     shapes: tuple[Shape, ...]
+    shared: dict[Any, Any] | None = None
+    """What several readers of one batch need not each work out: theirs, for as long as a step."""
 
     def __post_init__(self) -> None:
         if self.flat.ndim != 1 or self.flat.numel() != sum(self.sizes):
@@ -66,11 +69,17 @@ class TensorBatch:
         ]
 
     def with_flat(self, flat: Tensor) -> TensorBatch:
-        """The same shapes over another buffer of the same size."""
+        """The same shapes, and what is shared, over another buffer of the same size."""
         if flat.shape != self.flat.shape:
             raise ValueError(f"expected a buffer of shape {list(self.flat.shape)}")
         batch = object.__new__(TensorBatch)  # its shapes and sizes are known to fit
-        batch.__dict__.update(flat=flat, shapes=self.shapes, sizes=self.sizes)
+        batch.__dict__.update(flat=flat, shapes=self.shapes, sizes=self.sizes, shared=self.shared)
+        return batch
+
+    def sharing(self) -> TensorBatch:
+        """The same, for readers who share what they work out, until the data may change."""
+        batch = self.with_flat(self.flat)
+        batch.__dict__["shared"] = {}
         return batch
 
     def locate(self, position: int) -> tuple[int, tuple[int, ...]]:

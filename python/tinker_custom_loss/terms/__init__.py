@@ -29,6 +29,7 @@ from .nll import nll
 from .orpo import orpo
 from .ppo import ppo
 from .proximal import proximal
+from .ranges import Range
 from .reduction import Sequences
 from .reinforce import reinforce
 from .sapo import sapo
@@ -55,6 +56,7 @@ CATALOGUE: dict[str, Term] = {
 __all__ = [
     "CATALOGUE",
     "Groups",
+    "Range",
     "Sequences",
     "Term",
     "bradley_terry",

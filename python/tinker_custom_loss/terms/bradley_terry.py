@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from .groups import Groups
+from .ranges import Positive
 from .term import term
 
 __all__ = ["bradley_terry"]
@@ -13,7 +14,7 @@ __all__ = ["bradley_terry"]
 
 @term(scope="group")
 def bradley_terry(
-    logprob: Tensor, *, groups: Groups, beta: float = 1.0
+    logprob: Tensor, *, groups: Groups, beta: Positive = 1.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Bradley-Terry: ``-log σ(β(S_chosen - S_rejected))`` with the score ``S = Σ_t ℓ``.
 
@@ -25,8 +26,6 @@ def bradley_terry(
     chosen, else 0.
     Bradley & Terry, "Rank Analysis of Incomplete Block Designs" (1952).
     """
-    if not beta > 0:
-        raise ValueError(f"beta must be positive, got {beta!r}")
     score = groups.sequences.sum(logprob)
     chosen, rejected = groups.pairs
     x = beta * (score[chosen] - score[rejected])

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 
 from .pieces import advantage_times
+from .ranges import Positive, Range
 from .term import term
 
 __all__ = ["cispo"]
 
 
-@term(scope="token", inputs=("logprobs", "advantages"))
+@term(scope="token", inputs=("logprobs", "advantages"), importance=True)
 def cispo(
     logprob: Tensor,
     sampler: Tensor,
     advantage: Tensor,
     *,
-    low: float = 0.0,
-    high: float = 4.0,
+    low: Annotated[float, Range(at_least=0, below="high")] = 0.0,
+    high: Positive = 4.0,
 ) -> Tensor:
     """Clipped importance-sampled REINFORCE: ``-sg(clip(ρ, low, high))·A·ℓ``, ``ρ = exp(ℓ-μ)``.
 
@@ -43,13 +46,11 @@ def _(
     sampler: Tensor,
     advantage: Tensor,
     *,
-    low: float = 0.0,
-    high: float = 4.0,
+    low: Annotated[float, Range(at_least=0, below="high")] = 0.0,
+    high: Positive = 4.0,
 ) -> Tensor:
     return -_weight(logprob, sampler, advantage, low, high)
 
 
 def _weight(logprob: Tensor, sampler: Tensor, advantage: Tensor, low: float, high: float) -> Tensor:
-    if not 0 <= low < high:
-        raise ValueError(f"low and high must be 0 <= low < high, got {low!r} and {high!r}")
     return advantage_times(advantage, (logprob.detach() - sampler).exp().clamp(low, high))

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from .groups import Groups
+from .ranges import NonNegative, Positive
 from .term import term
 
 __all__ = ["cpo"]
@@ -13,7 +14,7 @@ __all__ = ["cpo"]
 
 @term(scope="group")
 def cpo(
-    logprob: Tensor, *, groups: Groups, beta: float = 0.1, alpha: float = 1.0
+    logprob: Tensor, *, groups: Groups, beta: Positive = 0.1, alpha: NonNegative = 1.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Contrastive preference optimization: ``-log σ(β(S_chosen - S_rejected)) - α·s_chosen``.
 
@@ -27,8 +28,6 @@ def cpo(
     like the values. Unit: nats. A chosen datum with a token at ℓ = -inf makes the value infinite.
     Xu et al., "Contrastive Preference Optimization" (2024).
     """
-    if not beta > 0:
-        raise ValueError(f"beta must be positive, got {beta!r}")
     total = groups.sequences.sum(logprob)
     chosen, rejected = groups.pairs
     x = beta * (total[chosen] - total[rejected])

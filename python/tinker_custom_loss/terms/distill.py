@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
 from .pieces import p_times, straight_through
+from .ranges import Range
 from .term import term
 
 __all__ = ["distill"]
@@ -24,7 +25,7 @@ def distill(
     *,
     direction: Direction = "forward",
     support: Support = "tail",
-    beta: float = 0.5,
+    beta: Annotated[float, Range(above=0, below=1)] = 0.5,
 ) -> Tensor:
     """Divergence of teacher q and model p over the K alternatives of [T,K], one value a position.
 
@@ -49,7 +50,6 @@ def distill(
     Unit: nats. An alternative at -inf in p or q adds what the limit says: 0, or +inf where the
     other side has mass in a KL.
     """
-    _check_beta(direction, beta)
     if logprob.ndim == 1:
         _check_sampled(direction)
         d = logprob - teacher
@@ -72,9 +72,8 @@ def _(
     *,
     direction: Direction = "forward",
     support: Support = "tail",
-    beta: float = 0.5,
+    beta: Annotated[float, Range(above=0, below=1)] = 0.5,
 ) -> Tensor:
-    _check_beta(direction, beta)
     if logprob.ndim == 1:
         _check_sampled(direction)
         return logprob - teacher
@@ -127,11 +126,6 @@ def _check_teacher(teacher: Tensor, support: Support) -> None:
             "its logprobs, not its logits, and each alternative once; or say "
             'support="renormalize"'
         )
-
-
-def _check_beta(direction: Direction, beta: float) -> None:
-    if direction == "jsd" and not 0 < beta < 1:
-        raise ValueError(f"beta of the jsd must be between 0 and 1, both excluded, got {beta!r}")
 
 
 def _check_sampled(direction: Direction) -> None:

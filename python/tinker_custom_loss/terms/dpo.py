@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from .groups import Groups
+from .ranges import Positive, Range
 from .term import term
 
 __all__ = ["dpo"]
@@ -21,9 +22,9 @@ def dpo(
     reference: Tensor,
     *,
     groups: Groups,
-    beta: float = 0.1,
+    beta: Positive = 0.1,
     kind: Kind = "sigmoid",
-    label_smoothing: float = 0.0,
+    label_smoothing: Annotated[float, Range(at_least=0, below=0.5)] = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Direct preference optimization: ``-log σ(βm)``, ``m = Δ_chosen - Δ_rejected``.
 
@@ -46,10 +47,6 @@ def dpo(
     Metrics: ``margin`` is ``βm``, ``accuracy`` 1 where it is above 0; reduced like the values.
     Unit: nats. A datum with a token at ℓ = -inf makes the value infinite if it is chosen, else 0.
     """
-    if not beta > 0:
-        raise ValueError(f"beta must be positive, got {beta!r}")
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing must be in [0, 0.5), got {label_smoothing!r}")
     if label_smoothing and kind in ("ipo", "hinge"):
         raise ValueError(f'label_smoothing has no meaning for the kind "{kind}"; leave it at 0')
     over = groups.sequences

@@ -5,13 +5,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from .pieces import advantage_times
+from .ranges import NonNegative
 from .term import term
 
 __all__ = ["dro"]
 
 
-@term(scope="token", inputs=("logprobs", "advantages"))
-def dro(logprob: Tensor, sampler: Tensor, advantage: Tensor, *, beta: float = 0.05) -> Tensor:
+@term(scope="token", inputs=("logprobs", "advantages"), importance=True)
+def dro(logprob: Tensor, sampler: Tensor, advantage: Tensor, *, beta: NonNegative = 0.05) -> Tensor:
     """Policy gradient with a quadratic tether to the sampler: ``-(ℓA - ½β(ℓ-μ)²)``.
 
     Its gradient is ``-(A - β(ℓ-μ))·∇ℓ``. The default of ``beta`` is that of Tinker's ``dro``, to
@@ -32,5 +33,5 @@ def dro(logprob: Tensor, sampler: Tensor, advantage: Tensor, *, beta: float = 0.
 
 
 @dro.derivative
-def _(logprob: Tensor, sampler: Tensor, advantage: Tensor, *, beta: float = 0.05) -> Tensor:
+def _(logprob: Tensor, sampler: Tensor, advantage: Tensor, *, beta: NonNegative = 0.05) -> Tensor:
     return -advantage if beta == 0 else beta * (logprob - sampler) - advantage

@@ -5,20 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .ranges import NonNegative
 from .term import term
 
 __all__ = ["focal"]
 
 
 @term(scope="token")
-def focal(logprob: Tensor, *, gamma: float = 2.0) -> Tensor:
+def focal(logprob: Tensor, *, gamma: NonNegative = 2.0) -> Tensor:
     """Focal loss: ``-(1-e^ℓ)^γ·ℓ``. ``gamma = 0`` is ``nll``.
 
     Unit: nats. At ℓ = 0 value and gradient are 0 (the gradient -1 if γ = 0); at ℓ = -inf the value
     is +inf and the gradient -1.
     Lin et al., "Focal Loss for Dense Object Detection" (2017).
     """
-    _check(gamma)
     if gamma == 0:
         return -logprob
     inner = (logprob < 0) & (logprob > -torch.inf)  # at both ends autograd would meet 0·inf
@@ -27,8 +27,7 @@ def focal(logprob: Tensor, *, gamma: float = 2.0) -> Tensor:
 
 
 @focal.derivative
-def _(logprob: Tensor, *, gamma: float = 2.0) -> Tensor:
-    _check(gamma)
+def _(logprob: Tensor, *, gamma: NonNegative = 2.0) -> Tensor:
     rest = -torch.expm1(logprob)  # 1 - p
     # p·ℓ/(1-p), which is -1 at ℓ = 0 and 0 at ℓ = -inf.
     inner = (rest > 0) & (logprob != -torch.inf)
@@ -39,8 +38,3 @@ def _(logprob: Tensor, *, gamma: float = 2.0) -> Tensor:
 
 def _at_ends(logprob: Tensor) -> Tensor:
     return torch.where(logprob == -torch.inf, -logprob, 0.0)
-
-
-def _check(gamma: float) -> None:
-    if not gamma >= 0:
-        raise ValueError(f"gamma must be at least 0, got {gamma!r}")

@@ -5,21 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .ranges import NonNegative
 from .reduction import Sequences
 from .term import term
 
 __all__ = ["gmpo"]
 
 
-@term(scope="sequence", inputs=("logprobs", "advantages"))
+@term(scope="sequence", inputs=("logprobs", "advantages"), importance=True)
 def gmpo(
     logprob: Tensor,
     sampler: Tensor,
     advantage: Tensor,
     *,
     sequences: Sequences,
-    clip_low: float = 0.4,
-    clip_high: float = 0.4,
+    clip_low: NonNegative = 0.4,
+    clip_high: NonNegative = 0.4,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Geometric-mean policy optimization: ``-g·Σ_t A_t``, ``g = exp(mean_t x_t)``.
 
@@ -48,8 +49,8 @@ def _(
     advantage: Tensor,
     *,
     sequences: Sequences,
-    clip_low: float = 0.4,
-    clip_high: float = 0.4,
+    clip_low: NonNegative = 0.4,
+    clip_high: NonNegative = 0.4,
 ) -> Tensor:
     x, clipped = _clip(logprob - sampler, advantage, clip_low, clip_high)
     pull = sequences.mean(x).exp() * sequences.sum(advantage)
@@ -59,10 +60,6 @@ def _(
 def _clip(
     log_ratio: Tensor, advantage: Tensor, clip_low: float, clip_high: float
 ) -> tuple[Tensor, Tensor]:
-    if not clip_low >= 0 or not clip_high >= 0:
-        raise ValueError(
-            f"clip_low and clip_high must be at least 0, got {clip_low!r} and {clip_high!r}"
-        )
     good = advantage >= 0
     clipped = (good & (log_ratio > clip_high)) | (~good & (log_ratio < -clip_low))
     bound = torch.where(good, log_ratio.new_tensor(clip_high), log_ratio.new_tensor(-clip_low))

@@ -6,21 +6,22 @@ import torch
 from torch import Tensor
 
 from .pieces import advantage_times
+from .ranges import Fraction, NonNegative
 from .reduction import Sequences
 from .term import term
 
 __all__ = ["gspo"]
 
 
-@term(scope="sequence", inputs=("logprobs", "advantages"))
+@term(scope="sequence", inputs=("logprobs", "advantages"), importance=True)
 def gspo(
     logprob: Tensor,
     sampler: Tensor,
     advantage: Tensor,
     *,
     sequences: Sequences,
-    clip_low: float = 3e-4,
-    clip_high: float = 4e-4,
+    clip_low: Fraction = 3e-4,
+    clip_high: NonNegative = 4e-4,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Group sequence policy optimization: ``-Σ_t min(sA_t, clip(s, 1-clip_low, 1+clip_high)·A_t)``.
 
@@ -52,8 +53,8 @@ def _(
     advantage: Tensor,
     *,
     sequences: Sequences,
-    clip_low: float = 3e-4,
-    clip_high: float = 4e-4,
+    clip_low: Fraction = 3e-4,
+    clip_high: NonNegative = 4e-4,
 ) -> Tensor:
     s = sequences.mean(logprob - sampler).exp()
     clipped = _clipped(sequences.spread(s), advantage, clip_low, clip_high)
@@ -62,9 +63,4 @@ def _(
 
 
 def _clipped(s: Tensor, advantage: Tensor, clip_low: float, clip_high: float) -> Tensor:
-    if not 0 <= clip_low <= 1 or not clip_high >= 0:
-        raise ValueError(
-            "clip_low must be between 0 and 1 and clip_high at least 0: they are the distances of "
-            f"the clips from 1; got {clip_low!r} and {clip_high!r}"
-        )
     return ((advantage > 0) & (s > 1 + clip_high)) | ((advantage < 0) & (s < 1 - clip_low))

@@ -10,7 +10,7 @@ from .term import term
 __all__ = ["importance_sampling"]
 
 
-@term(scope="token", inputs=("logprobs", "advantages"))
+@term(scope="token", inputs=("logprobs", "advantages"), importance=True)
 def importance_sampling(logprob: Tensor, sampler: Tensor, advantage: Tensor) -> Tensor:
     """Importance-weighted policy gradient: ``-ρA`` with ``ρ = exp(ℓ-μ)``, Tinker's own.
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .groups import Groups
+from .ranges import NonNegative, Positive
 from .term import term
 
 __all__ = ["kto"]
@@ -17,9 +18,9 @@ def kto(
     reference: Tensor,
     *,
     groups: Groups,
-    beta: float = 0.1,
-    desirable: float = 1.0,
-    undesirable: float = 1.0,
+    beta: Positive = 0.1,
+    desirable: NonNegative = 1.0,
+    undesirable: NonNegative = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Kahneman-Tversky optimization: ``λ·(1 - σ(±β(Δ - z)))``, + for a chosen datum, - for another.
 
@@ -36,8 +37,6 @@ def kto(
     at ℓ = -inf makes its datum's value λ or 0, and its gradient 0.
     Ethayarajh et al., "KTO: Model Alignment as Prospect Theoretic Optimization" (2024).
     """
-    if not beta > 0:
-        raise ValueError(f"beta must be positive, got {beta!r}")
     gain = groups.sequences.sum(logprob - reference)
     point = groups.mean(gain.detach()).clamp(min=0)
     sign = torch.where(groups.chosen, gain.new_tensor(1.0), gain.new_tensor(-1.0))

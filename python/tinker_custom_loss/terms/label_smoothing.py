@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from .pieces import at_label, check_alternatives
+from .ranges import Fraction, Index
 from .term import term
 
 __all__ = ["label_smoothing"]
 
 
 @term(scope="token", alternatives=True)
-def label_smoothing(logprob: Tensor, *, epsilon: float = 0.1, label: int = 0) -> Tensor:
+def label_smoothing(logprob: Tensor, *, epsilon: Fraction = 0.1, label: Index = 0) -> Tensor:
     """Label smoothing over the K alternatives of [T,K]: ``-(1-ε)·ℓ_label - ε/K·Σ_k ℓ_k``.
 
     One value a position. ``label`` is the column of the target; the others share ε with it.
@@ -26,12 +27,10 @@ def label_smoothing(logprob: Tensor, *, epsilon: float = 0.1, label: int = 0) ->
 
 
 @label_smoothing.derivative
-def _(logprob: Tensor, *, epsilon: float = 0.1, label: int = 0) -> Tensor:
+def _(logprob: Tensor, *, epsilon: Fraction = 0.1, label: Index = 0) -> Tensor:
     return -_weights(logprob, epsilon, label).expand_as(logprob)
 
 
 def _weights(logprob: Tensor, epsilon: float, label: int) -> Tensor:
     check_alternatives("label_smoothing", logprob, label)
-    if not 0 <= epsilon <= 1:
-        raise ValueError(f"epsilon must be between 0 and 1, got {epsilon!r}")
     return epsilon / logprob.shape[1] + (1 - epsilon) * at_label(logprob, label)

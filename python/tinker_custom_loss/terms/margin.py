@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from .pieces import at_label, check_alternatives
+from .ranges import Index, NonNegative
 from .term import term
 
 __all__ = ["margin"]
 
 
 @term(scope="token", alternatives=True)
-def margin(logprob: Tensor, *, margin: float = 1.0, label: int = 0) -> Tensor:
+def margin(logprob: Tensor, *, margin: NonNegative = 1.0, label: Index = 0) -> Tensor:
     """Margin over the K alternatives of [T,K]: ``max(0, m - (ℓ_label - max_{k≠label} ℓ_k))``.
 
     One value a position. ``label`` is the column of the target. Where the margin is kept, or there
@@ -27,7 +28,7 @@ def margin(logprob: Tensor, *, margin: float = 1.0, label: int = 0) -> Tensor:
 
 
 @margin.derivative
-def _(logprob: Tensor, *, margin: float = 1.0, label: int = 0) -> Tensor:
+def _(logprob: Tensor, *, margin: NonNegative = 1.0, label: Index = 0) -> Tensor:
     shortfall, rival = _shortfall(logprob, margin, label)
     short = (shortfall > 0).to(logprob.dtype)[:, None]
     return short * (

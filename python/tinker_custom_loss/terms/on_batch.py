@@ -11,18 +11,16 @@ import torch
 from torch import Tensor
 
 from ..tensors.batch import TensorBatch
-from .columns import is_present, read, read_chosen, read_groups, read_weights
+from .columns import is_present, read_chosen, read_groups
 from .groups import Groups
-from .reduction import Reduction, Sequences
+from .importance import Weighing
+from .reading import MASKED, reading
+from .reduction import Reduction
 
 if TYPE_CHECKING:
     from .term import Term
 
 __all__ = ["Evaluated", "TermOnBatch"]
-
-_MASKED = -20.0
-"""What a function sees where a token has weight 0: a number that every formula can take, and of
-which any number of alternatives have a mass below 1."""
 
 
 @dataclass(frozen=True)
@@ -45,55 +43,54 @@ class TermOnBatch:
         params: Mapping[str, Any],
         totals: Mapping[str, float] | None = None,
     ) -> None:
+        made.check_params(**params)
         bound = made.__signature__.bind(data, logprobs, **params)
         bound.apply_defaults()
         given = dict(bound.arguments)
-        made.check_params(**params)
-        self._term, self._logprobs, flat = made, logprobs, logprobs.flat
+        self._term, self._logprobs = made, logprobs
         self._reduction = Reduction(given["reduction"], given["normalizer"])
-        shapes = logprobs.shapes
-        if made.alternatives:
-            shapes = tuple(shape[:1] for shape in shapes)
-        mask = read_weights(given["weights"], data, shapes, flat)
-        if mask is not None and (made.scope != "token" or self._reduction.has_mean_over_tokens):
-            _check_mean(mask)
-        self._kept = None
-        if mask is not None and not bool((kept := mask != 0).all()):
-            self._kept = kept
-        sizes = tuple(shape[0] for shape in shapes) if made.alternatives else logprobs.sizes
-        self._sequences = Sequences(sizes, mask, flat)
+        self._reading = reading(data, logprobs, given["weights"], positions=made.alternatives)
+        self._sequences = self._reading.sequences
+        if not self._sequences.has_mean and (
+            made.scope != "token" or self._reduction.has_mean_over_tokens
+        ):
+            raise ValueError(
+                "negative weights have no mean: it divides by the sum of the weights; take them "
+                'with a term of scope "token" and the reduction "token_sum"'
+            )
         self._given_totals = totals
-        repeat = not made.alternatives  # a sampled token's logprob says nothing of alternatives
+        self._importance = made.importance_of(given)
+        keys = [given[name] for name in made.inputs]
+        self._ratio = made.ratio
+        if self._importance and made.ratio is not None:
+            keys[made.ratio] = given["old"]
         self._columns: list[Tensor | None] = [
-            *(read(given[name], data, logprobs, repeat=repeat) for name in made.inputs),
+            *(self._reading.column(key) for key in keys),
             # Another key than the usual one was named on purpose.
             *(
-                read(given[name], data, logprobs, repeat=repeat)
+                self._reading.column(given[name])
                 if given[name] != usual or is_present(usual, data)
                 else None
                 for name, usual in made.optional.items()
             ),
         ]
-        reserved = {"data", "logprobs", "weights", "reduction", "normalizer"}
-        reserved |= made.inputs.keys() | made.optional.keys()
-        if made.scope == "group":
-            reserved |= {"group", "chosen"}
-        self._params = {key: value for key, value in given.items() if key not in reserved}
+        if self._importance:
+            self._sampler = self._reading.column(given[made.sampler])
+        self._params = {name: given[name] for name in made.own}
         if made.scope == "sequence":
             self._params["sequences"] = self._sequences
         if made.scope == "group":
-            ids = read_groups(given["group"], data).to(flat.device)
-            chosen = read_chosen(given["chosen"], data).to(flat.device)
+            device = logprobs.flat.device
+            ids = read_groups(given["group"], data).to(device)
+            chosen = read_chosen(given["chosen"], data).to(device)
             self._params["groups"] = Groups(ids, chosen, self._sequences)
 
     @functools.cached_property
     def totals(self) -> Mapping[str, float]:
         if self._given_totals is not None:
             return self._given_totals
-        mask = self._sequences.mask
-        entries = sum(self._sequences.sizes)
         return {
-            "tokens": float(entries if mask is None else mask.sum(dtype=torch.float64)),
+            "tokens": self._sequences.weight,
             "sequences": float(len(self._sequences.sizes)),
             "values": float(self._values[0].numel()) if self._term.scope == "group" else 0.0,
         }
@@ -101,17 +98,16 @@ class TermOnBatch:
     def reduced(self, *, gradient: bool) -> Evaluated:
         values, own = self._values
         scale, factors = self._factors
-        mask = self._sequences.mask
-        tokens = sum(self._sequences.sizes) if mask is None else int((mask != 0).sum())
-        metrics = {"tokens": float(tokens)}
-        for name, metric in own.items():
-            metrics[name] = float(self._weighted(metric.detach(), factors).sum()) * scale
-        loss = _scaled(self._weighted(values, factors).sum(), scale)
+        metrics = {"tokens": float(self._sequences.tokens)}
+        for name, metric in ({**own, **self._importance_metrics}).items():
+            metrics[name] = float(self._reducible(metric.detach(), factors).sum()) * scale
+        loss = _scaled(self._reducible(self._weighed(values), factors).sum(), scale)
         return Evaluated(loss, metrics, self._gradient(scale, factors) if gradient else None)
 
     def contributions(self) -> list[Tensor]:
         scale, factors = self._factors
-        flat = _scaled(self._weighted(self._values[0], factors), scale)
+        values = self._weighed(self._values[0])
+        flat = _scaled(self._reducible(values, factors), scale)
         if self._term.scope != "token":
             return [*flat.unbind()]
         if self._term.alternatives:
@@ -127,22 +123,69 @@ class TermOnBatch:
             return self._reduction.of_sequences(self._sequences, self.totals)
         return self._reduction.of_groups(self.totals), None
 
-    def _weighted(self, values: Tensor, factors: Tensor | None) -> Tensor:
-        if self._kept is not None and self._term.scope == "token":
-            values = torch.where(self._kept, values, 0.0)
+    def _reducible(self, values: Tensor, factors: Tensor | None) -> Tensor:
+        if self._sequences.kept is not None and self._term.scope == "token":
+            values = torch.where(self._sequences.kept, values, 0.0)
         return values if factors is None else values * factors
 
     def _gradient(self, scale: float, factors: Tensor | None) -> Tensor:
         derivative = self._derivative
         if self._term.scope == "sequence" and factors is not None:
             factors = self._sequences.spread(factors)
-        entries = self._entries(self._kept)
-        if entries is not None:
-            derivative = torch.where(entries, derivative, 0.0)
-        factors = self._entries(factors)
-        if factors is not None:
-            derivative = derivative * factors
+        if self._seen is not None:
+            derivative = torch.where(self._seen, derivative, 0.0)
+        for each in (self._entries(self._weights), self._reading.entries(factors)):
+            if each is not None:
+                derivative = derivative * each
         return _scaled(derivative, scale)
+
+    # --- Importance weights, through which nothing is differentiated
+
+    @functools.cached_property
+    def _weighing(self) -> Weighing | None:
+        if not self._importance:
+            return None
+        flat = self._reading.masked(self._logprobs.flat.detach())
+        old = flat if self._ratio is None else self._columns[self._ratio]
+        assert old is not None
+        per_datum = self._term.scope == "sequence"
+        return self._importance.weigh(old - self._sampler, self._sequences, per_datum)
+
+    @property
+    def _weights(self) -> Tensor | None:
+        return None if self._weighing is None else self._weighing.weight
+
+    def _weighed(self, values: Tensor) -> Tensor:
+        if self._weights is None:
+            return values
+        return torch.where(self._weights != 0, values, 0.0) * self._weights
+
+    def _entries(self, weights: Tensor | None) -> Tensor | None:
+        """Weights of summands as weights of tokens."""
+        if weights is None or self._term.scope == "token":
+            return weights
+        return self._sequences.spread(weights)
+
+    @functools.cached_property
+    def _seen(self) -> Tensor | None:
+        """The entries that have a part in the loss; None: all."""
+        kept, weights = self._reading.kept, self._entries(self._weights)
+        if weights is None:
+            return kept
+        return weights != 0 if kept is None else kept & (weights != 0)
+
+    @property
+    def _importance_metrics(self) -> dict[str, Tensor]:
+        """A value a token, or a datum's sum of these; reduced like the function's own."""
+        if self._weighing is None:
+            return {}
+        weight, cut = self._weighing.weight, self._weighing.cut.to(self._weighing.weight.dtype)
+        if self._term.scope == "sequence":
+            weight, cut = (x * self._sequences.lengths for x in (weight, cut))
+        did = "masked" if self._importance.masks else "truncated"
+        return {"importance_weight": weight, f"importance_{did}": cut}
+
+    # --- What the function, and its derivative, make of the batch
 
     @functools.cached_property
     def _values(self) -> tuple[Tensor, Mapping[str, Tensor]]:
@@ -200,19 +243,12 @@ class TermOnBatch:
 
     @functools.cached_property
     def _blocks(self) -> list[_Block]:
-        tensors = [self._logprobs.flat, *self._columns]
-        kept = self._entries(self._kept)
-        if kept is not None:
-            tensors = [x if x is None else torch.where(kept, x, _MASKED) for x in tensors]
+        tensors = [self._reading.masked(self._logprobs.flat), *self._columns]
+        if self._weighing is not None and self._seen is not None:
+            tensors = [x if x is None else torch.where(self._seen, x, MASKED) for x in tensors]
         if not self._term.alternatives:
             return [_Block(tensors)]
         return [*_by_rank(tensors, self._logprobs)]
-
-    def _entries(self, per_value: Tensor | None) -> Tensor | None:
-        """What is known of every position, for each of its alternatives."""
-        if per_value is None or not self._term.alternatives:
-            return per_value
-        return torch.repeat_interleave(per_value, _alternatives(self._logprobs))
 
 
 @dataclass(frozen=True)
@@ -222,14 +258,6 @@ class _Block:
     tensors: Sequence[Any]
     positions: Tensor | None = None
     entries: Tensor | None = None
-
-
-def _check_mean(mask: Tensor) -> None:
-    if mask.numel() and bool(mask.min() < 0):
-        raise ValueError(
-            "negative weights have no mean: it divides by the sum of the weights; take them with a "
-            'term of scope "token" and the reduction "token_sum"'
-        )
 
 
 def _values_and_metrics(returned: object) -> tuple[Any, Mapping[str, Any]]:
@@ -245,15 +273,6 @@ def _values_and_metrics(returned: object) -> tuple[Any, Mapping[str, Any]]:
             f"its metrics are a {type(metrics).__name__}; expected a mapping of names to tensors"
         )
     return values, metrics
-
-
-def _alternatives(logprobs: TensorBatch) -> int | Tensor:
-    """The number of alternatives of every position: K, or a tensor [N] where they differ."""
-    counts = [shape[1] if len(shape) == 2 else 1 for shape in logprobs.shapes]
-    if len(set(counts)) == 1:
-        return counts[0]
-    each = torch.tensor(counts, device=logprobs.flat.device)
-    return each.repeat_interleave(each.new_tensor([shape[0] for shape in logprobs.shapes]))
 
 
 def _by_rank(tensors: Sequence[Tensor | None], logprobs: TensorBatch) -> Iterator[_Block]:

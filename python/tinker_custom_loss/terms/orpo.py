@@ -9,13 +9,16 @@ from torch import Tensor
 
 from .groups import Groups
 from .pieces import log1mexp
+from .ranges import NonNegative
 from .term import term
 
 __all__ = ["orpo"]
 
 
 @term(scope="group")
-def orpo(logprob: Tensor, *, groups: Groups, beta: float = 0.1) -> tuple[Tensor, dict[str, Tensor]]:
+def orpo(
+    logprob: Tensor, *, groups: Groups, beta: NonNegative = 0.1
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Odds ratio preference optimization: ``-s_chosen - β·log σ(o_chosen - o_rejected)``.
 
     ``s = mean_t ℓ``, and ``o = s - log(1-e^s)`` are the log odds. One value for every pair of a

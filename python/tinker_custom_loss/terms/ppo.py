@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 
 from .pieces import advantage_times
+from .ranges import Fraction, NonNegative, Range
 from .term import term
 
 __all__ = ["ppo"]
 
 
-@term(scope="token", inputs=("logprobs", "advantages"))
+@term(scope="token", inputs=("logprobs", "advantages"), importance=True)
 def ppo(
     logprob: Tensor,
     sampler: Tensor,
     advantage: Tensor,
     *,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    dual_clip: float | None = None,
+    clip_low: Fraction = 0.2,
+    clip_high: NonNegative = 0.2,
+    dual_clip: Annotated[float | None, Range(above=1)] = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Clipped policy gradient: ``-min(ρA, clip(ρ, 1-clip_low, 1+clip_high)·A)``, ``ρ = exp(ℓ-μ)``.
 
@@ -39,7 +42,6 @@ def ppo(
     Where A = 0 all is 0; at ℓ = -inf the value is ``-min(0, (1-clip_low)·A)`` and the gradient 0.
     Schulman et al., "Proximal Policy Optimization Algorithms" (2017).
     """
-    _check(clip_low, clip_high, dual_clip)
     rho = (logprob - sampler).exp()
     objective = torch.minimum(
         advantage_times(advantage, rho),
@@ -58,9 +60,9 @@ def _(
     sampler: Tensor,
     advantage: Tensor,
     *,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    dual_clip: float | None = None,
+    clip_low: Fraction = 0.2,
+    clip_high: NonNegative = 0.2,
+    dual_clip: Annotated[float | None, Range(above=1)] = None,
 ) -> Tensor:
     rho = (logprob - sampler).exp()
     clipped = _clipped(rho, advantage, clip_low, clip_high, dual_clip)
@@ -72,13 +74,3 @@ def _clipped(
 ) -> Tensor:
     clipped = ((advantage > 0) & (rho > 1 + clip_high)) | ((advantage < 0) & (rho < 1 - clip_low))
     return clipped if dual_clip is None else clipped | ((advantage < 0) & (rho > dual_clip))
-
-
-def _check(clip_low: float, clip_high: float, dual_clip: float | None) -> None:
-    if not 0 <= clip_low <= 1 or not clip_high >= 0:
-        raise ValueError(
-            "clip_low must be between 0 and 1 and clip_high at least 0: they are the distances of "
-            f"the clips from 1; got {clip_low!r} and {clip_high!r}"
-        )
-    if dual_clip is not None and not dual_clip > 1:
-        raise ValueError(f"dual_clip must be above 1, or None, got {dual_clip!r}")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,6 +37,39 @@ class Sequences:
         return self.like.new_ones(sum(self.sizes)) if self.mask is None else self.mask
 
     @cached_property
+    def kept(self) -> Tensor | None:
+        """Whether every token has a weight, [N]; None if all have."""
+        if self.mask is None:
+            return None
+        kept = self.mask != 0
+        return None if _count(kept) == kept.numel() else kept
+
+    @cached_property
+    def factors(self) -> Tensor | None:
+        """The weights of the tokens that are kept, [N]; None if all of these are 1."""
+        if self.mask is None:
+            return None
+        flags = self.mask != 0 if self.kept is None else self.kept
+        return None if torch.equal(self.mask, flags.to(self.mask.dtype)) else self.mask
+
+    @cached_property
+    def tokens(self) -> int:
+        """How many tokens have a weight."""
+        return sum(self.sizes) if self.kept is None else _count(self.kept)
+
+    @cached_property
+    def weight(self) -> float:
+        """``Σ w`` over all tokens: their number, if the weights are 0 and 1."""
+        if self.factors is None:
+            return float(self.tokens)
+        return float(self.factors.to(torch.float64).sum())
+
+    @cached_property
+    def has_mean(self) -> bool:
+        """Whether no weight is negative."""
+        return self.factors is None or not self.factors.numel() or bool(self.factors.min() >= 0)
+
+    @cached_property
     def lengths(self) -> Tensor:
         """Σ of the weights of every datum's tokens, [B]: their number, if they are 0 and 1."""
         return self._sums(self.weights.detach())
@@ -53,6 +87,10 @@ class Sequences:
         """``Σ_t w_t·values_t / Σ_t w_t`` of every datum: [N] -> [B]. 0 where no token counts."""
         return self.sum(values) / _never_zero(self.lengths)
 
+    def total(self, values: Tensor) -> Tensor:
+        """``Σ_t values_t`` over every datum's tokens with a weight, whatever it is: [N] -> [B]."""
+        return self._sums(values if self.kept is None else torch.where(self.kept, values, 0.0))
+
     def spread(self, per_datum: Tensor) -> Tensor:
         """Each datum's number for each of its tokens: [B] -> [N]."""
         if self._regular:
@@ -60,9 +98,9 @@ class Sequences:
         return torch.repeat_interleave(per_datum, self._sizes, output_size=sum(self.sizes))
 
     def _weighted(self, values: Tensor) -> Tensor:
-        if self.mask is None:
-            return values
-        return torch.where(self.mask != 0, values, 0.0) * self.mask
+        if self.kept is not None:
+            values = torch.where(self.kept, values, 0.0)
+        return values if self.factors is None else values * self.factors
 
     def _sums(self, values: Tensor) -> Tensor:
         if self._regular:
@@ -115,9 +153,10 @@ class Reduction:
         return self.name in ("token_mean", "sequence_mean_token_mean")
 
     def of_tokens(self, sequences: Sequences, totals: Any) -> tuple[float, Tensor | None]:
-        """A factor for all tokens, and one for each [N] (None: all 1), weights included."""
+        """A factor for all tokens, and one for each that is kept [N] (None: all 1), with its
+        weight."""
         if self.name != "sequence_mean_token_mean":
-            return self._scale(totals), sequences.mask
+            return self._scale(totals), sequences.factors
         return self._scale(totals), sequences.shares
 
     def of_sequences(self, sequences: Sequences, totals: Any) -> tuple[float, Tensor | None]:
@@ -143,3 +182,8 @@ class Reduction:
 
 def _never_zero(lengths: Tensor) -> Tensor:
     return lengths.masked_fill(lengths == 0, 1.0)
+
+
+def _count(flags: Tensor) -> int:
+    # torch adds up booleans one by one
+    return int(np.count_nonzero(flags.numpy())) if flags.device.type == "cpu" else int(flags.sum())

@@ -10,7 +10,7 @@ from .term import term
 __all__ = ["reinforce"]
 
 
-@term(scope="token", inputs=("advantages",))
+@term(scope="token", inputs=("advantages",), importance=True)
 def reinforce(logprob: Tensor, advantage: Tensor) -> Tensor:
     """Policy gradient: ``-A·ℓ``, with the gradient ``-A·∇ℓ``: unbiased on-policy only.
 

@@ -6,19 +6,20 @@ import torch
 from torch import Tensor
 
 from .pieces import advantage_times
+from .ranges import Positive
 from .term import term
 
 __all__ = ["sapo"]
 
 
-@term(scope="token", inputs=("logprobs", "advantages"))
+@term(scope="token", inputs=("logprobs", "advantages"), importance=True)
 def sapo(
     logprob: Tensor,
     sampler: Tensor,
     advantage: Tensor,
     *,
-    tau_positive: float = 1.0,
-    tau_negative: float = 1.05,
+    tau_positive: Positive = 1.0,
+    tau_negative: Positive = 1.05,
 ) -> Tensor:
     """Soft adaptive policy gradient: ``-(4/τ)·σ(τ(ρ-1))·A``, ``ρ = exp(ℓ-μ)``.
 
@@ -43,8 +44,8 @@ def _(
     sampler: Tensor,
     advantage: Tensor,
     *,
-    tau_positive: float = 1.0,
-    tau_negative: float = 1.05,
+    tau_positive: Positive = 1.0,
+    tau_negative: Positive = 1.05,
 ) -> Tensor:
     rho = (logprob - sampler).exp()
     gate = torch.sigmoid(_tau(advantage, tau_positive, tau_negative) * (rho - 1))
@@ -53,10 +54,6 @@ def _(
 
 
 def _tau(advantage: Tensor, positive: float, negative: float) -> Tensor:
-    if not positive > 0 or not negative > 0:
-        raise ValueError(
-            f"tau_positive and tau_negative must be positive, got {positive!r} and {negative!r}"
-        )
     return torch.where(
         advantage > 0, advantage.new_tensor(positive), advantage.new_tensor(negative)
     )

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from .groups import Groups
+from .ranges import NonNegative, Positive
 from .term import term
 
 __all__ = ["simpo"]
@@ -13,7 +14,7 @@ __all__ = ["simpo"]
 
 @term(scope="group")
 def simpo(
-    logprob: Tensor, *, groups: Groups, beta: float = 2.0, gamma: float = 1.0
+    logprob: Tensor, *, groups: Groups, beta: Positive = 2.0, gamma: NonNegative = 1.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Simple preference optimization: ``-log σ(β·(s_chosen - s_rejected) - γ)``, ``s = mean_t ℓ``.
 
@@ -27,8 +28,6 @@ def simpo(
     is chosen, else 0.
     Meng et al., "SimPO: Simple Preference Optimization with a Reference-Free Reward" (2024).
     """
-    if not beta > 0:
-        raise ValueError(f"beta must be positive, got {beta!r}")
     score = groups.sequences.mean(logprob)
     chosen, rejected = groups.pairs
     x = beta * (score[chosen] - score[rejected])

@@ -13,15 +13,18 @@ import inspect
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import torch
 from torch import Tensor
 
+from ..regularizer import nearest
 from ..tensors import gradients as grad
 from ..tensors.batch import TensorBatch
 from .columns import read_groups
+from .importance import Importance, ImportanceKind
 from .on_batch import Evaluated, TermOnBatch
+from .ranges import Positive, Range, Ranged, range_of
 from .reduction import Reduction, ReductionName
 
 __all__ = ["Evaluated", "Scope", "Term", "ValueFn", "term"]
@@ -32,6 +35,8 @@ ValueFn = Callable[..., Tensor | tuple[Tensor, Mapping[str, Tensor]]]
 
 _SEEN_BY = {"token": (), "sequence": ("sequences",), "group": ("groups",)}
 _OF_ALL = ("data", "logprobs", "weights", "reduction", "normalizer")
+_OF_IMPORTANCE = ("importance", "importance_cap", "importance_floor")
+_SAMPLER = "logprobs"  # Tinker's key of them
 
 
 class Term:
@@ -45,6 +50,8 @@ class Term:
       according to its ``logprobs`` and ``advantages``, else 1. None: 1. A token of weight 0 adds
       exactly 0 to value and gradient, whatever it holds, nan and infinity included.
     - ``reduction`` and ``normalizer``: see :class:`~.reduction.Reduction`.
+    - ``importance``, ``importance_cap``, ``importance_floor`` and ``old``, of the policy terms: see
+      :class:`~.importance.Importance`.
 
     The metrics are ``tokens``, the number of tokens with a weight, and the function's own.
     """
@@ -60,13 +67,14 @@ class Term:
         inputs: Sequence[str],
         optional: Sequence[str],
         alternatives: bool,
+        importance: bool,
     ) -> None:
         functools.update_wrapper(self, fn)
         self.scope: Scope = scope
         self.alternatives = alternatives
         self._derivative: Callable[..., Tensor] | None = None
         parameters = [*inspect.signature(fn).parameters.values()]
-        _check_names(fn.__name__, scope, parameters)
+        _check_names(fn.__name__, scope, parameters, importance)
         positional = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
         if len(positional) != 1 + len(inputs) + len(optional):
             raise TypeError(
@@ -78,11 +86,25 @@ class Term:
         self.optional: dict[str, str] = dict(
             zip(positional[1 + len(inputs) :], optional, strict=True)
         )
+        names = [*self.inputs]
+        self.has_importance = importance
+        self.ratio = next((i for i, key in enumerate(inputs) if key == _SAMPLER), None)
+        self.sampler = "sampler" if self.ratio is None else names[self.ratio]
         hints = _hints(fn) | {"reduction": ReductionName}
+        if importance:
+            hints |= {
+                "importance": ImportanceKind,
+                "importance_cap": Positive,
+                "importance_floor": Annotated[float, Range(at_least=0, below="importance_cap")],
+            }
         self.choices: dict[str, tuple[Any, ...]] = {
             name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal
         }
+        self.ranges: dict[str, Ranged] = {
+            name: ranged for name, hint in hints.items() if (ranged := range_of(hint)) is not None
+        }
         own = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in _SEEN_BY[scope]]
+        self.own = tuple(p.name for p in own)
         self.__signature__ = inspect.Signature(_public_parameters(self, own))
 
     def derivative(self, fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -199,12 +221,45 @@ class Term:
 
         Raises:
             ValueError: one has a value that it cannot have.
+            TypeError: there is no such parameter.
         """
+        defaults = self._defaults
+        for name in params:
+            if name not in defaults:
+                raise TypeError(
+                    f'the term {self.__name__} has no parameter "{name}"; '
+                    f"{nearest(name, [*defaults])}"
+                )
         for name, allowed in self.choices.items():
             if name in params and params[name] not in allowed:
                 known = ", ".join(map(str, allowed))
-                raise ValueError(f"unknown {name} {params[name]!r}; expected one of {known}")
-        Reduction(params.get("reduction", "token_sum"), params.get("normalizer"))
+                raise ValueError(
+                    f"unknown {name} {params[name]!r} of the term {self.__name__}; expected one of "
+                    f"{known}"
+                )
+        values = {**defaults, **params}
+        for name, ranged in self.ranges.items():
+            expected = ranged.refusal(values[name], values)
+            if expected is not None:
+                raise ValueError(
+                    f'the parameter "{name}" of the term {self.__name__} must be {expected}, got '
+                    f"{values[name]!r}"
+                )
+        Reduction(values["reduction"], values["normalizer"])
+        if self.has_importance:
+            keys = ("" if self.ratio is None else values["old"], values[self.sampler])
+            Importance.check(self.__name__, self.scope, params, keys)
+
+    def importance_of(self, values: Mapping[str, Any]) -> Importance:
+        """The importance weights that these parameters ask for."""
+        if not self.has_importance:
+            return Importance()
+        return Importance(*(values[name] for name in _OF_IMPORTANCE))
+
+    @functools.cached_property
+    def _defaults(self) -> dict[str, Any]:
+        parameters = [*self.__signature__.parameters.values()][2:]  # data and logprobs
+        return {parameter.name: parameter.default for parameter in parameters}
 
     def __reduce__(self) -> str:
         return self.__qualname__  # pickled by name, like a function
@@ -219,6 +274,7 @@ def term(
     inputs: Sequence[str] = (),
     optional: Sequence[str] = (),
     alternatives: bool = False,
+    importance: bool = False,
 ) -> Callable[[ValueFn], Term]:
     """Make a term of a pure function of tensors of one common shape. A decorator.
 
@@ -242,12 +298,23 @@ def term(
         alternatives: False: [T,K] logprobs are so many tokens, and the function sees tensors
             [N]. True (scope ``token`` only): it is called once with [N] for the datums of shape
             [T], and once with [N,K] for those of [T,K], and gives one value a position, [N].
+        importance: True: it takes importance weights (see :class:`~.importance.Importance`). Where
+            they are asked for, the input ``"logprobs"``, the sampler's, is what the key ``old``
+            has; a term without that input compares the logprobs of now with the sampler's.
+
+    A parameter's ``Literal`` is all that it may be, and a :class:`~.ranges.Range` in its
+    annotation which numbers; both are checked when it is given.
     """
     if scope not in get_args(Scope):
         raise TypeError(f"unknown scope {scope!r}; expected one of {', '.join(get_args(Scope))}")
     if alternatives and scope != "token":
         raise TypeError(f'alternatives=True is for terms of scope "token", not "{scope}"')
 
+    if importance and (alternatives or scope == "group"):
+        raise TypeError(
+            "importance=True is for terms of sampled tokens, or of sequences of them: of scope "
+            '"token" without alternatives, or "sequence"'
+        )
     for option, keys in (("inputs", inputs), ("optional", optional)):
         if isinstance(keys, str):
             raise TypeError(
@@ -255,17 +322,21 @@ def term(
             )
 
     def decorate(fn: ValueFn) -> Term:
-        return Term(fn, scope, inputs, optional, alternatives)
+        return Term(fn, scope, inputs, optional, alternatives, importance)
 
     return decorate
 
 
-def _check_names(name: str, scope: Scope, parameters: Sequence[inspect.Parameter]) -> None:
+def _check_names(
+    name: str, scope: Scope, parameters: Sequence[inspect.Parameter], importance: bool
+) -> None:
     """Whether a function has the arguments that its scope gives it, and none that mean another."""
     for parameter in parameters:
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             raise TypeError(f"the term {name} takes {parameter}; name its arguments one by one")
     taken = (*_OF_ALL, "group", "chosen") if scope == "group" else _OF_ALL
+    if importance:
+        taken = (*taken, *_OF_IMPORTANCE, "old")
     for parameter in parameters[1:]:
         if parameter.name in taken:
             raise TypeError(
@@ -293,7 +364,9 @@ def _hints(fn: ValueFn) -> dict[str, Any]:
     for name, annotation in inspect.get_annotations(fn).items():
         one = types.SimpleNamespace(__annotations__={name: annotation})
         with contextlib.suppress(NameError):  # imported for a type checker only, say
-            hints |= typing.get_type_hints(one, globalns=getattr(fn, "__globals__", {}))
+            hints |= typing.get_type_hints(
+                one, globalns=getattr(fn, "__globals__", {}), include_extras=True
+            )
     return hints
 
 
@@ -302,16 +375,28 @@ def _public_parameters(made: Term, own: Sequence[inspect.Parameter]) -> list[ins
         if name in made.choices:
             allowed = ", ".join(repr(choice) for choice in made.choices[name])
             annotation = f"Literal[{allowed}]".replace("'", '"')
+        elif name in made.ranges:
+            annotation = str(made.ranges[name])
         kind = inspect.Parameter.KEYWORD_ONLY
         return inspect.Parameter(name, kind, default=default, annotation=annotation)
 
     positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    importance = []
+    if made.has_importance:
+        key = "sampler" if made.ratio is None else "old"
+        importance = [
+            keyword("importance", "none", ""),
+            keyword("importance_cap", 2.0, ""),
+            keyword("importance_floor", 0.0, ""),
+            keyword(key, _SAMPLER if made.ratio is None else "old_logprobs", "str"),
+        ]
     return [
         inspect.Parameter("data", positional),
         inspect.Parameter("logprobs", positional),
         *(keyword(name, key, "str") for name, key in (made.inputs | made.optional).items()),
         *(keyword(p.name, p.default, p.annotation) for p in own),
         *(keyword(name, name, "str") for name in ("group", "chosen") if made.scope == "group"),
+        *importance,
         keyword("weights", "auto", "str | None"),
         keyword("reduction", "token_sum", ""),
         keyword("normalizer", None, "float | None"),

@@ -267,6 +267,23 @@ defmodule Tinkex.CustomLoss.Faults.BystandersTest do
       end
     end
 
+    test "waits for what the first worker has, and gives it no more" do
+      pool = start_peers!("stops_when_cancelled.py")
+      [os_pid] = os_pids(pool)
+      slow = spawn(fn -> ask(pool, 1, timeout: :infinity) end)
+      eventually(fn -> match?({:ok, %{in_flight: 1}}, CustomLoss.info(pool)) end)
+      reload = Task.async(fn -> CustomLoss.reload(pool) end)
+      process = child(pool, CustomLoss.Pool)
+      eventually(fn -> match?(%{reloading: [_]}, :sys.get_state(process)) end)
+      next = Task.async(fn -> ask(pool, 2) end)
+      eventually(fn -> match?({:ok, %{in_flight: 1, queued: 1}}, CustomLoss.info(pool)) end)
+      assert os_pids(pool) == [os_pid]
+      Process.exit(slow, :kill)
+      assert Task.await(reload, 10_000) == :ok
+      assert Task.await(next) == {:ok, 2.0}
+      refute os_pids(pool) == [os_pid]
+    end
+
     # What ended a worker is in its mailbox, and before what starts it anew.
     test "is not misled by a worker that ends just then" do
       pool = start_peers!("behaves.py")

@@ -1,0 +1,96 @@
+"""What the terms of a step read of its datums: each array once, whichever term comes first."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..tensors.batch import TensorBatch
+from .columns import read, read_weights
+from .reduction import Sequences
+
+__all__ = ["MASKED", "Reading", "reading"]
+
+MASKED = -20.0
+"""What a function sees where a token has weight 0: a number that every formula can take, and of
+which any number of alternatives have a mass below 1."""
+
+
+def reading(
+    data: Sequence[Any], logprobs: TensorBatch, weights: str | None, *, positions: bool
+) -> Reading:
+    """The arrays of these datums, laid out like these logprobs.
+
+    The same object for all terms that ask alike, where the batch is one that is shared.
+    """
+    new = Reading(data, logprobs, weights, positions)
+    if logprobs.shared is None:
+        return new
+    flat = logprobs.flat
+    alike = (id(data), weights, positions, flat.dtype, flat.device)
+    found: Reading = logprobs.shared.setdefault(alike, new)  # which keeps data, and so its id
+    return found
+
+
+class Reading:
+    """The weights of a batch, and its arrays, of which the masked entries are :data:`MASKED`.
+
+    ``positions``: there is one weight a position, not one for each of its alternatives.
+    """
+
+    def __init__(
+        self, data: Sequence[Any], logprobs: TensorBatch, weights: str | None, positions: bool
+    ) -> None:
+        self._data, self._weights, self._positions = data, weights, positions
+        self._logprobs = logprobs.with_flat(logprobs.flat.detach())
+        self._lock = threading.RLock()
+        self._columns: dict[str, Tensor] = {}
+
+    @cached_property
+    def sequences(self) -> Sequences:
+        """The datums' sizes and weights."""
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            logprobs, shapes = self._logprobs, self._logprobs.shapes
+            if self._positions:
+                shapes = tuple(shape[:1] for shape in shapes)
+            sizes = tuple(shape[0] for shape in shapes) if self._positions else logprobs.sizes
+            mask = read_weights(self._weights, self._data, shapes, logprobs.flat)
+            return Sequences(sizes, mask, logprobs.flat)
+
+    def column(self, key: str) -> Tensor:
+        """The array of every datum under a key, [N], aligned with the logprobs."""
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            if key not in self._columns:
+                # a sampled token's logprob says nothing of alternatives
+                column = read(key, self._data, self._logprobs, repeat=not self._positions)
+                self._columns[key] = self.masked(column)
+            return self._columns[key]
+
+    def masked(self, tensor: Tensor) -> Tensor:
+        """An array [N] as a function is to see it."""
+        return tensor if self.kept is None else torch.where(self.kept, tensor, MASKED)
+
+    @cached_property
+    def kept(self) -> Tensor | None:
+        """Whether every entry has a weight, [N]; None if all have."""
+        return self.entries(self.sequences.kept)
+
+    def entries(self, per_value: Tensor | None) -> Tensor | None:
+        """What is known of every position, for each of its alternatives."""
+        if per_value is None or not self._positions:
+            return per_value
+        return torch.repeat_interleave(per_value, _alternatives(self._logprobs))
+
+
+def _alternatives(logprobs: TensorBatch) -> int | Tensor:
+    """The number of alternatives of every position: K, or a tensor [N] where they differ."""
+    counts = [shape[1] if len(shape) == 2 else 1 for shape in logprobs.shapes]
+    if len(set(counts)) == 1:
+        return counts[0]
+    each = torch.tensor(counts, device=logprobs.flat.device)
+    return each.repeat_interleave(each.new_tensor([shape[0] for shape in logprobs.shapes]))
