@@ -5,8 +5,8 @@
 # Ctrl-C asks the BEAM for its menu, and cannot be caught there; `make demo` turns it into a hangup,
 # at which the training stops after the step that it is at.
 #
-# Every step's loss is composed of a base loss and three regularizers, a built-in one and two of
-# demo_terms.py, one of them async. PyTorch composes and differentiates it in a Python process of
+# Every step's loss is composed of a base loss and four regularizers: a catalogue term, and three of
+# demo_terms.py, one written with @term and one async. PyTorch composes and differentiates it in a Python process of
 # its own; the model answers from another one. At the end the parameter gradient of the linearized
 # loss, which is what a Tinker server computes, is compared with autograd from end to end.
 
@@ -23,9 +23,10 @@ defmodule Demo do
   @terms Path.join(__DIR__, "demo_terms.py")
 
   @loss [
-    base_loss: {:nll, %{reduction: "token_mean"}},
+    base_loss: %{fn: :nll, reduction: :token_mean},
     regularizers: [
-      %{name: "l2", fn: :l2, weight: 0.02, params: %{reduction: "token_mean"}},
+      %{fn: :l2, weight: 0.02, reduction: :token_mean},
+      %{name: "surprise", fn: "demo_terms:surprise", weight: 0.1, reduction: :token_mean},
       %{name: "smoothness", fn: "demo_terms:smoothness", weight: 0.05},
       %{name: "rarity", fn: "demo_terms:rarity", weight: 0.2}
     ]

@@ -4,8 +4,8 @@
 
 The run is recorded in runs/demo; python -m tinker_custom_loss report runs/demo makes a page of it.
 
-Every step's loss is composed of a base loss and three regularizers: a built-in one, a user's own,
-and an async one. At the end the parameter gradient of the linearized loss, which is what a Tinker
+Every step's loss is composed of a base loss and four regularizers: a catalogue term, and three of
+demo_terms.py, one written with @term and one async. At the end the parameter gradient of the linearized loss, which is what a Tinker
 server computes, is compared with autograd from end to end.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import tinker
 import torch
-from demo_terms import rarity, smoothness
+from demo_terms import rarity, smoothness, surprise
 
 from tinker_custom_loss import Recorder, Regularizer, flatten, live, with_regularizers
 from tinker_custom_loss.sandbox import SandboxServer
@@ -33,6 +33,7 @@ TOLERANCE = 1e-5
 
 REGULARIZERS = [
     Regularizer(l2, 0.02, "l2", params={"reduction": "token_mean"}),
+    Regularizer(surprise, 0.1, "surprise", params={"reduction": "token_mean"}),
     Regularizer(smoothness, 0.05, "smoothness"),
     Regularizer(rarity, 0.2, "rarity"),
 ]

@@ -1,6 +1,7 @@
-"""Two regularizers of a user's own, for docs/examples/demo.exs and demo.py alike.
+"""Three regularizers of a user's own, for docs/examples/demo.exs and demo.py alike.
 
-Elixir names them as "demo_terms:smoothness" and "demo_terms:rarity"; Python imports them.
+Elixir names them as "demo_terms:surprise", "demo_terms:smoothness" and "demo_terms:rarity"; Python
+imports them.
 """
 
 from __future__ import annotations
@@ -10,7 +11,15 @@ import collections
 
 import torch
 
-__all__ = ["rarity", "smoothness"]
+from tinker_custom_loss import term
+
+__all__ = ["rarity", "smoothness", "surprise"]
+
+
+@term(scope="token")
+def surprise(logprob, *, floor: float = -6.0):
+    """Tokens below a floor count, the more the lower: ``max(0, floor - logprob)²``."""
+    return (floor - logprob).clamp(min=0.0).square()
 
 
 def smoothness(data, logprobs, *, window=1):
