@@ -6,8 +6,8 @@
 # at which the training stops after the step that it is at.
 #
 # Every step's loss is composed of a base loss and four regularizers: a catalogue term, and three of
-# demo_terms.py, one written with @term and one async. PyTorch composes and differentiates it in a Python process of
-# its own; the model answers from another one. At the end the parameter gradient of the linearized
+# demo_terms.py, one written with @term and one async. PyTorch composes and differentiates it in a
+# Python process of its own; the model answers from another one. At the end the parameter gradient of the linearized
 # loss, which is what a Tinker server computes, is compared with autograd from end to end.
 
 defmodule Demo do

@@ -5,8 +5,8 @@
 The run is recorded in runs/demo; python -m tinker_custom_loss report runs/demo makes a page of it.
 
 Every step's loss is composed of a base loss and four regularizers: a catalogue term, and three of
-demo_terms.py, one written with @term and one async. At the end the parameter gradient of the linearized loss, which is what a Tinker
-server computes, is compared with autograd from end to end.
+demo_terms.py, one written with @term and one async. At the end the parameter gradient of the
+linearized loss, which is what a Tinker server computes, is compared with autograd from end to end.
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ __all__ = ["rarity", "smoothness", "surprise"]
 
 @term(scope="token")
 def surprise(logprob, *, floor: float = -6.0):
-    """Tokens below a floor count, the more the lower: ``max(0, floor - logprob)²``."""
-    return (floor - logprob).clamp(min=0.0).square()
+    """Tokens below a floor count, the more the lower: ``log(1 + exp(floor - logprob))``."""
+    return torch.nn.functional.softplus(floor - logprob)
 
 
 def smoothness(data, logprobs, *, window=1):
