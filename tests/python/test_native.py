@@ -242,6 +242,22 @@ class TestOrder:
         same.optim_step(ADAM).result(60)
         assert torch.equal(sandbox.parameters(client.model_id), sandbox.parameters(same.model_id))
 
+    @pytest.mark.parametrize("regularizers", [[], [SQUARES]], ids=["alone", "regularized"])
+    def test_what_waits_is_sent_as_it_was_when_it_was_called(self, new_client, regularizers):
+        """A loop may fill its list and its options anew for the next call."""
+        gate = Gate()
+        client = with_regularizers(new_client(), regularizers=[gate.term()])
+        client.forward_backward(datums(), "cross_entropy")
+        data, options = policy_data(), {"clip_low_threshold": 0.9, "clip_high_threshold": 1.1}
+        bare = new_client().forward_backward(data, "ppo", dict(options)).result(60)
+        waits = client.forward_backward(data, "ppo", options, regularizers=regularizers)
+        del data[1:]
+        options.update(clip_low_threshold=0.0, clip_high_threshold=9.0)
+        gate.open.set()
+        got = waits.result(60)
+        assert len(got.loss_fn_outputs) == len(bare.loss_fn_outputs)
+        assert got.metrics["loss:sum"] == pytest.approx(bare.metrics["loss:sum"])
+
 
 class TestFailures:
     def test_a_failing_term_leaves_the_base(self, new_client, sandbox, caplog):
