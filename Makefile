@@ -27,6 +27,10 @@ demo: setup ## train a small language model from Elixir (TEXT=path for another t
 demo-python: setup ## the same with the official SDK, over HTTP
 	@$(BIN)/python docs/examples/demo.py
 
+.PHONY: demo-rl
+demo-rl: setup ## GRPO with regularizers, from samples to a resumed checkpoint
+	@$(BIN)/python docs/examples/grpo.py
+
 .PHONY: test test-elixir test-python test-sdk-lowest
 test: setup ## run all tests, Elixir's and Python's
 	@$(MAKE) --keep-going test-elixir test-python test-sdk-lowest

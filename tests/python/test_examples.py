@@ -15,9 +15,9 @@ ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "docs" / "examples"
 
 
-def run(path, cwd):
+def run(path, cwd, *arguments):
     done = subprocess.run(
-        [sys.executable, "-W", "error", str(path)],
+        [sys.executable, "-W", "error", str(path), *arguments],
         cwd=cwd,
         env={"PATH": "", "PYTHONPATH": str(ROOT / "python"), "TINKER_TELEMETRY": "0"},
         capture_output=True,
@@ -45,6 +45,11 @@ def test_the_page_is_one_program(tmp_path):
     output = run(program, tmp_path)
     assert 'the term "failing" raised ZeroDivisionError: no tokens' in output
     assert "this call was refused, because step 0 failed before it" in output
+
+
+def test_grpo(tmp_path):
+    output = run(EXAMPLES / "grpo.py", tmp_path, "--steps", "16")
+    assert "yes  the resumed run has the same parameters, bit for bit" in output
 
 
 def test_topology_and_sparsity(tmp_path):

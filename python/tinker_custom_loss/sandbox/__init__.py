@@ -7,6 +7,7 @@ with the official client or with Tinkex, without a key, a network or a GPU.
 from typing import TYPE_CHECKING, Any
 
 from .examples import VOCABULARY, Examples
+from .faults import Faults
 from .gradient_check import GradientCheck, check_gradient
 from .model import AdamParams, ForwardBackwardResult, LanguageModel
 
@@ -17,6 +18,7 @@ __all__ = [
     "VOCABULARY",
     "AdamParams",
     "Examples",
+    "Faults",
     "ForwardBackwardResult",
     "GradientCheck",
     "LanguageModel",
