@@ -393,7 +393,8 @@ defmodule Tinkex.CustomLoss do
   Where the loss fails, the task comes to `{:error, %Tinkex.Error{}}` with the exception in
   `data.exception`. The server was then sent a backward pass with a gradient of zero, since Tinkex
   has reserved a number for it that the server waits for; a raised error would leave the training
-  client stuck for good.
+  client stuck for good. A part of a step that its `:totals` do not allow ends so, too, while
+  `forward_backward_custom/4` refuses it before anything is sent.
 
   ## Options
 

@@ -8,8 +8,8 @@ import torch
 from tinker.proto import tinker_public_pb2 as pb
 
 from ..errors import RequestError
+from .datums_wire import json_tensor, json_tokens
 from .sampling import Sample, SampleRequest, SamplingParams
-from .wire import json_tensor, json_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

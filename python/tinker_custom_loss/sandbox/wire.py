@@ -6,18 +6,17 @@ Official SDKs send protobuf from 0.25 on; earlier ones, and Tinkex, send JSON.
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from tinker.proto import tinker_public_pb2 as pb
-from torch import Tensor
 
 from ..errors import RequestError
 from ..tensors.batch import TensorBatch
-from .examples import COLUMNS, Examples
+from .datums_wire import RawDatum, expect, json_datum, protobuf_datum
+from .examples import Examples
 from .losses import CROSS_ENTROPY, loss_named
 from .model import AdamParams, ForwardBackwardResult
 
@@ -34,8 +33,6 @@ __all__ = [
     "decompress",
     "encode_json",
     "encode_protobuf",
-    "json_tensor",
-    "json_tokens",
     "parse_json",
     "parse_training_call",
 ]
@@ -43,7 +40,6 @@ __all__ = [
 PROTOBUF = "application/x-protobuf"
 
 _OUTPUT_TYPE = "ArrayRecord"
-_RawDatum = tuple[Tensor, dict[str, Tensor]]  # tokens [T] int64, loss_fn_inputs
 
 
 @dataclass(frozen=True)
@@ -157,7 +153,7 @@ def _optim_step(request: Mapping[str, Any]) -> Operation:
                 "the sandbox trains with AdamW alone: pass tinker.AdamParams to optim_step",
                 path="adam_params",
             )
-        params = AdamParams.from_mapping(_expect(request, "adam_params", dict, ""))
+        params = AdamParams.from_mapping(expect(request, "adam_params", dict, ""))
         return {"type": "optim_step", "metrics": model.optim_step(params)}
 
     return operation
@@ -166,7 +162,7 @@ def _optim_step(request: Mapping[str, Any]) -> Operation:
 def _forward_backward(
     loss_fn: object,
     config: Mapping[str, Any],
-    datums: Callable[[], Iterable[_RawDatum]],
+    datums: Callable[[], Iterable[RawDatum]],
     *,
     forward_only: bool,
 ) -> Operation:
@@ -183,7 +179,7 @@ def _forward_backward(
     return operation
 
 
-def _examples(datums: list[_RawDatum], loss: Loss, *, zeros_for_missing: bool) -> Examples:
+def _examples(datums: list[RawDatum], loss: Loss, *, zeros_for_missing: bool) -> Examples:
     if not datums:
         raise RequestError("there is no datum to compute on", path="data")
     needed = ["target_tokens"] if zeros_for_missing else ["target_tokens", *loss.inputs]
@@ -230,48 +226,10 @@ def _parse_protobuf(body: bytes) -> TrainingCall:
     operation = _forward_backward(
         message.loss_fn,
         config,
-        lambda: (_protobuf_datum(datum, f"data[{i}]") for i, datum in enumerate(message.data)),
+        lambda: (protobuf_datum(datum, f"data[{i}]") for i, datum in enumerate(message.data)),
         forward_only=message.forward_only,
     )
     return TrainingCall(message.model_id, message.seq_id, operation, message.loss_fn)
-
-
-def _protobuf_datum(datum: pb.Datum, path: str) -> _RawDatum:
-    tokens = []
-    for chunk in datum.model_input:
-        kind = chunk.WhichOneof("chunk")
-        if kind != "encoded_text":
-            raise _not_text(kind, f"{path}.model_input")
-        tokens.append(np.frombuffer(chunk.encoded_text.tokens, dtype=np.int32))
-    inputs = {
-        name: _protobuf_tensor(tensor, f'{path}.loss_fn_inputs["{name}"]')
-        for name, tensor in datum.loss_fn_inputs.items()
-        if name in ("target_tokens", *COLUMNS)
-    }
-    return _tokens(tokens), inputs
-
-
-_PROTOBUF_DTYPES: dict[int, type[np.generic]] = {
-    pb.DTYPE_FLOAT32: np.float32,
-    pb.DTYPE_INT64: np.int64,
-    pb.DTYPE_INT32: np.int32,
-}
-
-
-def _protobuf_tensor(tensor: pb.Tensor, path: str) -> Tensor:
-    dtype = _PROTOBUF_DTYPES.get(tensor.dtype)
-    if dtype is None:
-        raise RequestError("expected a tensor of float32, int64 or int32", path=path)
-    if tensor.WhichOneof("encoding") == "sparse_csr":
-        csr = tensor.sparse_csr
-        return _dense(
-            np.frombuffer(csr.values, dtype=dtype),
-            np.frombuffer(csr.crow_indices, dtype=np.int64),
-            np.frombuffer(csr.col_indices, dtype=np.int64),
-            list(tensor.shape),
-            path,
-        )
-    return _shaped(np.frombuffer(tensor.dense, dtype=dtype), list(tensor.shape) or None, path)
 
 
 # JSON
@@ -281,14 +239,14 @@ def _json_forward_backward(
     request: Mapping[str, Any], key: str, *, forward_only: bool
 ) -> Operation:
     def operation(model: LanguageModel) -> ForwardBackwardResult:
-        body = _expect(request, key, dict, "")
-        data = _expect(body, "data", list, key)
+        body = expect(request, key, dict, "")
+        data = expect(body, "data", list, key)
 
-        def datums() -> Iterable[_RawDatum]:
-            return (_json_datum(datum, f"data[{i}]") for i, datum in enumerate(data))
+        def datums() -> Iterable[RawDatum]:
+            return (json_datum(datum, f"data[{i}]") for i, datum in enumerate(data))
 
         config = (
-            {} if body.get("loss_fn_config") is None else _expect(body, "loss_fn_config", dict, key)
+            {} if body.get("loss_fn_config") is None else expect(body, "loss_fn_config", dict, key)
         )
         run = _forward_backward(body.get("loss_fn"), config, datums, forward_only=forward_only)
         result = run(model)
@@ -296,121 +254,3 @@ def _json_forward_backward(
         return result
 
     return operation
-
-
-def _json_datum(datum: Any, path: str) -> _RawDatum:
-    if not isinstance(datum, dict):
-        raise RequestError("expected an object", path=path)
-    model_input = _expect(datum, "model_input", dict, path)
-    tokens = json_tokens(model_input, f"{path}.model_input")
-    inputs = {
-        name: json_tensor(tensor, f'{path}.loss_fn_inputs["{name}"]')
-        for name, tensor in _expect(datum, "loss_fn_inputs", dict, path).items()
-        if name in ("target_tokens", *COLUMNS)
-    }
-    return tokens, inputs
-
-
-def json_tokens(model_input: Mapping[str, Any], path: str) -> Tensor:
-    """The tokens of a ``ModelInput`` of text, [T] int64."""
-    tokens = []
-    for chunk in _expect(model_input, "chunks", list, path):
-        kind = chunk.get("type", "encoded_text") if isinstance(chunk, dict) else type(chunk)
-        if kind != "encoded_text":
-            raise _not_text(kind, path)
-        tokens.append(_numbers(chunk, "tokens", np.int64, path))
-    return _tokens(tokens)
-
-
-_JSON_DTYPES: dict[str, type[np.generic]] = {"float32": np.float32, "int64": np.int64}
-
-
-def json_tensor(tensor: Any, path: str) -> Tensor:
-    """A ``TensorData``, dense."""
-    if not isinstance(tensor, dict):
-        raise RequestError("expected an object with data, dtype and shape", path=path)
-    dtype = _JSON_DTYPES.get(str(tensor.get("dtype")))
-    if dtype is None:
-        raise RequestError(
-            f'expected a dtype of "float32" or "int64", got {tensor.get("dtype")!r}', path=path
-        )
-    values = _numbers(tensor, "data", dtype, path)
-    shape = tensor.get("shape")
-    if tensor.get("sparse_crow_indices") is not None:
-        crow = _numbers(tensor, "sparse_crow_indices", np.int64, path)
-        columns = _numbers(tensor, "sparse_col_indices", np.int64, path)
-        return _dense(values, crow, columns, shape, path)
-    return _shaped(values, shape, path)
-
-
-def _numbers(
-    holder: Mapping[str, Any], key: str, dtype: type[np.generic], path: str
-) -> np.ndarray[Any, Any]:
-    values = _expect(holder, key, list, path)
-    for i, value in enumerate(values):
-        integral = isinstance(value, int) and not isinstance(value, bool)
-        if not integral and (dtype is np.int64 or not isinstance(value, float)):
-            kind = "an integer" if dtype is np.int64 else "a number"
-            raise RequestError(f"expected {kind}, got {value!r}", path=f"{path}.{key}[{i}]")
-    return np.array(values, dtype=dtype)
-
-
-def _expect(holder: Mapping[str, Any], key: str, kind: type, path: str) -> Any:
-    value = holder.get(key)
-    if not isinstance(value, kind):
-        name = "an object" if kind is dict else "an array"
-        found = "nothing" if value is None else type(value).__name__
-        raise RequestError(f"expected {name}, got {found}", path=f"{path}.{key}".lstrip("."))
-    return value
-
-
-# Both
-
-
-def _tokens(chunks: list[np.ndarray[Any, Any]]) -> Tensor:
-    joined = np.concatenate(chunks) if chunks else np.empty(0)
-    return torch.from_numpy(joined.astype(np.int64))
-
-
-def _shaped(values: np.ndarray[Any, Any], shape: Any, path: str) -> Tensor:
-    shape = [len(values)] if shape is None else shape
-    if not _is_shape(shape) or math.prod(shape) != len(values):
-        raise RequestError(f"the shape {shape} does not hold {len(values)} values", path=path)
-    integral = np.issubdtype(values.dtype, np.integer)
-    # A copy: what comes out of a message is read-only, which torch does not know.
-    return torch.from_numpy(values.astype(np.int64 if integral else np.float32)).reshape(shape)
-
-
-def _dense(
-    values: np.ndarray[Any, Any],
-    crow: np.ndarray[Any, Any],
-    columns: np.ndarray[Any, Any],
-    shape: Any,
-    path: str,
-) -> Tensor:
-    """A compressed sparse row tensor with zeros in every entry that it does not list."""
-    valid = (
-        _is_shape(shape)
-        and len(shape) == 2
-        and len(crow) == shape[0] + 1
-        and crow[0] == 0
-        and crow[-1] == len(columns) == len(values)
-        and bool((np.diff(crow) >= 0).all())
-        and bool(((columns >= 0) & (columns < shape[1])).all())
-    )
-    if not valid:
-        raise RequestError(f"this is no sparse CSR tensor of the shape {shape}", path=path)
-    dense = np.zeros(shape, dtype=values.dtype)
-    dense[np.repeat(np.arange(shape[0]), np.diff(crow)), columns] = values
-    return _shaped(dense.reshape(-1), shape, path)
-
-
-def _is_shape(shape: Any) -> bool:
-    return isinstance(shape, list) and all(isinstance(n, int) and n >= 0 for n in shape)
-
-
-def _not_text(kind: object, path: str) -> RequestError:
-    return RequestError(
-        f"the sandbox's model reads chunks of encoded_text, not of {kind}",
-        path=path,
-    )

@@ -14,6 +14,7 @@ defmodule Tinkex.CustomLoss.Merge do
     sums = Map.new(@sums, &{&1, sum(records, &1)})
     totals = Enum.map(records, & &1["total_grad_norm"])
     step = %{size: sums["logprob_count"], totals: totals, total: norm(totals)}
+    cosines = Enum.map(records, & &1["cosines"])
 
     base_losses = for %{"base_loss" => %{} = base_loss} <- records, do: base_loss
     names = records |> hd() |> Map.fetch!("regularizers") |> Map.keys()
@@ -27,6 +28,7 @@ defmodule Tinkex.CustomLoss.Merge do
         ),
       "total_grad_norm" => step.total,
       "total_grad_rms" => root_mean_square(step.total, step.size),
+      "cosines" => if(nil not in cosines, do: pairs(cosines, records)),
       "schedule_step" => same(Enum.map(records, & &1["schedule_step"]))
     })
   end
@@ -97,9 +99,27 @@ defmodule Tinkex.CustomLoss.Merge do
   end
 
   # Σ cos·|g|·|G| / (|g|·|G|) over the parts; divided first, so that nothing overflows.
-  defp cosine(parts, norms, norm, step) do
-    cosines = Enum.map(parts, & &1["cosine_to_total"])
+  defp cosine(parts, norms, norm, step),
+    do: parts |> Enum.map(& &1["cosine_to_total"]) |> whole(norms, norm, step)
 
+  # Of each pair of terms.
+  defp pairs([first | _] = parts, records) do
+    for {a, others} <- first, into: %{} do
+      norms = norms(records, a)
+
+      {a,
+       for {b, _cosine} <- others, into: %{} do
+         totals = norms(records, b)
+         against = %{totals: totals, total: norm(totals)}
+         {b, whole(Enum.map(parts, & &1[a][b]), norms, norm(norms), against) || 0.0}
+       end}
+    end
+  end
+
+  defp norms(records, "base_loss"), do: Enum.map(records, & &1["base_loss"]["grad_norm"])
+  defp norms(records, name), do: Enum.map(records, & &1["regularizers"][name]["grad_norm"])
+
+  defp whole(cosines, norms, norm, step) do
     cond do
       not Enum.all?([norm, step.total | cosines], &is_number/1) -> nil
       norm == 0 or step.total == 0 -> 0.0
