@@ -356,6 +356,7 @@ def _merged_cosines(records: Sequence[StepRecord]) -> dict[str, dict[str, float]
             for b in others
         }
         for a, others in parts[0].items()
+        if all(a in part for part in parts)  # of a loss of the server's no gradient is known
     }
 
 

@@ -95,5 +95,14 @@ defmodule Tinkex.CustomLoss.RegularizerTest do
     assert sentence =~ ~s("my_losses:topology")
     assert sentence =~ ":load"
     assert Terms.check(%{request | regularizers: [%{name: "a", fn: "kl"}]}, known) == :ok
+
+    many = Map.merge(known, Map.new(1..20, &{"zz_#{&1}", %{}}))
+    assert {:error, %RequestError{} = error} = Terms.check(request, many)
+    sentence = Exception.message(error)
+
+    assert sentence =~
+             ~r/"close"; of 25, the nearest are :entropy, \S+, \S+\. Functions of your own/
+
+    refute sentence =~ "zz_"
   end
 end

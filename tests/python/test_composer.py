@@ -415,6 +415,15 @@ class TestNonFinite:
         assert composition.gradients[1].tolist() == [[1, 1], [1, 1]]
         assert "datum 1" in composition.record["regularizers"]["nan"]["error"]
 
+    def test_other_infinite_inputs_are_counted_only_where_there_are_any(self):
+        def error(values: list[float]) -> str:
+            with pytest.raises(NonFiniteError) as raised:
+                Composer("nll").compute([None], [torch.tensor(values)])
+            return str(raised.value)
+
+        assert "at datum 0, token 1, so mask" in error([-1.0, math.nan, -1.0])
+        assert "at datum 0, token 1 (and 1 more), so mask" in error([-1.0, math.nan, math.nan])
+
     def test_zero_keeps_the_finite_part_and_counts(self, logprobs):
         term = spec(nan_gradient_in_datum_1, 1.0, "nan", on_non_finite="zero")
         composition = Composer(total, [term]).compute(DATA, logprobs)

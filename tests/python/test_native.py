@@ -11,7 +11,7 @@ import tinker
 import torch
 
 from tinker_custom_loss import Composer, RequestError, StoppedError, TermError, with_regularizers
-from tinker_custom_loss.terms import kl, l2
+from tinker_custom_loss.terms import columns, kl, l2
 from training import ADAM, Gate, assert_same_parameters, datums, spread, squares, weighted_nll
 
 SQUARES = {"fn": squares, "weight": 0.1, "name": "squares"}
@@ -208,6 +208,16 @@ class TestOptimStep:
         assert bare.keys() <= metrics.keys()
         assert value not in (client.optim_step(ADAM).result(60).metrics or {})
 
+    def test_also_where_a_custom_step_and_one_of_the_servers_loss_are_before_it(self, new_client):
+        """Of the server's loss the record knows no cosine, so there is none to merge."""
+        client = with_regularizers(new_client(), regularizers=[SQUARES, SPREAD], flat_metrics=True)
+        custom = client.forward_backward_custom(datums(), weighted_nll)
+        native = client.forward_backward(datums(), "cross_entropy")
+        metrics = client.optim_step(ADAM).result(60).metrics
+        both = [each.result(60).metrics["loss_total"] for each in (custom, native)]
+        assert metrics["loss_total"] == pytest.approx(sum(both))
+        assert [key for key in metrics if key.startswith("cosines/")] == ["cosines/squares/spread"]
+
     def test_and_of_none_that_failed(self, new_client):
         client = with_regularizers(new_client(), regularizers=[FAILS], flat_metrics=True)
         client.forward_backward(datums(), "cross_entropy")
@@ -231,6 +241,22 @@ class TestOrder:
         same.forward_backward(data, "cross_entropy").result(60)
         same.optim_step(ADAM).result(60)
         assert torch.equal(sandbox.parameters(client.model_id), sandbox.parameters(same.model_id))
+
+    @pytest.mark.parametrize("regularizers", [[], [SQUARES]], ids=["alone", "regularized"])
+    def test_what_waits_is_sent_as_it_was_when_it_was_called(self, new_client, regularizers):
+        """A loop may fill its list and its options anew for the next call."""
+        gate = Gate()
+        client = with_regularizers(new_client(), regularizers=[gate.term()])
+        client.forward_backward(datums(), "cross_entropy")
+        data, options = policy_data(), {"clip_low_threshold": 0.9, "clip_high_threshold": 1.1}
+        bare = new_client().forward_backward(data, "ppo", dict(options)).result(60)
+        waits = client.forward_backward(data, "ppo", options, regularizers=regularizers)
+        del data[1:]
+        options.update(clip_low_threshold=0.0, clip_high_threshold=9.0)
+        gate.open.set()
+        got = waits.result(60)
+        assert len(got.loss_fn_outputs) == len(bare.loss_fn_outputs)
+        assert got.metrics["loss:sum"] == pytest.approx(bare.metrics["loss:sum"])
 
 
 class TestFailures:
@@ -317,3 +343,34 @@ class TestDatumsOfPolicies:
             each.requires_grad_()
         l2(data, logprobs)[0].backward()
         assert all((each.grad != 0).nonzero().tolist() == [[len(each) - 1]] for each in logprobs)
+
+    def test_one_advantage_a_datum_makes_no_prompt_a_sample(self):
+        """One number is there for every token, and so tells none apart."""
+        data = policy_data()
+        for datum in data:
+            datum.loss_fn_inputs["advantages"] = tinker.TensorData.from_numpy(np.float32([0.5]))
+        logprobs = [torch.full((len(d.loss_fn_inputs["logprobs"].data),), -1.0) for d in data]
+        sampled = sum(int((d.loss_fn_inputs["logprobs"].to_torch() != 0).sum()) for d in data)
+        assert l2(data, logprobs)[1]["tokens"] == sampled < sum(map(len, logprobs))
+
+    def test_zeros_that_may_have_been_sampled_are_said_once(self, caplog):
+        columns._warn_of_zeros.cache_clear()
+        data = policy_data()
+        for datum in data:
+            for key in ("logprobs", "advantages"):
+                datum.loss_fn_inputs[key].to_numpy()[-1] = 0
+        logprobs = [torch.full((len(d.loss_fn_inputs["logprobs"].data),), -1.0) for d in data]
+        for _ in range(2):
+            l2(data, logprobs)
+        (line,) = caplog.messages
+        assert "taken not to have been sampled" in line
+
+    def test_advantages_of_another_length_are_named(self):
+        data = policy_data()
+        short = tinker.TensorData.from_numpy(np.ones(3, dtype=np.float32))
+        data[1].loss_fn_inputs["advantages"] = short
+        logprobs = [torch.full((len(d.loss_fn_inputs["logprobs"].data),), -1.0) for d in data]
+        with pytest.raises(
+            ValueError, match=r'"advantages" of datum 1 has shape \[3\], but its "l'
+        ):
+            l2(data, logprobs)

@@ -205,6 +205,34 @@ def test_what_cannot_be_kept_costs_a_file_and_no_step(tmp_path, caplog):
     assert "a step without a number cannot be kept: datum 0 is <object" in caplog.text
 
 
+def test_nor_does_a_tensor_of_an_unforeseen_kind(tmp_path, caplog):
+    def loss(data, logprobs, *, bigrams):
+        return replayed_terms.likelihood(data, logprobs)
+
+    with Recorder(tmp_path, keep="all") as recorder:
+        composer = Composer(loss, base_params={"bigrams": torch.eye(2).to_sparse()})
+        assert composer.recorded_by(recorder).compute(DATA, logprobs(), step=1).loss_total
+    assert kept_steps(tmp_path) == []
+    assert "step 1 cannot be kept: RuntimeError" in caplog.text
+
+
+def test_a_full_disk_holds_no_half_of_a_step(tmp_path):
+    """The limit of the size of a file stands for it."""
+    script = (
+        "import resource, signal, sys, torch\n"
+        "from tinker_custom_loss import Composer, Recorder\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "recorder = Recorder(sys.argv[1], keep='all')\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "Composer('nll', recorder=recorder).compute([None], [-torch.ones(5)], step=1)\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert "step 1 cannot be kept" in ran.stderr
+    assert list((tmp_path / "steps").iterdir()) == []
+
+
 @pytest.mark.parametrize("keep", ["every", "every:0", "sometimes", 3])
 def test_a_keep_that_means_nothing_is_refused_at_once(tmp_path, keep):
     with pytest.raises(RequestError, match='keep must be "failures", "all" or "every:N"'):

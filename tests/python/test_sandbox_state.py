@@ -7,8 +7,9 @@ from tinker import types
 
 from tinker_custom_loss import RequestError
 from tinker_custom_loss.sandbox import SandboxServer
-from tinker_custom_loss.sandbox.errors import UnknownError
+from tinker_custom_loss.sandbox.errors import ExpiredError, UnknownError
 from tinker_custom_loss.sandbox.futures import Futures
+from tinker_custom_loss.sandbox.trainer import Trainer
 from training import ADAM, SDK, datums
 
 pytestmark = pytest.mark.skipif(SDK < (0, 38), reason="written for the calls of newer SDKs")
@@ -158,3 +159,29 @@ def test_no_two_sandboxes_have_a_session_of_one_name(connect):
     with SandboxServer() as first, SandboxServer() as second:
         ids = {connect(server).holder.get_session_id() for server in (first, second)}
     assert len(ids) == 2
+
+
+def test_a_session_of_which_nothing_is_heard_expires_with_its_models():
+    now = 0.0
+    trainer = Trainer(session_seconds=30, clock=lambda: now)
+    silent, heard = trainer.create_session(), trainer.create_session()
+    models = [trainer.create_model(session, 0) for session in (silent, heard)]
+    now = 20.0
+    trainer.check_session(heard)
+    now = 40.0
+    for _ in range(2):
+        with pytest.raises(ExpiredError, match="nothing was heard of it for 30 s"):
+            trainer.run(models[0])
+    assert trainer.run(models[1]).model_id == models[1]
+    assert list(trainer.sessions) == [heard]
+    trainer.close()
+
+
+def test_an_expired_session_is_gone_for_its_client(connect):
+    with SandboxServer(session_seconds=1e-9) as server:
+        with pytest.raises(tinker.APIStatusError, match="has expired") as caught:
+            connect(server).create_lora_training_client("any-model").result(60)
+        assert caught.value.status_code == 410
+    for wrong in (0, -1, True, "10"):
+        with pytest.raises(RequestError, match="more than 0 seconds"):
+            SandboxServer(session_seconds=wrong)

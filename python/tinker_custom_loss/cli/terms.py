@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import shutil
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
+
+from ..regularizer import nearest
 
 __all__ = ["describe", "overview"]
 
@@ -41,8 +42,7 @@ def describe(terms: Sequence[_Term], names: Sequence[str]) -> Iterator[str]:
     known = {term["name"]: term for term in terms}
     for name in names:
         if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=3) or list(known)
-            raise LookupError(f"there is no term {name!r}; there are {', '.join(nearest)}")
+            raise LookupError(f'there is no term "{name}"; {nearest(name, [*known])}')
     for name in names:
         term = known[name]
         kinds = [term["kind"]] + ["async"] * term["async"] + [f"scope {term['scope']}"]

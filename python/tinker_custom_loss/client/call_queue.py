@@ -12,6 +12,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import contextvars
+import copy
 import functools
 import threading
 from collections import deque
@@ -24,7 +25,7 @@ from ..errors import RequestError
 from ..running.threads import THREADS
 from .futures import StepFuture, concurrent_future, settle
 
-__all__ = ["CallQueue", "computing", "refuse_within"]
+__all__ = ["CallQueue", "as_it_is", "computing", "refuse_within"]
 
 T = TypeVar("T")
 Kind = Callable[[APIFuture[T]], APIFuture[T]]
@@ -58,6 +59,11 @@ def refuse_within(client: object, call: str) -> None:
             "the step, or on another client",
             path="training_client",
         )
+
+
+def as_it_is(argument: Any) -> Any:
+    """An argument of a call that may wait: the loop may fill its list anew for the next one."""
+    return copy.copy(argument) if isinstance(argument, (list, dict)) else argument
 
 
 class CallQueue:

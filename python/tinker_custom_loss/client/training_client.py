@@ -29,7 +29,7 @@ from .arguments import (
     plain_loss,
     sdk_loss,
 )
-from .call_queue import CallQueue, computing, refuse_within
+from .call_queue import CallQueue, as_it_is, computing, refuse_within
 from .failures import Failures, OnFailure
 from .futures import StepFuture
 from .native import NativeStep, native_data
@@ -339,7 +339,10 @@ class RegularizedTrainingClient(_Client):
         checked_totals(totals, checked_step(step), composer, datums)
         flat = self._flat_metrics if flat_metrics is None else flat_metrics
         call = functools.partial(
-            self._client.forward_backward, native_data(datums, loss_fn), loss_fn, loss_fn_config
+            self._client.forward_backward,
+            native_data(datums, loss_fn),
+            loss_fn,
+            as_it_is(loss_fn_config),
         )
         number = self._count(step)
         native = NativeStep(
@@ -452,6 +455,8 @@ class RegularizedTrainingClient(_Client):
         def bound(args: Any, kwargs: Any) -> Callable[[], Any]:
             refuse_within(self._client, name)
             era = self._failures.era
+            args = tuple(map(as_it_is, args))
+            kwargs = {key: as_it_is(value) for key, value in kwargs.items()}
 
             def call() -> Any:
                 self._failures.refuse(era)

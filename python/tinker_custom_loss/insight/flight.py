@@ -107,6 +107,8 @@ class FlightRecorder:
                 self._drop_oldest(len(packed))
         except (CannotKeepError, OSError) as error:
             logger.error("%s cannot be kept: %s", name, error)
+        except Exception as error:  # a tensor of a kind that nothing foresaw, sparse or quantized
+            logger.error("%s cannot be kept: %s: %s", name, type(error).__name__, error)
         else:
             if outcome.error is not None:
                 logger.error(
@@ -129,7 +131,12 @@ class FlightRecorder:
                 if file.exists():
                     beside.unlink()
                     continue
-                opened.write(packed)
+                try:
+                    opened.write(packed)
+                    opened.flush()
+                except OSError:  # a full disk is to hold no half of a step
+                    beside.unlink()
+                    raise
             beside.replace(file)
             return file
         raise CannotKeepError(f"there are a million files of {stem} in {self._directory}")

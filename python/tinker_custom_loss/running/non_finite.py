@@ -83,9 +83,10 @@ def _non_finite_error(
     upstream = ""
     if len(inputs):
         datum, token = batch.locate(int(inputs[0]))
+        others = f" (and {len(inputs) - 1} more)" if len(inputs) > 1 else ""
         upstream = (
             f"; the logprobs themselves are not finite at datum {datum}, token {_index(token)}"
-            f" (and {len(inputs) - 1} more), so mask those positions"
+            f"{others}, so mask those positions"
         )
     if gradient is not None and not math.isfinite(grad.norm(gradient)):
         positions = torch.isfinite(gradient).logical_not().nonzero()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import RequestError
 from .api import json_answer, sentence
-from .errors import ClosedError, UnknownError
+from .errors import ClosedError, ExpiredError, UnknownError
 from .wire import decompress
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Status, content type and body of the answer."""
         try:
             return 200, *api.answer(self.command, self.path, self._body(), self.headers)
-        except ClosedError as error:
+        except (ClosedError, ExpiredError) as error:
             return 410, *json_answer({"detail": str(error)})
         except RequestError as error:
             status = 404 if isinstance(error, UnknownError) else 400

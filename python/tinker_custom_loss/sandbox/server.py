@@ -39,6 +39,8 @@ class SandboxServer:
     ``{"fwdbwd_max_chunk_len": 2}``. ``poll_seconds`` is how long ``retrieve_future`` waits before
     it answers "try again". Checkpoints live in memory or, with a directory as ``state``, on disk,
     where the next server finds them. ``faults`` are what goes wrong.
+    ``session_seconds`` is how long a session lives of which nothing is heard (official clients send
+    a heartbeat every 10 s); None, forever.
 
     :raises RequestError: ``host`` is not a loopback address, ``seed`` is no seed, or a file in
         ``state`` is no checkpoint.
@@ -54,13 +56,21 @@ class SandboxServer:
         poll_seconds: float = 20.0,
         state: str | os.PathLike[str] | None = None,
         faults: Faults | None = None,
+        session_seconds: float | None = None,
     ) -> None:
         if faults is not None and not isinstance(faults, Faults):
             raise RequestError(f"expected Faults(…), got {faults!r}", path="faults")
+        if session_seconds is not None:
+            number = isinstance(session_seconds, int | float)
+            if not number or isinstance(session_seconds, bool) or not session_seconds > 0:
+                raise RequestError(
+                    f"expected more than 0 seconds or None, got {session_seconds!r}",
+                    path="session_seconds",
+                )
         # The first optimizer of a process has torch import its compiler, which takes a second and
         # more: not while a client waits for its model. This checks the seed, too.
         LanguageModel(seed)
-        self._trainer = Trainer(seed)
+        self._trainer = Trainer(seed, session_seconds)
         self._state = State(seed, self._trainer, None if state is None else Path(state))
         self._faults = None if faults is None else FaultPlan(faults)
         api = Api(self._trainer, self._state, self._faults, dict(client_config or {}), poll_seconds)

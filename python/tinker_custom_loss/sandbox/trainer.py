@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError
-from .errors import ClosedError, UnknownError
+from .errors import ClosedError, ExpiredError, UnknownError
 from .futures import Futures
 from .model import LanguageModel
 
@@ -123,11 +123,21 @@ class TrainingRun:
 class Trainer:
     """Everything that clients of one server have created.
 
-    ``seed`` initializes the models of clients that name none.
+    ``seed`` initializes the models of clients that name none. A session of which nothing was heard
+    for ``session_seconds`` by ``clock`` is forgotten with its models when next it is named.
     """
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(
+        self,
+        seed: int = 0,
+        session_seconds: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._seed = seed
+        self._session_seconds = session_seconds
+        self._clock = clock
+        self._heard: dict[str, float] = {}
+        self._expired: set[str] = set()
         self.futures = Futures()
         self._sessions: dict[str, dict[str, Any]] = {}
         self._runs: dict[str, TrainingRun] = {}
@@ -138,13 +148,39 @@ class Trainer:
         with self._lock:
             session_id = f"sandbox-{uuid.uuid4().hex[:16]}"
             self._sessions[session_id] = user_metadata or {}
+            self._heard[session_id] = self._clock()
         return session_id
 
     def check_session(self, session_id: object) -> None:
-        """:raises UnknownError: there is no such session."""
+        """Something was heard of this session.
+
+        :raises UnknownError: there is no such session.
+        :raises ExpiredError: too late.
+        """
+        self._expire(session_id)
         if not isinstance(session_id, str) or session_id not in self._sessions:
             raise UnknownError(
                 f"there is no session {session_id!r} here; sandboxes forget theirs when they end",
+                path="session_id",
+            )
+
+    def _expire(self, session_id: object) -> None:
+        """Note that the session was named, or forget it."""
+        if self._session_seconds is None or not isinstance(session_id, str):
+            return
+        with self._lock:
+            if session_id in self._sessions:
+                now = self._clock()
+                if now - self._heard[session_id] <= self._session_seconds:
+                    self._heard[session_id] = now
+                    return
+                self._expired.add(session_id)
+        if session_id in self._sessions:
+            self._forget(session_id)
+        if session_id in self._expired:
+            raise ExpiredError(
+                f"the session {session_id!r} has expired with its models: nothing was heard of it "
+                f"for {self._session_seconds:g} s. Load its checkpoints in another",
                 path="session_id",
             )
 
@@ -174,7 +210,11 @@ class Trainer:
         return model_id
 
     def run(self, model_id: object) -> TrainingRun:
-        """:raises UnknownError: there is no such model."""
+        """:raises UnknownError: there is no such model.
+        :raises ExpiredError: its session has expired.
+        """
+        if isinstance(model_id, str):
+            self._expire(model_id.partition(":")[0])
         run = self._runs.get(model_id) if isinstance(model_id, str) else None
         if run is None:
             known = ", ".join(self._runs) or "none yet"
@@ -198,8 +238,12 @@ class Trainer:
     def finish_session(self, session_id: object) -> None:
         """Forget a session and its models."""
         self.check_session(session_id)
+        self._forget(str(session_id))
+
+    def _forget(self, session_id: str) -> None:
         with self._lock:
-            self._sessions.pop(str(session_id))
+            self._sessions.pop(session_id, None)
+            self._heard.pop(session_id, None)
             gone = [i for i in self._runs if i.startswith(f"{session_id}:")]
             runs = [self._runs.pop(i) for i in gone]
         for run in runs:

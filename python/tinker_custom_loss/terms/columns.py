@@ -49,7 +49,8 @@ def read_weights(
 
     ``"auto"``: a datum's ``weights``, else its ``mask``. Else of a datum with ``logprobs`` and
     ``advantages``, from which a loop has taken the mask since the server refuses it, the tokens
-    where one of both is not 0: those that were sampled. Else 1, which is said once in the log.
+    where one of both is not 0: those that were sampled. One of probability 1 and no advantage looks
+    as if it were not; where that may be, the log says so once. Else 1, which it says once, too.
     None: 1. Any other key was named on purpose, and every datum must have it.
     """
     if weights is None:
@@ -147,7 +148,30 @@ def _auto_weights(data: Sequence[Any], shapes: tuple[Shape, ...]) -> TensorBatch
 def _sampled(index: int, inputs: Any) -> Tensor:
     """1 for the tokens of a policy's datum that were sampled: a prompt has zeros."""
     logprobs, advantages = (_tensor(key, index, inputs[key]) for key in ("logprobs", "advantages"))
-    return ((logprobs != 0) | (advantages != 0)).to(torch.float32)
+    sampled = logprobs != 0
+    if advantages.shape == logprobs.shape:
+        sampled |= advantages != 0
+    elif (
+        advantages.numel() != 1
+    ):  # one number is that of the whole datum, and tells no tokens apart
+        raise ValueError(
+            f'"advantages" of datum {index} has shape {list(advantages.shape)}, but its "logprobs" '
+            f"have {list(logprobs.shape)}"
+        )
+    flat = sampled.reshape(-1)
+    if not bool(flat[int(flat.int().argmax()) if flat.numel() else 0 :].all()):  # not one prompt
+        _warn_of_zeros()
+    return sampled.to(torch.float32)
+
+
+@functools.cache  # once for a run
+def _warn_of_zeros() -> None:
+    _LOG.warning(
+        'a datum has neither "weights" nor "mask" in its loss_fn_inputs, and tokens behind its '
+        'prompt, or all, whose "logprobs" and "advantages" are both 0: they are taken not to have '
+        "been sampled, and do not count; where they may have been, with probability 1, give the "
+        "datum one of the two"
+    )
 
 
 @functools.cache  # once for a run

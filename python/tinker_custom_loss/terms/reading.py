@@ -28,6 +28,7 @@ def reading(
 
     The same object for all terms that ask alike, where the batch is one that is shared.
     """
+    positions = positions and any(len(shape) == 2 for shape in logprobs.shapes)  # else the same
     new = Reading(data, logprobs, weights, positions)
     if logprobs.shared is None:
         return new
@@ -49,18 +50,24 @@ class Reading:
         self._data, self._weights, self._positions = data, weights, positions
         self._logprobs = logprobs.with_flat(logprobs.flat.detach())
         self._lock = threading.RLock()
+        self._sequences: Sequences | None = None
         self._columns: dict[str, Tensor] = {}
 
-    @cached_property
+    @property
     def sequences(self) -> Sequences:
         """The datums' sizes and weights."""
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            logprobs, shapes = self._logprobs, self._logprobs.shapes
-            if self._positions:
-                shapes = tuple(shape[:1] for shape in shapes)
-            sizes = tuple(shape[0] for shape in shapes) if self._positions else logprobs.sizes
-            mask = read_weights(self._weights, self._data, shapes, logprobs.flat)
-            return Sequences(sizes, mask, logprobs.flat)
+            if self._sequences is None:
+                self._sequences = self._read_sequences()
+            return self._sequences
+
+    def _read_sequences(self) -> Sequences:
+        logprobs, shapes = self._logprobs, self._logprobs.shapes
+        if self._positions:
+            shapes = tuple(shape[:1] for shape in shapes)
+        sizes = tuple(shape[0] for shape in shapes) if self._positions else logprobs.sizes
+        mask = read_weights(self._weights, self._data, shapes, logprobs.flat)
+        return Sequences(sizes, mask, logprobs.flat)
 
     def column(self, key: str) -> Tensor:
         """The array of every datum under a key, [N], aligned with the logprobs."""

@@ -57,11 +57,17 @@ defmodule Tinkex.CustomLoss.Terms do
     %RequestError{
       path: path,
       reason:
-        "there is no term #{written(fun)} for #{who}; there are #{Enum.join(nearest, ", ")}. " <>
+        "there is no term #{written(fun)} for #{who}; #{listed(nearest)}. " <>
           "Functions of your own come from the modules and files in :load, which the pool is " <>
           "started with"
     }
   end
+
+  # Of many only the nearest, as in Python.
+  defp listed(nearest) when length(nearest) > 12,
+    do: "of #{length(nearest)}, the nearest are #{nearest |> Enum.take(3) |> Enum.join(", ")}"
+
+  defp listed(nearest), do: "there are #{Enum.join(nearest, ", ")}"
 
   defp written(name), do: if(name =~ ":", do: inspect(name), else: ":#{name}")
 end
