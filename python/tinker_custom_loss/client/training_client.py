@@ -359,19 +359,41 @@ class RegularizedTrainingClient(_Client):
         """
         in_turn = self._in_turn("optim_step", self._client.optim_step)
         response: APIFuture[types.OptimStepResponse] = in_turn(*args, **kwargs)
-        with self._step_lock:
-            steps, self._unlogged = self._unlogged, []
+        steps = self._take_unlogged()
         return with_records(response, steps) if steps else response
 
     async def optim_step_async(
         self, *args: Any, **kwargs: Any
     ) -> APIFuture[types.OptimStepResponse]:
         """:meth:`optim_step` for async code: awaited, it gives the future."""
-        return self.optim_step(*args, **kwargs)
+        in_turn = self._in_turn("optim_step_async", self._client.optim_step_async)
+        steps = self._take_unlogged()  # now: later ones are not of this step
+        try:
+            response: APIFuture[types.OptimStepResponse] = await in_turn(*args, **kwargs)
+        except BaseException:
+            with self._step_lock:
+                self._unlogged[:0] = steps
+            raise
+        return with_records(response, steps) if steps else response
 
-    async def forward_backward_async(self, *args: Any, **kwargs: Any) -> APIFuture[Any]:
+    async def forward_backward_async(
+        self, data: list[Datum], loss_fn: types.LossFnType, *args: Any, **kwargs: Any
+    ) -> APIFuture[Any]:
         """:meth:`forward_backward` for async code: awaited, it gives the future."""
-        return self.forward_backward(*args, **kwargs)
+        given = kwargs.pop("regularizers", None)
+        if given or (given is None and self._regularizers):
+            return self.forward_backward(data, loss_fn, *args, regularizers=given, **kwargs)
+        no_totals(kwargs.pop("totals", None))
+        checked_step(kwargs.pop("step", None))
+        kwargs.pop("flat_metrics", None)
+        in_turn = self._in_turn("forward_backward_async", self._client.forward_backward_async)
+        future: APIFuture[Any] = await in_turn(data, loss_fn, *args, **kwargs)
+        return future
+
+    def _take_unlogged(self) -> list[concurrent.futures.Future[StepOutput]]:
+        with self._step_lock:
+            steps, self._unlogged = self._unlogged, []
+        return steps
 
     def totals(
         self,
