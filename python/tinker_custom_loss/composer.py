@@ -28,7 +28,15 @@ from .description import describe_terms
 from .errors import CancelledError, ChangedLogprobsError, RequestError, TermError
 from .observer import ObservedStep, StepObserver, checked_observer
 from .record import metrics_of
-from .regularizer import BASE_LOSS, LossFn, Regularizer, check_step, regularizers_from
+from .regularizer import (
+    BASE_LOSS,
+    LossFn,
+    Regularizer,
+    check_step,
+    nearest,
+    regularizers_from,
+    show,
+)
 from .running import lifetimes, places, processes
 from .running.differentiation import Evaluation
 from .running.evaluation import Call
@@ -44,6 +52,7 @@ __all__ = ["Composer"]
 logger = logging.getLogger(__name__)
 
 _CANCEL_POLL_SECONDS = 0.02
+_BASE_OPTIONS = ("fn", "params", "reduction")
 
 
 class Composer:
@@ -54,7 +63,8 @@ class Composer:
 
     Args:
         base_loss_fn: ``fn(data, logprobs) -> (loss, metrics)``, sync or async, the name of a term
-            of the catalogue, such as ``"ppo"``, or None.
+            of the catalogue, such as ``"ppo"``, a dict with the keys ``fn``, ``params`` and
+            ``reduction``, or None.
         regularizers: :class:`Regularizer`\\ s, or dicts with the keys ``fn``, ``weight``,
             ``name`` and any option of a Regularizer.
         base_params: keyword arguments for ``base_loss_fn``.
@@ -69,7 +79,7 @@ class Composer:
 
     def __init__(
         self,
-        base_loss_fn: LossFn | str | None = None,
+        base_loss_fn: LossFn | str | Mapping[str, Any] | None = None,
         regularizers: Sequence[Regularizer | Mapping[str, Any]] | None = None,
         *,
         base_params: Mapping[str, Any] | None = None,
@@ -77,20 +87,8 @@ class Composer:
         inline_lock: contextlib.AbstractContextManager[Any] | None = None,
     ) -> None:
         _check_no_composer(base_loss_fn)
-        if isinstance(base_loss_fn, (Mapping, list, tuple)):
-            raise RequestError(
-                f"base_loss_fn must be a function of (data, logprobs), got "
-                f"{type(base_loss_fn).__name__}; regularizers are the second argument",
-                path=BASE_LOSS,
-            )
         self.regularizers = regularizers_from(regularizers)
-        self._base = None
-        if base_loss_fn is not None:
-            try:
-                fn: Any = base_loss_fn  # a name becomes the function
-                self._base = Regularizer(fn, 1.0, BASE_LOSS, params=base_params or {})
-            except RequestError as error:
-                raise RequestError(str(error), path=f"{BASE_LOSS}.{error.path}") from error
+        self._base = _base_from(base_loss_fn, base_params)
         enabled = [term for term in self.regularizers if term.enabled]
         self._terms = ([self._base] if self._base else []) + enabled
         if not self._terms:
@@ -442,6 +440,45 @@ class Composer:
                     del pending[index]
                     with _skipping(term, index, results):
                         results[index] = started.evaluation(term.name)
+
+
+def _base_from(
+    base_loss_fn: LossFn | str | Mapping[str, Any] | None, params: Mapping[str, Any] | None
+) -> Regularizer | None:
+    if base_loss_fn is None:
+        return None
+    options: dict[str, Any] = {"fn": base_loss_fn}
+    if isinstance(base_loss_fn, Mapping):
+        options = dict(base_loss_fn)
+        _check_base_options(options, params)
+    elif isinstance(base_loss_fn, (list, tuple)):
+        raise RequestError(
+            "base_loss_fn must be a function of (data, logprobs), the name of a term or a dict of "
+            f"its options, got {type(base_loss_fn).__name__}; regularizers are the second argument",
+            path=BASE_LOSS,
+        )
+    options.setdefault("params", params or {})
+    try:
+        return Regularizer(weight=1.0, name=BASE_LOSS, **options)
+    except RequestError as error:
+        raise RequestError(str(error), path=f"{BASE_LOSS}.{error.path}") from error
+
+
+def _check_base_options(options: dict[str, Any], params: Mapping[str, Any] | None) -> None:
+    for option in options:
+        if option not in _BASE_OPTIONS:
+            raise RequestError(
+                f"unknown option {show(option)} of the base loss; "
+                f"{nearest(str(option), _BASE_OPTIONS)}",
+                path=f"{BASE_LOSS}.{option}",
+            )
+    if "fn" not in options:
+        raise RequestError('the base loss has no "fn"', path=f"{BASE_LOSS}.fn")
+    if params is not None and "params" in options:
+        raise RequestError(
+            "give the params of the base loss in its dict or as base_params, not both",
+            path="base_params",
+        )
 
 
 def _check_no_composer(fn: object) -> None:

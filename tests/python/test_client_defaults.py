@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
+import tinker
 
 from tinker_custom_loss import (
     Composer,
@@ -70,7 +73,7 @@ class TestDefaults:
     @pytest.mark.parametrize(
         ("options", "path"),
         [
-            ({"base_loss": "nll"}, "base_loss"),
+            ({"base_loss": "nil"}, "base_loss.fn"),
             ({"regularizers": [{"fn": squares, "name": "squares"}]}, "regularizers[0].weight"),
             ({"regularizers": [SQUARES, SQUARES]}, "regularizers[1].name"),
             ({"base_loss": Composer(squares), "regularizers": [SQUARES]}, "regularizers"),
@@ -121,3 +124,41 @@ class TestCount:
         futures = [weight_of.client.forward_backward_custom(datums()) for _ in range(4)]
         weights = [f.result(60).record["regularizers"]["squares"]["weight"] for f in futures]
         assert weights == [1.0, 2.0, 3.0, 4.0]
+
+
+class TestABaseLossByName:
+    PPO: ClassVar = {"fn": "ppo", "params": {"clip_low": 0.1}, "reduction": "token_mean"}
+
+    def step(self, client, loss):
+        datum = tinker.Datum(
+            tinker.ModelInput.from_ints([1, 2, 3]),
+            {"target_tokens": [2, 3, 4], "logprobs": [-5.0] * 3, "advantages": [1.0, -1.0, 0.5]},
+        )
+        return client.forward_backward_custom([datum], loss).result().record
+
+    @pytest.mark.parametrize("loss", ["ppo", PPO], ids=["name", "options"])
+    def test_is_that_term_at_the_call_and_by_default(self, new_client, loss):
+        at_the_call = self.step(with_regularizers(new_client()), loss)
+        by_default = self.step(with_regularizers(new_client(), base_loss=loss), None)
+        assert at_the_call["base_loss"]["custom"]["tokens"] == 3
+        assert at_the_call["loss_total"] == by_default["loss_total"] != 0.0
+
+    def test_a_reduction_of_it_counts(self, new_client):
+        client = with_regularizers(new_client())
+        total = self.step(client, {**self.PPO, "reduction": "token_sum"})["loss_total"]
+        assert self.step(client, self.PPO)["loss_total"] == pytest.approx(total / 3)
+
+    @pytest.mark.parametrize(
+        ("loss", "said"),
+        [
+            ("ppoo", "the nearest are: ppo"),
+            ({"fn": "ppo", "parms": {}}, "unknown option 'parms' .str. of the base loss"),
+            ({"params": {}}, 'has no "fn"'),
+            ({"fn": "ppo", "reduction": "mean"}, "mean"),
+        ],
+    )
+    def test_a_wrong_one_is_refused_when_it_is_given(self, new_client, loss, said):
+        with pytest.raises(RequestError, match=said):
+            with_regularizers(new_client(), base_loss=loss)
+        with pytest.raises(RequestError, match=said):
+            with_regularizers(new_client()).forward_backward_custom(datums(), loss)

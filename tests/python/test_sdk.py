@@ -337,7 +337,7 @@ class TestArguments:
             ((None, []), {}, "regularizers"),
             ((weighted_nll, {"fn": squares}), {}, "regularizers"),
             ((REGULARIZERS,), {}, "base_loss"),
-            (("cross_entropy",), {}, "base_loss"),
+            (("cross_entropy",), {}, "base_loss.fn"),
             ((weighted_nll, REGULARIZERS), {"step": "3"}, "step"),
             ((weighted_nll, REGULARIZERS), {"step": -1}, "step"),
             ((weighted_nll, REGULARIZERS), {"step": True}, "step"),

@@ -30,7 +30,7 @@ __all__ = [
     "sdk_loss",
 ]
 
-BaseLoss: TypeAlias = "LossFn | LossHandle | Composer"
+BaseLoss: TypeAlias = "LossFn | LossHandle | Composer | str | Mapping[str, Any]"
 Regularizers = Sequence[Regularizer | Mapping[str, Any]]
 
 
@@ -153,7 +153,7 @@ def checked_defaults(
 
 def is_composed(base_loss_fn: object, regularizers: object) -> bool:
     """Whether a step is this package's; else it is the SDK's own."""
-    return regularizers is not None or isinstance(base_loss_fn, Composer)
+    return regularizers is not None or isinstance(base_loss_fn, (Composer, str, Mapping))
 
 
 def sdk_loss(base_loss_fn: Any, data: list[Datum], training_client: TrainingClient) -> Any:
@@ -194,11 +194,13 @@ def composer_of(
     return Composer(base_loss_fn, regularizers)
 
 
-def _check_loss(base_loss_fn: object) -> None:
-    if not callable(base_loss_fn) and not sdk.is_handle(base_loss_fn):
+def _check_loss(base_loss_fn: Any) -> None:
+    if isinstance(base_loss_fn, (str, Mapping)):
+        Composer(base_loss_fn)
+    elif not callable(base_loss_fn) and not sdk.is_handle(base_loss_fn):
         raise RequestError(
-            "base_loss_fn must be a function of (data, logprobs), got "
-            f"{type(base_loss_fn).__name__}; regularizers come after it",
+            "base_loss_fn must be a function of (data, logprobs), the name of a term or a dict of "
+            f"its options, got {type(base_loss_fn).__name__}; regularizers come after it",
             path=BASE_LOSS,
         )
 

@@ -141,7 +141,7 @@ class RegularizedTrainingClient(_Client):
     def forward_backward_custom(
         self,
         data: Iterable[Datum],
-        base_loss_fn: Composer,
+        base_loss_fn: Composer | str | Mapping[str, Any],
         regularizers: None = None,
         *,
         step: int | None = None,
@@ -207,8 +207,11 @@ class RegularizedTrainingClient(_Client):
 
         Args:
             data: the datums, each with ``target_tokens``.
-            base_loss_fn: ``fn(data, logprobs) -> (loss, metrics)``, a ``tinker.LossHandle``, or a
-                :class:`Composer` (which has its own regularizers); None for the default.
+            base_loss_fn: ``fn(data, logprobs) -> (loss, metrics)``, a ``tinker.LossHandle``, a
+                :class:`Composer` (which has its own regularizers), or a term of this package's
+                catalogue, computed here: ``"ppo"``, or ``{"fn": "ppo", "params": {…},
+                "reduction": …}``; None for the default. The server's own loss of that name is
+                :meth:`forward_backward`'s.
             regularizers: :class:`Regularizer`\\ s or dicts with the options of one; None for the
                 default, ``[]`` for the base loss alone.
             step: the training step, for weight schedules. None counts on from the last custom
