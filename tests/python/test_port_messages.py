@@ -204,7 +204,7 @@ def request(**fields):
 class TestCompute:
     def test_defaults(self):
         decoded = decode_compute(request())
-        assert (decoded.step, decoded.gradients) == (0, True)
+        assert (decoded.step, decoded.gradients) == (None, True)
         terms = read(request().fields, Terms)
         assert terms.base_loss is None
         assert terms.regularizers == [Regularizer(fn="l2", name="term", weight=1.0)]
