@@ -12,6 +12,9 @@ from tinker import types
 SDK = tuple(int(part) for part in tinker.__version__.split(".")[:2])
 # With the usual eps of 1e-8 Adam would turn gradients that are rounding errors into full steps.
 ADAM = types.AdamParams(learning_rate=0.01, weight_decay=0.01, grad_clip_norm=1.0, eps=1e-5)
+# A step of 1000 times the gradient, beside which the parameters from before are nothing: Adam's own
+# first step is the sign of the gradient, in which a wrong size would not be seen.
+ALONG_THE_GRADIENT = types.AdamParams(learning_rate=1e9, eps=1e6)
 TEXT = b"the quick brown fox jumps over the lazy dog, and the dog does not mind. " * 4
 
 
