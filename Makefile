@@ -96,8 +96,8 @@ bench: setup ## measure: one line a figure, NAME VALUE (target T) ok|short
 	@mix compile
 	-@mix run tests/bench/bridge.exs
 	-@$(BIN)/python tests/bench/native.py
-	-@$(BIN)/python tests/bench/recording.py 2>/dev/null
-	-@$(BIN)/python tests/bench/concurrency.py 2>/dev/null
+	-@$(BIN)/python tests/bench/recording.py
+	-@$(BIN)/python tests/bench/concurrency.py
 
 .PHONY: pictures
 pictures: setup ## make the pictures of docs/ from the run in docs/runs/demo

@@ -27,9 +27,10 @@ logprobs)`).
 All but those of scope `batch` take:
 
 - `weights`: the key of the tokens' weights. `"auto"` (default): the datum's `weights`, else its
-  `mask`, else the tokens where its `logprobs` or `advantages` are not 0, if it has both (those that
-  were sampled), else 1, which is said once in the log; None: 1. A token of weight 0 adds exactly 0
-  to value and gradient, whatever it holds.
+  `mask`, else the tokens where its `logprobs` or `advantages` are not 0, if it has both: those that
+  were sampled. Of a sampled token where both are 0 this cannot know, which the log says once where
+  it may have met one; a `mask` leaves no doubt. Else 1, which is said once in the log; None: 1. A
+  token of weight 0 adds exactly 0 to value and gradient, whatever it holds.
 - `reduction`: `"token_sum"` (default, as in Tinker's own losses) is `Σ w·v`; `"token_mean"` is `Σ
   w·v / Σ w`; `"sequence_mean_token_mean"` is the mean over datums of each one's mean;
   `"sequence_mean_token_sum"` the mean over datums of each one's sum. For scope `group` the first

@@ -16,7 +16,7 @@ def dro(logprob: Tensor, sampler: Tensor, advantage: Tensor, *, beta: NonNegativ
     """Policy gradient with a quadratic tether to the sampler: ``-(ℓA - ½β(ℓ-μ)²)``.
 
     Its gradient is ``-(A - β(ℓ-μ))·∇ℓ``. The default of ``beta`` is that of Tinker's ``dro``, to
-    which it is equal.
+    which it is equal with ``weights=None``: the server's has no mask, and tethers the prompt too.
 
     Args:
         sampler: key of μ, the sampler's logprobs.
