@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from tinker_custom_loss import Composer
+from tinker_custom_loss import Composer, Regularizer, term
 
 
 class Counted:
@@ -47,3 +48,16 @@ class TestTermsOfOneStep:
         inputs["weights"].tensor[:] = torch.tensor([0.0, 1.0, 0.0])
         inputs["reference_logprobs"].tensor[:] = -3.0
         assert composer.compute(data, logprobs).gradients[0].tolist() == [0.0, -1.0, 0.0]
+
+
+def test_terms_in_threads_compute_at_the_same_time():
+    both = threading.Barrier(2, timeout=10)
+
+    @term(scope="token")
+    def meeting(logprob):
+        both.wait()
+        return -logprob
+
+    terms = [Regularizer(meeting, 1.0, name, run_in_executor=True) for name in ("a", "b")]
+    composition = Composer(None, terms).compute([None], [torch.tensor([-1.0, -2.0])])
+    assert composition.loss_total == 6.0

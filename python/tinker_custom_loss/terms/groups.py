@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from .lazy import lazy
 from .reduction import Sequences
 
 __all__ = ["Groups"]
@@ -27,7 +27,7 @@ class Groups:
     chosen: Tensor
     sequences: Sequences
 
-    @cached_property
+    @lazy
     def index(self) -> Tensor:
         """The groups numbered from 0, for every datum, [B]."""
         index: Tensor = torch.unique(self.ids, return_inverse=True)[1]
@@ -40,7 +40,7 @@ class Groups:
         sums = per_datum.new_zeros(count).index_add(0, self.index, per_datum)
         return (sums / per_datum.new_zeros(count).index_add(0, self.index, ones))[self.index]
 
-    @cached_property
+    @lazy
     def pairs(self) -> tuple[Tensor, Tensor]:
         """Every chosen datum with every rejected one of its group: two index tensors [P].
 

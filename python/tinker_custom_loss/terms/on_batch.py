@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from ..tensors.batch import TensorBatch
 from .columns import is_present, read_chosen, read_groups
 from .groups import Groups
 from .importance import Weighing
+from .lazy import lazy
 from .reading import MASKED, reading
 from .reduction import Reduction
 
@@ -85,7 +85,7 @@ class TermOnBatch:
             chosen = read_chosen(given["chosen"], data).to(device)
             self._params["groups"] = Groups(ids, chosen, self._sequences)
 
-    @functools.cached_property
+    @lazy
     def totals(self) -> Mapping[str, float]:
         if self._given_totals is not None:
             return self._given_totals
@@ -114,7 +114,7 @@ class TermOnBatch:
             return [*torch.split(flat, list(self._sequences.sizes))]
         return self._logprobs.with_flat(flat).tensors()
 
-    @functools.cached_property
+    @lazy
     def _factors(self) -> tuple[float, Tensor | None]:
         """One for all values, and one for each of them."""
         if self._term.scope == "token":
@@ -141,7 +141,7 @@ class TermOnBatch:
 
     # --- Importance weights, through which nothing is differentiated
 
-    @functools.cached_property
+    @lazy
     def _weighing(self) -> Weighing | None:
         if not self._importance:
             return None
@@ -166,7 +166,7 @@ class TermOnBatch:
             return weights
         return self._sequences.spread(weights)
 
-    @functools.cached_property
+    @lazy
     def _seen(self) -> Tensor | None:
         """The entries that have a part in the loss; None: all."""
         kept, weights = self._reading.kept, self._entries(self._weights)
@@ -187,7 +187,7 @@ class TermOnBatch:
 
     # --- What the function, and its derivative, make of the batch
 
-    @functools.cached_property
+    @lazy
     def _values(self) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The function's values, in the order of the batch, and its metrics."""
         parts: list[tuple[Tensor, Mapping[str, Tensor]]] = []
@@ -241,7 +241,7 @@ class TermOnBatch:
                 f'"{self._term.scope}" must give {expected} here'
             )
 
-    @functools.cached_property
+    @lazy
     def _blocks(self) -> list[_Block]:
         tensors = [self._reading.masked(self._logprobs.flat), *self._columns]
         if self._weighing is not None and self._seen is not None:

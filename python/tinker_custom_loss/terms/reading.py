@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from ..tensors.batch import TensorBatch
 from .columns import read, read_weights
+from .lazy import lazy
 from .reduction import Sequences
 
 __all__ = ["MASKED", "Reading", "reading"]
@@ -82,7 +82,7 @@ class Reading:
         """An array [N] as a function is to see it."""
         return tensor if self.kept is None else torch.where(self.kept, tensor, MASKED)
 
-    @cached_property
+    @lazy
     def kept(self) -> Tensor | None:
         """Whether every entry has a weight, [N]; None if all have."""
         return self.entries(self.sequences.kept)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from .lazy import lazy
 
 __all__ = ["REDUCTIONS", "Reduction", "ReductionName", "Sequences"]
 
@@ -36,7 +37,7 @@ class Sequences:
         """The weight of every token, [N]."""
         return self.like.new_ones(sum(self.sizes)) if self.mask is None else self.mask
 
-    @cached_property
+    @lazy
     def kept(self) -> Tensor | None:
         """Whether every token has a weight, [N]; None if all have."""
         if self.mask is None:
@@ -44,7 +45,7 @@ class Sequences:
         kept = self.mask != 0
         return None if _count(kept) == kept.numel() else kept
 
-    @cached_property
+    @lazy
     def factors(self) -> Tensor | None:
         """The weights of the tokens that are kept, [N]; None if all of these are 1."""
         if self.mask is None:
@@ -52,29 +53,29 @@ class Sequences:
         flags = self.mask != 0 if self.kept is None else self.kept
         return None if torch.equal(self.mask, flags.to(self.mask.dtype)) else self.mask
 
-    @cached_property
+    @lazy
     def tokens(self) -> int:
         """How many tokens have a weight."""
         return sum(self.sizes) if self.kept is None else _count(self.kept)
 
-    @cached_property
+    @lazy
     def weight(self) -> float:
         """``Σ w`` over all tokens: their number, if the weights are 0 and 1."""
         if self.factors is None:
             return float(self.tokens)
         return float(self.factors.to(torch.float64).sum())
 
-    @cached_property
+    @lazy
     def has_mean(self) -> bool:
         """Whether no weight is negative."""
         return self.factors is None or not self.factors.numel() or bool(self.factors.min() >= 0)
 
-    @cached_property
+    @lazy
     def lengths(self) -> Tensor:
         """Σ of the weights of every datum's tokens, [B]: their number, if they are 0 and 1."""
         return self._sums(self.weights.detach())
 
-    @cached_property
+    @lazy
     def shares(self) -> Tensor:
         """``w_t / Σ w`` of every token, [N]: what it counts in its datum's mean."""
         return self.weights * self.spread(1 / _never_zero(self.lengths))
@@ -107,11 +108,11 @@ class Sequences:
             return values.view(len(self.sizes), self.sizes[0]).sum(1)
         return torch.segment_reduce(values, "sum", lengths=self._sizes, unsafe=True, initial=0.0)
 
-    @cached_property
+    @lazy
     def _regular(self) -> bool:
         return len(set(self.sizes)) == 1
 
-    @cached_property
+    @lazy
     def _sizes(self) -> Tensor:
         return torch.tensor(self.sizes, dtype=torch.int64, device=self.like.device)
 

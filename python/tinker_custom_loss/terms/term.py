@@ -23,6 +23,7 @@ from ..tensors import gradients as grad
 from ..tensors.batch import TensorBatch
 from .columns import read_groups
 from .importance import Importance, ImportanceKind
+from .lazy import lazy
 from .on_batch import Evaluated, TermOnBatch
 from .ranges import Positive, Range, Ranged, range_of
 from .reduction import Reduction, ReductionName
@@ -256,7 +257,7 @@ class Term:
             return Importance()
         return Importance(*(values[name] for name in _OF_IMPORTANCE))
 
-    @functools.cached_property
+    @lazy
     def _defaults(self) -> dict[str, Any]:
         parameters = [*self.__signature__.parameters.values()][2:]  # data and logprobs
         return {parameter.name: parameter.default for parameter in parameters}
