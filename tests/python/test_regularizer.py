@@ -148,9 +148,12 @@ def test_regularizers_are_a_list(regularizers):
         Composer(total, regularizers)
 
 
-@pytest.mark.parametrize("base", [[GOOD], GOOD])
-def test_a_base_loss_is_a_function(base):
-    with pytest.raises(RequestError, match="base_loss_fn must be a function"):
+@pytest.mark.parametrize(
+    ("base", "said"),
+    [([GOOD], "base_loss_fn must be a function"), (GOOD, "unknown option 'weight'")],
+)
+def test_a_base_loss_is_no_regularizer(base, said):
+    with pytest.raises(RequestError, match=said):
         Composer(base)
 
 
