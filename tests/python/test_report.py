@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from xml.etree import ElementTree
 
@@ -97,8 +98,10 @@ def complaints(directory, page):
     file.write_text(page, encoding="utf-8")
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"]
     command += ["--disable-background-networking", "--enable-logging=stderr", "--dump-dom"]
+    command += ["--virtual-time-budget=2000"]  # so that what a script has to say is said by then
+    profile = tempfile.mkdtemp(dir=directory)  # the one before may still be closing its own
     ran = subprocess.run(
-        [*command, f"--user-data-dir={directory / 'profile'}", file.as_uri()],
+        [*command, f"--user-data-dir={profile}", file.as_uri()],
         capture_output=True,
         text=True,
         timeout=120,
