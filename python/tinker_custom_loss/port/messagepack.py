@@ -66,8 +66,6 @@ class Message:
 
     def with_own_payload(self) -> Message:
         """The same, with a payload that nobody else writes to."""
-        if self.place is None:
-            return self
         own = np.empty(len(self.payload), np.uint8)  # a bytearray would be zeroed first
         own.data[:] = self.payload
         return replace(self, payload=own.data)

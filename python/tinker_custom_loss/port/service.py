@@ -89,8 +89,10 @@ class Service:
         Raises:
             CustomLossError: whatever is at fault, see :mod:`tinker_custom_loss.errors`.
         """
+        request = decode_compute(message)
         composer, borrows = self._composer(message)
-        request = decode_compute(message if borrows else message.with_own_payload())
+        if message.place is not None and not borrows:
+            request = decode_compute(message.with_own_payload())
         compute = composer.compute if request.gradients else composer.compute_loss
         computed: ComposedLoss = compute(
             request.data,
@@ -116,8 +118,10 @@ class Service:
             CustomLossError: whatever is at fault; also where the datums cannot be a part of the
                 step whose totals the message has.
         """
+        request = decode_totals(message)
         composer, borrows = self._composer(message)
-        request = decode_totals(message if borrows else message.with_own_payload())
+        if message.place is not None and not borrows:
+            request = decode_totals(message.with_own_payload())
         if request.totals is not None:
             composer.check_totals(request.totals, request.data)
         return {"op": "result", "totals": composer.totals(request.data)}
