@@ -165,7 +165,7 @@ def _stuck_schedule(history: History) -> Iterator[Finding]:
             f"{len(steps)} steps were all computed as step {steps[0]:g}, so "
             + (f"the weight of {of_what}" if named else "every schedule of a weight")
             + " stands still",
-            "give step=, or use the wrapped training client, which counts its steps",
+            "give step=, or use the wrapped training client, which counts those of optim_step",
         )
         return
     for name, at in history.schedules.items():
