@@ -96,12 +96,9 @@ lint-tree:
 		{ echo 'These lines name a path that other machines do not have.'; exit 1; }
 
 .PHONY: bench
-bench: setup ## measure: one line a figure, NAME VALUE (target T) ok|short
+bench: setup ## measure: one line a figure, NAME VALUE (target T) ok|short (ONLY="bridge native")
 	@mix compile
-	-@mix run tests/bench/bridge.exs
-	-@$(BIN)/python tests/bench/native.py
-	-@$(BIN)/python tests/bench/recording.py
-	-@$(BIN)/python tests/bench/concurrency.py
+	@$(BIN)/python tests/bench/run.py $(ONLY)
 
 .PHONY: pictures
 pictures: setup ## make the pictures of docs/ from the run in docs/runs/demo
