@@ -14,7 +14,7 @@ import torch
 async def dullness(
     data: list[tinker.Datum], logprobs: list[torch.Tensor], *, url: str
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """Texts that the reward model behind ``url`` finds duller than the others become less likely."""
+    """Texts that the reward model at ``url`` finds duller than the others become less likely."""
     masks = [datum.loss_fn_inputs["mask"].to_torch().bool() for datum in data]
     targets = [datum.loss_fn_inputs["target_tokens"].to_torch() for datum in data]
     texts = [each[mask].tolist() for each, mask in zip(targets, masks, strict=True)]
