@@ -22,14 +22,18 @@ setup: ## install Elixir, and the package with its extras in .venv, if they are 
 .PHONY: demo demo-python
 demo: setup ## train a small language model from Elixir (TEXT=path for another text)
 	@mix compile
-	@scripts/demo.sh
+	@scripts/demo.sh docs/examples/demo.exs
 
 demo-python: setup ## the same with the official SDK, over HTTP
 	@$(BIN)/python docs/examples/demo.py
 
-.PHONY: demo-rl
+.PHONY: demo-rl demo-rl-elixir
 demo-rl: setup ## GRPO with regularizers, from samples to a resumed checkpoint
 	@$(BIN)/python docs/examples/grpo.py
+
+demo-rl-elixir: setup ## the same from Elixir
+	@mix compile
+	@scripts/demo.sh docs/examples/grpo.exs
 
 .PHONY: test test-elixir test-python test-sdk-lowest
 test: setup ## run all tests, Elixir's and Python's

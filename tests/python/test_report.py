@@ -39,7 +39,7 @@ def metrics(step, names=("kl", "l2")):
 
 
 def recorded(directory, steps, change=lambda step, flat: flat, **options):
-    with Recorder(directory, **options) as recorder:
+    with Recorder(directory, overwrite=True, **options) as recorder:
         for step in range(steps):
             recorder.log(change(step, metrics(step)), step)
     return read_run(directory)
