@@ -137,7 +137,7 @@ def _recorder(options: argparse.Namespace) -> Recorder | None:
         return None
     from ..insight.recorder import Recorder
 
-    return Recorder(options.record, keep=options.keep, keep_bytes=options.keep_bytes)
+    return Recorder(options.record, shared=True, keep=options.keep, keep_bytes=options.keep_bytes)
 
 
 def _ready(registry: Registry, options: argparse.Namespace, memory: SharedMemory) -> dict[str, Any]:

@@ -205,8 +205,18 @@ waits for a term that never returns as long as that takes."
   @sandbox Keyword.take(@start, [:name, :python, :load, :python_path, :env, :cd, :threads]) ++
              [
                seed: [type: :integer, default: 0, doc: "of the model's initial parameters."],
+               state: [
+                 type: :string,
+                 doc: "the directory where `save_state/3` saves, so that another sandbox can \
+go on. By default what is saved ends with this one."
+               ],
                start_timeout: @start[:start_timeout]
              ]
+
+  @sample [
+    num_samples: [type: :pos_integer, default: 1],
+    prompt_logprobs: [type: :boolean, default: false]
+  ]
 
   @setup [
     dir: [
@@ -325,6 +335,10 @@ import, a constraint, an index."
         regularizers: regularizers
     })
   end
+
+  @doc "The validated options of a sandbox's samples, as a map."
+  def sample!(opts),
+    do: Schema.validate!(opts, @sample, "Tinkex.CustomLoss.Sandbox.sample/4")
 
   @doc "The validated options of a sandbox's gradient check, as a map."
   def check!(opts),

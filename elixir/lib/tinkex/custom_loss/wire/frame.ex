@@ -14,8 +14,8 @@ defmodule Tinkex.CustomLoss.Wire.Frame do
 
   # Where a message has batches: anywhere under these keys of one that we send, and right under
   # these keys of one that we get.
-  @sent ["logprobs", "data"]
-  @received ["gradients", "logprobs", "parameters"]
+  @sent ["logprobs", "data", "prompt"]
+  @received ["gradients", "logprobs", "parameters", "tokens", "prompt_logprobs"]
 
   # Each batch begins at a multiple of the largest size of a value.
   @alignment 8
