@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, KeysView, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, overload
@@ -76,6 +76,11 @@ class WireData(Sequence["tinker.Datum"]):
         """``loss_fn_inputs[key]`` of all datums, as it lay on the wire; None if not all have it."""
         column = self._inputs.get(key)
         return None if column is None else column.batch
+
+    @property
+    def input_keys(self) -> KeysView[str]:
+        """The keys of ``loss_fn_inputs`` that at least one datum has."""
+        return self._inputs.keys()
 
     def some_have(self, key: str) -> bool:
         """Whether there is a datum with ``loss_fn_inputs[key]``."""

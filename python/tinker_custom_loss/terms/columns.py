@@ -18,6 +18,7 @@ __all__ = ["is_present", "read", "read_chosen", "read_groups", "read_weights"]
 
 _LOG = logging.getLogger(__name__)
 _SAMPLED = {"logprobs", "advantages"}
+_WEIGHTS = ("weights", "mask")
 
 
 def read(key: str, data: Sequence[Any], logprobs: TensorBatch, *, repeat: bool = True) -> Tensor:
@@ -122,7 +123,12 @@ def _column(key: str, data: Sequence[Any]) -> TensorBatch:
 
 
 def _auto_weights(data: Sequence[Any], shapes: tuple[Shape, ...]) -> TensorBatch | None:
-    for key in ("weights", "mask"):
+    keys = getattr(data, "input_keys", None)  # of data over the port, with no datum built
+    if keys is not None and keys.isdisjoint(_WEIGHTS) and not keys >= _SAMPLED:
+        if keys:
+            _warn_of_ones()
+        return None
+    for key in _WEIGHTS:
         column = _batch_column(key, data)
         if column is not None:
             return column
@@ -131,7 +137,7 @@ def _auto_weights(data: Sequence[Any], shapes: tuple[Shape, ...]) -> TensorBatch
     tensors, without, unsaid = [], 0, False
     for index, (datum, shape) in enumerate(zip(data, shapes, strict=True)):
         inputs = _inputs(datum)
-        found = next((key for key in ("weights", "mask") if key in inputs), None)
+        found = next((key for key in _WEIGHTS if key in inputs), None)
         if found is not None:
             tensors.append(_tensor(found, index, inputs[found]))
         elif inputs.keys() >= _SAMPLED:
