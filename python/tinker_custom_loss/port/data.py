@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Iterator, KeysView, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, cast, overload
 
 import torch
 from torch import Tensor
 
 from ..tensors.batch import Shape, TensorBatch
+from .shapes import Shapes
 
 if TYPE_CHECKING:
     import tinker
 
-__all__ = ["Column", "WireData"]
+__all__ = ["Column", "WireData", "whole_batch"]
+
+
+def whole_batch(flat: Tensor, shapes: Shapes) -> TensorBatch:
+    """Tensors of which every datum has one."""
+    return TensorBatch.known(flat, cast(tuple[Shape, ...], shapes), shapes.sizes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +30,7 @@ class Column:
     """A tensor a datum, in one buffer ``flat`` [N]; the shape is None where a datum has none."""
 
     flat: Tensor
-    shapes: tuple[Shape | None, ...]
+    shapes: Shapes
 
     @cached_property
     def normal(self) -> Tensor:
@@ -35,17 +40,16 @@ class Column:
     @cached_property
     def batch(self) -> TensorBatch | None:
         """The whole column; None if some datum has no such tensor."""
-        shapes = tuple(shape for shape in self.shapes if shape is not None)
-        return TensorBatch(self.normal, shapes) if len(shapes) == len(self.shapes) else None
+        return whole_batch(self.normal, self.shapes) if self.shapes.whole else None
 
     def arrays(self) -> Iterator[Any]:
         """A numpy view a datum, of its own shape, or None."""
         flat, start = self.normal.numpy(), 0
-        for shape in self.shapes:
+        for shape, size in zip(self.shapes, self.shapes.sizes, strict=True):
             if shape is None:
                 yield None
             else:
-                end = start + math.prod(shape)
+                end = start + size
                 yield flat[start:end].reshape(shape)
                 start = end
 
