@@ -93,6 +93,19 @@ class TestAServiceClient:
             created = asyncio.run(create(path)) if form else create(path)
             assert terms_of(client_of(created)) == ["squares"]
 
+    def test_a_schedule_that_begins_anew_in_a_run_that_goes_on_is_said(self, service, caplog):
+        saved = client_of(service.create_lora_training_client("any-model", rank=4))
+        path = saved.save_state("saved").result(60).path
+        late = {**SQUARES, "weight": lambda step: 0.1 * step}
+        for options in ({}, {"first_step": 5}):
+            wrapped = regularized(
+                service, regularizers=[late, SQUARES | {"name": "other"}], **options
+            )
+            client_of(wrapped.create_training_client_from_state(path))
+            client_of(wrapped.create_training_client_from_state_with_optimizer(path))
+        (line,) = caplog.messages
+        assert 'the schedule of the weight of regularizer "squares" begins at step 0' in line
+
     @pytest.mark.parametrize("value", ["service", tinker.ServiceClient, object()])
     def test_anything_else_is_refused(self, value):
         with pytest.raises(RequestError, match=r"expected a tinker\.ServiceClient, got"):
