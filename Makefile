@@ -22,14 +22,18 @@ setup: ## install Elixir, and the package with its extras in .venv, if they are 
 .PHONY: demo demo-python
 demo: setup ## train a small language model from Elixir (TEXT=path for another text)
 	@mix compile
-	@scripts/demo.sh
+	@scripts/demo.sh docs/examples/demo.exs
 
 demo-python: setup ## the same with the official SDK, over HTTP
 	@$(BIN)/python docs/examples/demo.py
 
-.PHONY: demo-rl
+.PHONY: demo-rl demo-rl-elixir
 demo-rl: setup ## GRPO with regularizers, from samples to a resumed checkpoint
 	@$(BIN)/python docs/examples/grpo.py
+
+demo-rl-elixir: setup ## the same from Elixir
+	@mix compile
+	@scripts/demo.sh docs/examples/grpo.exs
 
 .PHONY: test test-elixir test-python test-sdk-lowest
 test: setup ## run all tests, Elixir's and Python's
@@ -91,13 +95,17 @@ lint-tree:
 	@! git grep -nIE '(^|[^[:alnum:]_.~-])/(home|root|Users|work|opt)/' || \
 		{ echo 'These lines name a path that other machines do not have.'; exit 1; }
 
-.PHONY: bench
-bench: setup ## measure: one line a figure, NAME VALUE (target T) ok|short
+.PHONY: bench bench-compare growth
+bench: setup ## measure: one line a figure, NAME VALUE (target T) ok|short (ONLY="bridge native")
 	@mix compile
-	-@mix run tests/bench/bridge.exs
-	-@$(BIN)/python tests/bench/native.py
-	-@$(BIN)/python tests/bench/recording.py
-	-@$(BIN)/python tests/bench/concurrency.py
+	@$(BIN)/python tests/bench/run.py $(ONLY)
+
+bench-compare: setup ## measure this tree beside another: BASE=commit (ONLY="bridge native")
+	@$(BIN)/python tests/bench/compare.py $(BASE) $(ONLY)
+
+growth: setup ## time and memory from 1,000 values to 64 million (LARGEST=n), and of 16,384 datums
+	@mix compile
+	@PYTHONPATH=python $(BIN)/python tests/bench/growth.py --largest $(or $(LARGEST),66000000)
 
 .PHONY: pictures
 pictures: setup ## make the pictures of docs/ from the run in docs/runs/demo

@@ -1,94 +1,96 @@
-# What the bridge costs, as a multiple of a port written by hand for this one computation:
-# the L2 loss of a batch of 8 datums and its gradient, float32 binaries in and out. The bridge
-# does the whole of its work for it: MessagePack, terms by name, records with gradient norms.
+# What the bridge costs, as a multiple of a port written by hand for one computation: float32
+# binaries in, the loss and its gradient out. The bridge does the whole of its work for it: terms by
+# name, each with its own gradient, norm and place in the record.
+#
+#     bridge_SIZE   one L2 term, over a port that computes it
+#     work_SIZE     nll + l2 + entropy + kl, over a port that runs one callback of their sum
+#     datums_SIZE   one L2 term on 1,024 datums, over the same values in 8
 #
 #     mix run tests/bench/bridge.exs
-#
-# prints `NAME VALUE (target T) ok|short` a figure, and the two medians on standard error.
 
-Code.require_file("hand_port.exs", __DIR__)
+for file <- ["figures.exs", "batch.exs", "hand_port.exs"], do: Code.require_file(file, __DIR__)
 
 defmodule Bench.Bridge do
-  alias Bench.HandPort
+  alias Bench.{Batch, Figures, HandPort}
+  alias Tinkex.CustomLoss
 
-  @datums 8
-  # {name, values in a batch, target, rounds}
-  @figures [
-    {"bridge_1k", 1_000, 1.2, 2_000},
-    {"bridge_100k", 100_000, 1.0, 400},
-    {"bridge_1m", 1_000_000, 0.8, 80},
-    {"bridge_4m", 4_000_000, 0.7, 40}
+  # {size, values in a batch, {target, rounds} of one term, of the work}
+  @sizes [
+    {"1k", 1_000, {1.3, 2_000}, {1.5, 1_000}},
+    {"100k", 100_000, {0.5, 400}, {0.7, 150}},
+    {"1m", 1_000_000, {0.30, 60}, {0.45, 30}},
+    {"4m", 4_000_000, {0.30, 20}, {0.40, 14}}
   ]
+  @datums [{"100k", 102_400, 300}, {"1m", 1_048_576, 60}]
+  @datums_target 1.15
 
   def run do
-    port = HandPort.open(System.fetch_env!("TINKEX_CUSTOM_LOSS_PYTHON"))
+    {:ok, pool} = CustomLoss.start_link(await_ready: true)
 
-    {:ok, _} =
-      Supervisor.start_link([{Tinkex.CustomLoss, name: __MODULE__}], strategy: :one_for_one)
+    for loss <- [:l2, :work] do
+      port = HandPort.open(Atom.to_string(loss))
+      for size <- @sizes, do: against_port(pool, port, loss, size)
+      Port.close(port)
+    end
 
-    for {name, values, target, rounds} <- @figures do
-      datum = div(values, @datums)
-      logprobs = for _ <- 1..@datums, do: random_floats(datum)
-      tensors = for binary <- logprobs, do: {binary, [datum]}
+    for size <- @datums, do: datums(pool, size)
+  end
 
-      {bridge, by_hand} =
-        medians(rounds, fn -> compute(tensors) end, fn -> HandPort.compute(port, logprobs) end)
+  defp against_port(pool, port, loss, {size, values, one_term, work}) do
+    {prefix, {target, rounds}} =
+      case loss do
+        :l2 -> {"bridge", one_term}
+        :work -> {"work", work}
+      end
 
-      ratio = bridge / by_hand
-      verdict = if ratio <= target, do: "ok", else: "short"
-      IO.puts("#{name} #{format(ratio)} (target #{format(target)}) #{verdict}")
+    batch = Batch.new(values)
+    ours = ours(pool, batch, loss)
+    arrays = Batch.arrays(batch, loss)
+    by_hand = fn -> HandPort.compute(port, arrays) end
+    same!(ours.(), by_hand.())
 
-      IO.puts(
-        :stderr,
-        "  bridge #{format(bridge)} ms, by hand #{format(by_hand)} ms, medians of #{rounds}"
-      )
+    name = "#{prefix}_#{size}"
+    [ours: ours, by_hand: by_hand] = Figures.medians(name, [ours: ours, by_hand: by_hand], rounds)
+    Figures.figure(name, ours / by_hand, target)
+  end
+
+  defp datums(pool, {size, values, rounds}) do
+    ways =
+      for count <- [1_024, 8], do: {:"of_#{count}", ours(pool, Batch.new(values, count), :l2)}
+
+    name = "datums_#{size}"
+    [of_1024: many, of_8: few] = Figures.medians(name, ways, rounds)
+    Figures.figure(name, many / few, @datums_target)
+  end
+
+  defp ours(pool, batch, loss) do
+    {logprobs, data, options} =
+      {Batch.logprobs(batch), Batch.data(batch, loss), Batch.options(loss)}
+
+    fn ->
+      {:ok, output} = CustomLoss.compute(pool, data, logprobs, options)
+      output
     end
   end
 
-  defp compute(tensors) do
-    {:ok, output} =
-      Tinkex.CustomLoss.compute(__MODULE__, nil, tensors,
-        regularizers: [%{name: "l2", fn: :l2, weight: 1.0}]
-      )
+  # What is not the same cannot be compared.
+  defp same!(output, {loss, gradients}) do
+    close!(output.loss_total, loss, 1.0e-4 * abs(loss))
 
-    output
+    for {{ours, _shape}, by_hand} <- Enum.zip(output.gradients, gradients),
+        at <- Enum.take_every(0..(div(byte_size(by_hand), 4) - 1), 101),
+        do: close!(float(ours, at), float(by_hand, at), 1.0e-5)
   end
 
-  # Each round times both, and every other round in the other order, so that neither is always
-  # the one that finds the caches cold.
-  defp medians(rounds, one, other) do
-    for _ <- 1..div(rounds, 10), do: {one.(), other.()}
-
-    times =
-      for round <- 1..rounds do
-        if rem(round, 2) == 0 do
-          first = milliseconds(one)
-          {first, milliseconds(other)}
-        else
-          second = milliseconds(other)
-          {milliseconds(one), second}
-        end
-      end
-
-    {ones, others} = Enum.unzip(times)
-    {median(ones), median(others)}
+  defp close!(ours, by_hand, tolerance) do
+    unless abs(ours - by_hand) <= tolerance,
+      do: raise("the bridge says #{ours}, the port by hand #{by_hand}")
   end
 
-  # The collection frees the last round's binaries, so that no call pays for another's.
-  defp milliseconds(fun) do
-    :erlang.garbage_collect()
-    start = System.monotonic_time()
-    fun.()
-    System.convert_time_unit(System.monotonic_time() - start, :native, :nanosecond) / 1.0e6
+  defp float(binary, at) do
+    <<float::float-32-little>> = binary_part(binary, 4 * at, 4)
+    float
   end
-
-  defp median(times), do: times |> Enum.sort() |> Enum.at(div(length(times), 2))
-
-  defp random_floats(count) do
-    for _ <- 1..count, into: <<>>, do: <<-abs(:rand.normal())::float-32-little>>
-  end
-
-  defp format(number), do: :erlang.float_to_binary(number, decimals: 2)
 end
 
 Bench.Bridge.run()

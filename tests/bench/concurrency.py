@@ -1,11 +1,9 @@
 """How long a step takes whose terms take 200 ms each, against the slowest of them; and two clients.
 
-    concurrent_MODE   wall time of a step of 4 such terms / the slowest term, median of 5 steps
-    two_clients       wall time of a step of each of two clients of a process, with a term of one
-                      second each / of one such client alone, through with_regularizers
-    two_clients_sdk   the same through the SDK's own queue, for comparison; it has no target
-
-Prints one line a figure, NAME VALUE (target T) ok|short, and always exits 0.
+concurrent_MODE   wall time of a step of 4 such terms / the slowest term, median of 5 steps
+two_clients       wall time of a step of each of two clients of a process, with a term of one
+                  second each / of one such client alone, through with_regularizers
+two_clients_sdk   the same through the SDK's own queue, for comparison; it has no target
 """
 
 from __future__ import annotations
@@ -23,6 +21,7 @@ from typing import Any
 
 import tinker
 import torch
+from figures import figure
 from tinker import types
 
 from tinker_custom_loss import Composer, Regularizer, forward_backward_custom, with_regularizers
@@ -111,15 +110,11 @@ def two_clients(wrap: Callable[[Any], Any]) -> float:
 
 def main() -> None:
     torch.set_num_threads(1)
-    figures: dict[str, float] = {}
     with places() as modes:
         for name, (fn, place) in modes.items():
-            figures[f"concurrent_{name}"] = concurrency(fn, place)
-    figures["two_clients"] = two_clients(with_regularizers)
-    for name, value in figures.items():
-        verdict = "ok" if value <= TARGET else "short"
-        print(f"{name} {value:.2f} (target {TARGET:.2f}) {verdict}")
-    print(f"two_clients_sdk {two_clients(lambda client: client):.2f} (no target)")
+            figure(f"concurrent_{name}", concurrency(fn, place), TARGET)
+    figure("two_clients", two_clients(with_regularizers), TARGET)
+    figure("two_clients_sdk", two_clients(lambda client: client))
 
 
 if __name__ == "__main__":

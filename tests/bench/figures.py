@@ -1,43 +1,55 @@
-"""How a figure is measured and printed: ``NAME VALUE (target T) ok|short``, a line each."""
+"""How a figure is measured and printed: ``NAME VALUE (target T) ok|short``, a line each.
+
+What stands behind it goes to standard error. ``figures.exs`` prints the same lines, and ``run.py``
+reads both.
+"""
 
 from __future__ import annotations
 
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 
-__all__ = ["figure", "medians", "milliseconds"]
+__all__ = ["detail", "figure", "medians", "milliseconds"]
 
 
-def figure(name: str, value: float, target: float | None = None) -> None:
-    """Print one figure, which is to be at most its target."""
+def figure(name: str, value: float, target: float | None = None, *, at_least: bool = False) -> None:
+    """Print one figure, which is to be at most its target, or ``at_least`` that."""
     if target is None:
-        print(f"{name} {value:.3g} (no target)", flush=True)
+        print(f"{name} {digits(value)} (no target)", flush=True)
         return
-    verdict = "ok" if value <= target else "short"
-    print(f"{name} {value:.3g} (target {target:g}) {verdict}", flush=True)
+    met = value >= target if at_least else value <= target
+    print(f"{name} {digits(value)} (target {target:g}) {'ok' if met else 'short'}", flush=True)
 
 
-def medians(name: str, functions: Sequence[Callable[[], object]], rounds: int) -> list[float]:
-    """The median milliseconds of each, taken in turn; they are shown on standard error.
+def medians(name: str, ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """The median milliseconds of each, taken in turn.
 
     Every other round goes in the other order: none is always the one with cold caches.
     """
-    for function in functions:
+    for function in ways.values():
         function()
-    times: list[list[float]] = [[] for _ in functions]
+    times: dict[str, list[float]] = {way: [] for way in ways}
     for round_ in range(rounds):
-        order = range(len(functions)) if round_ % 2 else reversed(range(len(functions)))
-        for index in order:
-            times[index].append(milliseconds(functions[index]))
-    found = [statistics.median(each) for each in times]
-    listed = ", ".join(f"{value:.3f}" for value in found)
-    print(f"  {name}: {listed} ms, medians of {rounds}", file=sys.stderr)
+        for way in ways if round_ % 2 else reversed(ways):
+            times[way].append(milliseconds(ways[way]))
+    found = {way: statistics.median(each) for way, each in times.items()}
+    listed = ", ".join(f"{way} {digits(value)}" for way, value in found.items())
+    detail(f"{name}: {listed} ms, medians of {rounds}")
     return found
+
+
+def detail(line: str) -> None:
+    print(f"  {line}", file=sys.stderr, flush=True)
 
 
 def milliseconds(function: Callable[[], object]) -> float:
     start = time.perf_counter()
     function()
     return (time.perf_counter() - start) * 1e3
+
+
+def digits(value: float) -> str:
+    """Three significant digits."""
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"

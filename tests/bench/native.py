@@ -94,19 +94,19 @@ def native(datums: int, shape: tuple[int, ...], rounds: int) -> None:
     def sdk(fn: Callable[..., Any]) -> Callable[[], list[Datum]]:
         return lambda: TrainingClient._compute_custom_loss(data, fn, output).data
 
-    ways = [
-        ours(None, [{"fn": "l2", "weight": 1.0}]),
-        ours(None, [Regularizer(l2_by_hand, 1.0, "l2")]),
-        sdk(l2_by_hand),
-        ours("nll", TERMS),
-        sdk(all_by_hand),
-    ]
-    for one, other in ((0, 2), (1, 2), (3, 4)):
+    ways = {
+        "builtin": ours(None, [{"fn": "l2", "weight": 1.0}]),
+        "user": ours(None, [Regularizer(l2_by_hand, 1.0, "l2")]),
+        "by_sdk": sdk(l2_by_hand),
+        "work": ours("nll", TERMS),
+        "work_by_sdk": sdk(all_by_hand),
+    }
+    for one, other in (("builtin", "by_sdk"), ("user", "by_sdk"), ("work", "work_by_sdk")):
         check(ways[one](), ways[other]())
-    builtin, user, l2_by_sdk, work, all_by_sdk = medians(f"native_{name}", ways, rounds)
-    figure(f"native_builtin_{name}", builtin / l2_by_sdk, BUILTIN)
-    figure(f"native_user_{name}", user / l2_by_sdk, USER)
-    figure(f"native_work_{name}", work / all_by_sdk)
+    ms = medians(f"native_{name}", ways, rounds)
+    figure(f"native_builtin_{name}", ms["builtin"] / ms["by_sdk"], BUILTIN)
+    figure(f"native_user_{name}", ms["user"] / ms["by_sdk"], USER)
+    figure(f"native_work_{name}", ms["work"] / ms["work_by_sdk"])
 
 
 def structure(datums: int, shape: tuple[int, ...], rounds: int) -> None:
@@ -122,9 +122,9 @@ def structure(datums: int, shape: tuple[int, ...], rounds: int) -> None:
 
     for pair in zip(composer.compute(data, logprobs).gradients, by_hand()[1], strict=True):
         torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-5)
-    ways: list[Callable[[], object]] = [lambda: composer.compute(data, logprobs), by_hand]
-    ours, theirs = medians(f"structure_{name}", ways, rounds)
-    figure(f"structure_{name}", ours / theirs, STRUCTURE)
+    ways = {"ours": lambda: composer.compute(data, logprobs), "by_hand": by_hand}
+    ms = medians(f"structure_{name}", ways, rounds)
+    figure(f"structure_{name}", ms["ours"] / ms["by_hand"], STRUCTURE)
 
 
 if __name__ == "__main__":

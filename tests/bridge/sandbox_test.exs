@@ -95,6 +95,93 @@ defmodule Tinkex.CustomLoss.SandboxTest do
     assert {:ok, {^zeros, _}} = Sandbox.parameter_gradients(pid)
   end
 
+  test "computes the losses of the service", %{pid: pid} do
+    old = [%{"logprobs" => List.duplicate(-6.0, 3), "advantages" => [1.0, -2.0, 0.5]}]
+
+    data =
+      for inputs <- old, do: datum([1, 2, 3], [2, 3, 4], [1.0, 1.0, 1.0]) |> put_inputs(inputs)
+
+    {:ok, output} = await(Sandbox.forward(pid, data, :importance_sampling))
+    [%{"logprobs" => %{"data" => logprobs}}] = output.loss_fn_outputs
+
+    expected =
+      for {logprob, advantage} <- Enum.zip(logprobs, [1.0, -2.0, 0.5]),
+          do: -:math.exp(logprob + 6.0) * advantage
+
+    assert_in_delta output.metrics["loss:sum"], Enum.sum(expected), 1.0e-5
+
+    # A quadratic penalty that is nothing but itself.
+    config = [loss_fn_config: %{beta: 2.0}]
+    {:ok, dro} = await(Sandbox.forward(pid, data, "dro", config))
+    {:ok, free} = await(Sandbox.forward(pid, data, "dro", loss_fn_config: %{"beta" => 0.0}))
+    penalty = for(logprob <- logprobs, do: (logprob + 6.0) ** 2) |> Enum.sum()
+    assert_in_delta dro.metrics["loss:sum"] - free.metrics["loss:sum"], penalty, 1.0e-4
+  end
+
+  defp put_inputs(datum, inputs),
+    do: %{datum | loss_fn_inputs: Map.merge(datum.loss_fn_inputs, inputs)}
+
+  test "samples in the form of Tinkex's", %{pid: pid} do
+    {:ok, sampler} = await(Sandbox.save_weights_and_get_sampling_client(pid))
+    params = %{max_tokens: 6, seed: 1}
+    {:ok, first} = await(Sandbox.sample(sampler, ~c"the cat", params, num_samples: 3))
+    assert [%{tokens: tokens, logprobs: logprobs, stop_reason: :length}, _, _] = first.sequences
+    assert {length(tokens), length(logprobs), first.prompt_logprobs} == {6, 6, nil}
+
+    # What was drawn is as likely as the model says, which is asked in another way.
+    {:ok, [nil | told]} = await(Sandbox.compute_logprobs(sampler, ~c"the cat" ++ tokens))
+
+    for {a, b} <- Enum.zip(logprobs, Enum.take(told, -6)),
+        do: assert_in_delta(a, b, 1.0e-4)
+
+    prompt = %{chunks: [%{type: "encoded_text", tokens: ~c"the cat"}]}
+    assert await(Sandbox.sample(sampler, prompt, params, num_samples: 3)) == {:ok, first}
+
+    stop = [max_tokens: 200, stop: Enum.to_list(0..255), seed: 2]
+    {:ok, %{sequences: [sequence]}} = await(Sandbox.sample(sampler, ~c"a", stop))
+    assert sequence.stop_reason == :stop
+    assert {:error, %RequestError{}} = await(Sandbox.sample(sampler, ~c"a", %{top_p: 2}))
+
+    for {says, call} <- [
+          {"no option :topk", fn -> Sandbox.sample(sampler, ~c"a", %{}, topk: 1) end},
+          {"sampling parameters as a map", fn -> Sandbox.sample(sampler, ~c"a", 1) end},
+          {"expected chunks", fn -> Sandbox.compute_logprobs(sampler, "a") end}
+        ],
+        do: assert_raise(ArgumentError, ~r/#{says}/, call)
+  end
+
+  @tag :tmp_dir
+  test "goes on from what was saved, in another process and bit for bit", %{tmp_dir: dir} do
+    train = fn pid ->
+      {:ok, _} = await(Sandbox.forward_backward(pid, data(), :cross_entropy))
+      {:ok, _} = await(Sandbox.optim_step(pid, learning_rate: 0.1))
+    end
+
+    sample = fn sampler -> await(Sandbox.sample(sampler, ~c"the", max_tokens: 9, seed: 1)) end
+
+    pid = start!(seed: 3, state: dir)
+    {:ok, sampler} = await(Sandbox.save_weights_and_get_sampling_client(pid))
+    drawn = sample.(sampler)
+    train.(pid)
+    # A sampler keeps the weights that it was made of.
+    {:ok, other} = await(Sandbox.save_weights_and_get_sampling_client(pid))
+    assert {sample.(sampler), sample.(other) != drawn} == {drawn, true}
+    {:ok, %{path: path}} = await(Sandbox.save_state(pid, "first"))
+    assert {:error, %RequestError{}} = await(Sandbox.save_state(pid, "first"))
+    assert {:ok, %{path: ^path}} = await(Sandbox.save_state(pid, "first", overwrite: true))
+    train.(pid)
+
+    other = start!(seed: 4, state: dir)
+    assert {:ok, %{path: ^path}} = await(Sandbox.load_state_with_optimizer(other, path))
+    train.(other)
+    assert Sandbox.parameters(other) == Sandbox.parameters(pid)
+    {:ok, _} = await(Sandbox.load_state(other, path))
+    train.(other)
+    assert Sandbox.parameters(other) != Sandbox.parameters(pid)
+    assert {:error, %RequestError{} = error} = await(Sandbox.load_state(other, "tinker://x"))
+    assert Exception.message(error) =~ "there is no checkpoint"
+  end
+
   test "finds the linearized gradient equal to the one from end to end", %{pid: pid} do
     assert {:ok, check} =
              Sandbox.check_gradient(pid, data(),
@@ -119,6 +206,10 @@ defmodule Tinkex.CustomLoss.SandboxTest do
 
       assert Exception.message(error) =~ "token 512 is outside the sandbox's vocabulary"
       assert {:error, %RequestError{}} = await(Sandbox.optim_step(pid, %{beta1: 1.0}))
+      assert {:error, error} = await(Sandbox.forward(pid, data(), :mse))
+      assert Exception.message(error) =~ "not 'mse'"
+      assert {:error, error} = await(Sandbox.forward_backward(pid, data(), :ppo))
+      assert Exception.message(error) =~ "ppo needs logprobs"
       assert {:error, error} = await(Sandbox.optim_step(pid, %{momentum: 0.9}))
       assert Exception.message(error) =~ "unknown parameter 'momentum' of AdamW"
       assert {:ok, _} = await(Sandbox.forward(pid, data(), :cross_entropy))
@@ -126,9 +217,15 @@ defmodule Tinkex.CustomLoss.SandboxTest do
 
     test "that Elixir finds raises", %{pid: pid} do
       for {says, call} <- [
-            {"computes :cross_entropy alone", fn -> Sandbox.forward(pid, data(), :ppo) end},
+            {"name of a loss, such as :ppo", fn -> Sandbox.forward(pid, data(), 3) end},
+            {"loss_fn_config as a map",
+             fn ->
+               Sandbox.forward(pid, data(), :ppo, loss_fn_config: 1)
+             end},
+            {"name as a string", fn -> Sandbox.save_state(pid, :first) end},
             {"list of datums", fn -> Sandbox.forward(pid, [], :cross_entropy) end},
             {"keyword list", fn -> Sandbox.forward(pid, data(), :cross_entropy, %{}) end},
+            {"at `adam_params.eps`", fn -> Sandbox.optim_step(pid, eps: self()) end},
             {"AdamW as a map", fn -> Sandbox.optim_step(pid, 0.1) end},
             {"nothing to compute", fn -> Sandbox.check_gradient(pid, data(), []) end},
             {"has no option :workers", fn -> Sandbox.start_link(workers: 2) end},

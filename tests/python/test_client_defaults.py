@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import ClassVar
 
 import pytest
@@ -11,9 +12,10 @@ from tinker_custom_loss import (
     Composer,
     RequestError,
     forward_backward_custom,
+    merge,
     with_regularizers,
 )
-from training import datums, spread, squares, weighted_nll
+from training import ADAM, datums, spread, squares, weighted_nll
 
 SQUARES = {"fn": squares, "weight": 0.1, "name": "squares"}
 SPREAD = {"fn": spread, "weight": 0.1, "name": "spread"}
@@ -92,26 +94,73 @@ class TestDefaults:
 
 
 class TestCount:
-    """A loop cannot forget the step: the client counts."""
+    """A loop cannot forget the step: the client counts those of the optimizer."""
 
     @pytest.fixture
     def weight_of(self, new_client):
         term = {"fn": squares, "weight": lambda step: 1.0 + step, "name": "squares"}
         client = with_regularizers(new_client(), regularizers=[term])
 
-        def weight_of(**options):
-            output = client.forward_backward_custom(datums(), weighted_nll, **options).result(60)
-            return output.record["regularizers"]["squares"]["weight"]
+        def weight_of(base="custom", **options):
+            if base == "custom":
+                step = client.forward_backward_custom(datums(), weighted_nll, **options)
+            else:
+                step = client.forward_backward(datums(), "cross_entropy", **options)
+            return step.result(60).record["regularizers"]["squares"]["weight"]
 
         weight_of.client = client
         return weight_of
 
-    def test_from_zero(self, weight_of):
-        assert [weight_of() for _ in range(3)] == [1.0, 2.0, 3.0]
+    @pytest.mark.parametrize("base", ["custom", "native"])
+    def test_from_zero(self, weight_of, base):
+        weights = []
+        for _ in range(3):
+            weights.append(weight_of(base))
+            weight_of.client.optim_step(ADAM)
+        assert weights == [1.0, 2.0, 3.0]
+
+    @pytest.mark.parametrize("base", ["custom", "native"])
+    def test_the_calls_of_one_step_of_the_optimizer_are_one(self, weight_of, base):
+        """As the minibatches of an RL loop, whose gradients add up."""
+        assert [weight_of(base) for _ in range(3)] == [1.0, 1.0, 1.0]
+        weight_of.client.optim_step(ADAM)
+        assert weight_of(base) == 2.0
+
+    @pytest.mark.filterwarnings("ignore:DEPRECATED:FutureWarning")
+    def test_also_where_the_loop_is_async(self, weight_of):
+        assert weight_of() == 1.0
+        asyncio.run(weight_of.client.optim_step_async(ADAM))
+        assert weight_of() == 2.0
 
     def test_on_from_a_step_that_is_given(self, weight_of):
-        """As after a checkpoint; and micro-batches of one step may all say which."""
-        assert [weight_of(step=7), weight_of(step=7), weight_of()] == [8.0, 8.0, 9.0]
+        """As after a checkpoint."""
+        assert [weight_of(step=7), weight_of()] == [8.0, 8.0]
+        weight_of.client.optim_step(ADAM)
+        assert weight_of() == 9.0
+
+    def test_a_step_is_also_heard_where_nothing_is_regularized(self, weight_of):
+        weight_of.client.forward_backward(datums(), "cross_entropy", regularizers=[], step=4)
+        assert weight_of() == 5.0
+
+    def test_on_from_the_first_step_of_a_run_that_goes_on(self, new_client):
+        term = {"fn": squares, "weight": lambda step: 1.0 + step, "name": "squares"}
+        client = with_regularizers(new_client(), regularizers=[term], first_step=20)
+        record = client.forward_backward(datums(), "cross_entropy").result(60).record
+        assert record["schedule_step"] == 20
+        assert record["regularizers"]["squares"]["weight"] == 21.0
+        with pytest.raises(RequestError, match="first_step"):
+            with_regularizers(new_client(), regularizers=[term], first_step=-1)
+
+    def test_the_parts_of_a_step_need_not_name_it(self, new_client):
+        late = {"fn": "nll", "weight": lambda step: float(step), "reduction": "token_mean"}
+        client = with_regularizers(new_client(), regularizers=[late], first_step=2)
+        data = datums(alternatives=False)
+        totals = client.totals(data)
+        parts = [client.forward_backward_custom([d], totals=totals) for d in data]
+        whole = client.forward_backward_custom(data).result(60).record
+        merged = merge([part.result(60).record for part in parts])
+        assert merged["schedule_step"] == 2
+        assert merged["loss_total"] == pytest.approx(whole["loss_total"])
 
     def test_not_what_was_refused(self, weight_of):
         with pytest.raises(RequestError):
@@ -121,7 +170,10 @@ class TestCount:
         assert weight_of() == 1.0
 
     def test_in_the_order_of_the_calls(self, weight_of):
-        futures = [weight_of.client.forward_backward_custom(datums()) for _ in range(4)]
+        futures = []
+        for _ in range(4):
+            futures.append(weight_of.client.forward_backward_custom(datums()))
+            weight_of.client.optim_step(ADAM)
         weights = [f.result(60).record["regularizers"]["squares"]["weight"] for f in futures]
         assert weights == [1.0, 2.0, 3.0, 4.0]
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import random
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tinker
 import torch
 
-from tinker_custom_loss import Composer
-from tinker_custom_loss.insight import diagnose
+from tinker_custom_loss import Composer, Recorder, flatten, with_regularizers
+from tinker_custom_loss.insight import diagnose, read_run
+from tinker_custom_loss.insight.series import History
+from tinker_custom_loss.sandbox import SandboxServer
+
+EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 
 DATA = [None, None]
 
@@ -78,6 +85,71 @@ def test_values_that_were_not_finite_and_were_zeroed():
 
 def test_a_term_that_is_nearly_all_of_the_gradient():
     assert ("dominant", "term") in kinds(run({"fn": square, "weight": 1000.0}))
+
+
+def test_a_term_that_has_nothing_to_share_the_gradient_with_is_not_said_to_dominate():
+    alone = Composer(None, [{"fn": square, "weight": 2.0, "name": "term"}])
+    logprobs = [torch.tensor([-0.5, -1.5])]
+    records = [alone.compute([None], logprobs, step=step).record for step in range(8)]
+    assert diagnose(records) == []
+
+
+def test_nor_is_one_beside_a_base_loss_that_the_server_computes():
+    records = run({"fn": square}, steps=8)
+    for record in records:  # as those of a client whose base loss is one of the server's
+        record["base_loss"] |= {"grad_norm": None, "grad_rms": None, "cosine_to_total": None}
+    assert diagnose(records) == []
+
+
+def test_terms_that_come_and_go_are_compared_within_the_same_steps():
+    """A term that has a part in every second step has the larger norm in each of those."""
+    logprobs = [torch.tensor([-0.5, -1.5])]
+    records = []
+    for step in range(24):
+        small = 0.001 if step % 2 else 1.0
+        terms = [{"fn": square, "weight": 100.0 * small, "name": "always"}]
+        if step % 2:
+            terms.append({"fn": square, "weight": 50.0, "name": "late"})
+        composer = Composer(lambda data, xs: (-torch.cat(xs).sum() * 1e-6, {}), terms)
+        records.append(composer.compute([None], logprobs, step=step).record)
+    history = History()
+    for step, record in enumerate(records):
+        history.add(flatten(record), step)
+    assert [bool(row) for row in history.terms["late"].rows] == [bool(s % 2) for s in range(24)]
+    assert kinds(records) == {("dominant", "late")}  # of the 12 steps in which it had a part
+
+
+def test_a_term_that_is_there_no_more_is_not_said_to_train_nothing():
+    def flat(data, logprobs):
+        return (torch.cat(logprobs) * 0.0).sum() + 3.0, {}
+
+    records = run({"fn": flat}, steps=6)
+    logprobs = [torch.tensor([-0.5, -1.5])]
+    later = [Composer(base).compute([None], logprobs, step=6 + n).record for n in range(6)]
+    assert diagnose(records + later) == []
+
+
+def test_a_healthy_run_of_the_demo_has_no_findings(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import demo
+
+    text = (EXAMPLES.parents[1] / "LICENSE").read_bytes()
+    rng = random.Random(0)
+    with SandboxServer(seed=0) as server, Recorder(tmp_path) as recorder:
+        service = tinker.ServiceClient(base_url=server.url, api_key="tml-sandbox")
+        client = with_regularizers(
+            service.create_lora_training_client("sandbox").result(),
+            base_loss=demo.base_loss,
+            regularizers=demo.REGULARIZERS,
+            recorder=recorder,
+        )
+        for step in range(30):
+            output = client.forward_backward_custom(demo.batch_of(text, rng))
+            client.optim_step(tinker.AdamParams(learning_rate=0.01)).result()
+            recorder.log(flatten(output.result().record), step)
+    run = read_run(tmp_path)
+    assert run.steps[29]["loss_total"] < run.steps[0]["loss_total"]
+    assert diagnose(run.steps.values(), composition=run.composition) == []
 
 
 def test_a_term_that_keeps_pulling_against_the_step():

@@ -60,6 +60,7 @@ class TestContinue:
         submit, error = failing_step
         client = with_regularizers(new_client())
         client.forward_backward_custom(datums(), None, [SQUARES]).result(60)
+        client.optim_step(ADAM)
         with caplog.at_level(logging.ERROR, "tinker_custom_loss"):
             failed = submit(client)
             optim = client.optim_step(ADAM)
@@ -103,7 +104,7 @@ class TestStop:
         with pytest.raises(error) as info:
             failed.result(60)
         for future in behind:
-            with pytest.raises(StoppedError, match="refused, because step 1") as stopped:
+            with pytest.raises(StoppedError, match="refused, because step 0") as stopped:
                 future.result(60)
             assert stopped.value.__cause__ is info.value
         with pytest.raises(StoppedError, match=r"call acknowledge_failure\(\) to go on"):

@@ -70,6 +70,36 @@ def test_a_recorder_feeds_it_for_the_extent_of_the_block(tmp_path):
     assert out.getvalue() == shown
 
 
+def test_a_schedule_that_stands_still_is_named_by_the_table_too(tmp_path):
+    terms = [{"fn": square, "weight": lambda step: 0.1 + step, "name": "ramped"}]
+    out = io.StringIO()
+    with Recorder(tmp_path) as recorder, live(recorder, file=out):
+        for step in range(20):
+            composer = Composer(base, terms, recorder=recorder)
+            made = composer.compute([None], [torch.tensor([-2.0, -1.0]) / (1 + step)], step=0)
+            recorder.log(flatten(made.record), step)
+    assert 'so the weight of "ramped" stands still' in said(out)
+
+    out = io.StringIO()
+    records = [composer.compute([None], [torch.tensor([-2.0])], step=0).record for _ in range(20)]
+    list(watch(records, composition=composer.describe(), file=out))
+    assert 'so the weight of "ramped" stands still' in said(out)
+
+
+def said(out):
+    return " ".join(out.getvalue().split())
+
+
+def test_a_term_that_is_there_no_more_shows_no_number_of_an_earlier_step():
+    out = io.StringIO()
+    with_both, with_one = next(records(1, ["first", "second"])), next(records(1, ["first"]))
+    list(watch([with_both, with_one], total=2, file=out))
+    lines = out.getvalue().splitlines()
+    assert "second" not in lines[1]
+    (row,) = [line for line in lines if line.startswith("second")]
+    assert row.split()[1:4] == ["-", "-", "-"]
+
+
 def test_keys_may_have_a_prefix():
     out = io.StringIO()
     with live(prefix="custom", file=out) as table:

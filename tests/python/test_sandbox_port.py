@@ -1,5 +1,6 @@
 """The sandbox's model behind an Erlang port: the real process, over real pipes."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import torch
 from port_client import PortClient, batch
 from tinker_custom_loss import TensorBatch
 from tinker_custom_loss.sandbox import AdamParams, Examples, LanguageModel
+from tinker_custom_loss.sandbox.losses import loss_named
 
 TOKENS = [torch.tensor([72, 101, 108]), torch.tensor([1, 2])]
 TARGETS = [torch.tensor([101, 108, 108]), torch.tensor([[2, 7], [3, 7]])]
@@ -103,6 +105,91 @@ def test_forward_needs_no_weights(sandbox):
     assert [list(each.shape) for each in reply["logprobs"]] == [[3], [2, 2]]
 
 
+@pytest.mark.usefixtures("_one_thread")
+@pytest.mark.parametrize(
+    ("loss_fn", "config"),
+    [
+        ("cross_entropy", None),
+        ("importance_sampling", None),
+        ("ppo", {"clip_low_threshold": 0.9}),
+        ("cispo", {"clip_high_threshold": 2.0}),
+        ("dro", {"beta": 0.5}),
+    ],
+)
+def test_the_losses_are_those_of_the_service(sandbox, loss_fn, config):
+    sampler = [torch.full(each.shape, -6.2) for each in TARGETS]
+    columns = {"logprobs": sampler, "advantages": WEIGHTS}
+    asked = {"data": data(**columns), "loss_fn": loss_fn, "loss_fn_config": config}
+    model, twin = create(sandbox, seed=4), LanguageModel(seed=4)
+    reply = result(sandbox.ask("forward_backward", model=model, **asked))
+    read = {name: TensorBatch.from_tensors(values) for name, values in columns.items()}
+    expected = twin.forward_backward(
+        dataclasses.replace(examples(), **read), loss_named(loss_fn, config)
+    )
+    assert reply["metrics"] == expected.metrics
+    (gradient,) = result(sandbox.ask("parameter_gradients", model=model))["gradients"]
+    assert gradient.equal(twin.gradient_flat())
+
+
+def test_a_sampler_keeps_the_weights_that_it_was_made_of(sandbox):
+    model = create(sandbox, seed=2)
+    sampler = result(sandbox.ask("save_for_sampling", model=model))["sampler"]
+
+    def draw(**params):
+        return result(
+            sandbox.ask(
+                "sample",
+                sampler=sampler,
+                prompt=batch(TOKENS[0]),
+                sampling_params={"max_tokens": 5, **params},
+                num_samples=3,
+                prompt_logprobs=True,
+            )
+        )
+
+    first = draw(seed=1)
+    assert [each.shape for each in first["tokens"]] == [(5,)] * 3
+    assert first["stopped"] == [False] * 3
+    result(sandbox.ask("forward_backward", model=model, data=data()))
+    result(sandbox.ask("optim_step", model=model, adam_params={"learning_rate": 0.1}))
+    again = draw(seed=1)
+    for key in ("tokens", "logprobs"):
+        assert all(a.equal(b) for a, b in zip(first[key], again[key], strict=True))
+    assert not all(
+        a.equal(b) for a, b in zip(draw()["tokens"], draw()["tokens"], strict=True)
+    )  # each without a seed has one of its own
+
+    # What it thinks of a text is what forward says of the same tokens as targets.
+    twin = LanguageModel(seed=2)
+    text = TensorBatch.from_tensors([TOKENS[0][:-1]]), TensorBatch.from_tensors([TOKENS[0][1:]])
+    expected = twin.forward(Examples(*text)).logprobs.tensors()[0]
+    (prompt_logprobs,) = first["prompt_logprobs"]
+    assert prompt_logprobs[0].isnan()
+    torch.testing.assert_close(prompt_logprobs[1:], expected)
+
+
+def test_a_state_outlives_the_process_and_goes_on_bit_equal(tmp_path):
+    def train(client, model):
+        result(client.ask("forward_backward", model=model, data=data()))
+        result(client.ask("optim_step", model=model, adam_params={"learning_rate": 0.1}))
+        return result(client.ask("parameters", model=model))["parameters"][0]
+
+    options = ("--erlang-port", "--state", str(tmp_path / "state"))
+    with PortClient(*options, module="tinker_custom_loss.sandbox") as client:
+        model = create(client)
+        train(client, model)
+        path = result(client.ask("save_state", model=model, name="one"))["path"]
+        taken = client.ask("save_state", model=model, name="one")
+        assert "there is a checkpoint" in taken["error"]["message"]
+        expected = train(client, model)
+    with PortClient(*options, module="tinker_custom_loss.sandbox") as client:
+        model = create(client, seed=5)
+        result(client.ask("load_state", model=model, path=path, optimizer=True))
+        assert train(client, model).equal(expected)
+        result(client.ask("load_state", model=model, path=path, optimizer=False))
+        assert not train(client, model).equal(expected)  # its moments are new
+
+
 def test_models_are_apart(sandbox):
     one, other = create(sandbox), create(sandbox)
     result(sandbox.ask("forward_backward", model=one, data=data()))
@@ -139,10 +226,20 @@ def test_the_linearized_gradient_is_checked_end_to_end(sandbox):
 @pytest.mark.parametrize(
     ("op", "fields", "kind", "says"),
     [
-        ("sample", {}, "protocol", 'unknown op "sample"'),
+        ("dream", {}, "protocol", 'unknown op "dream"'),
         ("forward", {"model": 99}, "request", "there is no model 99"),
         ("forward", {}, "protocol", '"model" is missing'),
-        ("forward_backward", {"data": data(weights=None)}, "protocol", '"weights" is missing'),
+        (
+            "forward_backward",
+            {"data": data(weights=None)},
+            "request",
+            "cross_entropy needs weights",
+        ),
+        ("forward_backward", {"data": data(), "loss_fn": "ppo"}, "request", "ppo needs logprobs"),
+        ("forward", {"data": data(), "loss_fn": "mse"}, "request", "not 'mse'"),
+        ("sample", {"sampler": 9, "prompt": batch(TOKENS[0])}, "request", "no sampler 9"),
+        ("save_state", {"model": 0, "name": "a/b"}, "request", "a checkpoint's name has"),
+        ("load_state", {"model": 0, "path": "tinker://x"}, "request", "no checkpoint"),
         (
             "forward_backward",
             {"data": data(weights=[torch.ones(3), torch.ones(2)])},

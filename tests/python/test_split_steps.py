@@ -244,9 +244,9 @@ class TestRefused:
                 call(data[:2], composer, totals=totals)
             with pytest.raises(RequestError, match="a plain function looks at the whole batch"):
                 call(data[:2], plain, totals=totals)
-            scheduled = Composer(None, [{"fn": "nll", "weight": lambda step: 1.0}])
-            with pytest.raises(RequestError, match="is a schedule, and"):
-                call(data[:2], scheduled, totals=scheduled.totals(data))
+        scheduled = Composer(None, [{"fn": "nll", "weight": lambda step: 1.0}])
+        with pytest.raises(RequestError, match="is a schedule, and"):
+            forward_backward_custom(bare, data[:2], scheduled, totals=scheduled.totals(data))
         with pytest.raises(RequestError, match="the base loss may look at the whole batch"):
             linearize(data[:2], forward_output(data[:2]), composer, totals=totals)
         assert torch.equal(sandbox.model(bare.model_id).gradient_flat(), before)

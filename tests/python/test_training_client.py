@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import pickle
 import threading
 
 import pytest
@@ -44,7 +45,12 @@ class TestItIsATrainingClient:
     def test_an_unknown_attribute_is_unknown(self, client):
         with pytest.raises(AttributeError, match="nonsense"):
             client.nonsense  # noqa: B018
-        assert copy.copy(client).model_id == client.model_id
+
+    def test_there_is_one_of_it(self, client):
+        """A copy would count the steps for itself, and log them twice."""
+        for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(TypeError, match="RegularizedTrainingClient cannot be copied"):
+                copied(client)
 
     @pytest.mark.parametrize("value", [None, "client", object(), tinker.TrainingClient])
     def test_anything_else_is_refused(self, value):

@@ -21,8 +21,8 @@ __all__ = [
     "checked_client",
     "checked_data",
     "checked_defaults",
+    "checked_first_step",
     "checked_step",
-    "checked_totals",
     "composer_of",
     "is_composed",
     "no_totals",
@@ -95,24 +95,19 @@ def checked_step(step: int | None) -> int | None:
     return step
 
 
-def checked_totals(
-    totals: Mapping[str, Any] | None, step: int | None, composer: Composer, data: list[Datum]
-) -> None:
-    """Refuse, before anything is sent, a part that cannot be computed with the step's totals.
+def checked_first_step(first_step: object) -> int:
+    """The number of the training step with which a client begins.
 
     Raises:
-        RequestError: see :meth:`Composer.check_totals`; or the weight of a term is a schedule, and
-            nobody said which step this is a part of.
+        RequestError: it is no number of a step.
     """
-    if totals is None:
-        return
-    if step is None and any(callable(term.weight) for term in composer.regularizers):
+    if isinstance(first_step, bool) or not isinstance(first_step, int) or first_step < 0:
         raise RequestError(
-            "a weight is a schedule, and this call is a part of a step: counting calls would give "
-            "each part another weight; give all of them the same step=",
-            path="step",
+            f'invalid value for "first_step": expected a non-negative integer, '
+            f"got {show(first_step)}",
+            path="first_step",
         )
-    composer.check_totals(totals, data)
+    return first_step
 
 
 def no_totals(totals: Mapping[str, Any] | None) -> None:

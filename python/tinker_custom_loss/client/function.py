@@ -28,7 +28,6 @@ from .arguments import (
     checked_client,
     checked_data,
     checked_step,
-    checked_totals,
     composer_of,
     is_composed,
     no_totals,
@@ -152,7 +151,8 @@ def _checked(
         return client, datums, sdk_loss(base_loss_fn, datums, client)
     composer = composer_of(base_loss_fn, regularizers, datums, client)
     composer.check_step(number)
-    checked_totals(totals, number, composer, datums)
+    if totals is not None:
+        composer.check_totals(totals, datums)
     return client, datums, _SurrogateLoss(client, composer, number, totals)
 
 

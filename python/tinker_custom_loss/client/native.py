@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import concurrent.futures
 import math
-import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
-from tinker import APIFuture, Datum, ForwardBackwardOutput, TrainingClient
+from tinker import APIFuture, Datum, ForwardBackwardOutput
 
-from ..composer import Composer
 from ..record import RegularizerRecord, StepRecord, metrics_of
-from ..running.threads import THREADS
 from . import sdk
-from .call_queue import computing, follow
-from .failures import Failures
-from .futures import StepFuture, concurrent_future, settle, withdrawable
-from .linear import linearize_with
-from .step import StepOutput
+from .futures import StepFuture, concurrent_future, settle
+from .step import Step, StepOutput
 
 __all__ = ["NativeStep", "native_data"]
 
@@ -34,39 +28,16 @@ def native_data(data: list[Datum], loss_fn: str) -> list[Datum]:
     return data if known is None else [sdk.with_inputs_of(datum, known) for datum in data]
 
 
-class NativeStep:
+class NativeStep(Step):
     """The call of the loop as it is, and one linear pass that adds the regularizers' gradient.
 
     The regularizers see the logprobs that the call returns, so there is no forward pass of
     theirs. A gradient that is zero everywhere is not sent.
     """
 
-    def __init__(
-        self,
-        client: TrainingClient,
-        call: Callable[[], APIFuture[ForwardBackwardOutput]],
-        data: list[Datum],
-        composer: Composer,
-        step: int,
-        totals: Mapping[str, Any] | None,
-        flat: bool,
-        failures: Failures,
-    ) -> None:
-        self._cancelled = threading.Event()
-        self.future: concurrent.futures.Future[StepOutput] = withdrawable(self._cancelled)
-        self._client = client
+    def __init__(self, call: Callable[[], APIFuture[ForwardBackwardOutput]], *step: Any) -> None:
+        super().__init__(*step)
         self._call = call
-        self._data = data
-        self._composer = composer
-        self._step = step
-        self._totals = totals
-        self._flat = flat
-        self._failures = failures
-        self._era = failures.era
-
-    def run(self) -> None:
-        """Returns as soon as the linear pass has taken its place in the order of requests."""
-        follow(self.future, self._submit)
 
     def _submit(self) -> APIFuture[StepOutput]:
         self._failures.refuse(self._era)
@@ -74,14 +45,11 @@ class NativeStep:
         try:
             output = self._call().result()
         except BaseException as error:
-            self._report(error, f"step {self._step}, which the server refused,")
+            self._report(f"step {self._step}, which the server refused,", error)
             raise
         seconds = time.perf_counter() - started
         try:
-            with computing(self._client):
-                linear, composition = linearize_with(
-                    self._composer, self._data, output, self._step, self._totals, self._cancelled
-                )
+            linear, composition = self._linearized(output)
             backward = None
             if bool(composition.gradient.flat.any()):
                 backward = concurrent_future(self._client.forward_backward(linear, sdk.LOSS))
@@ -119,13 +87,9 @@ class NativeStep:
             "accumulated; the regularizers' is not."
         )
         self._report(
-            error, f"the regularization of step {self._step}, whose own loss is accumulated,"
+            f"the regularization of step {self._step}, whose own loss is accumulated,", error
         )
         return error
-
-    def _report(self, error: BaseException, what: str) -> None:
-        if not THREADS.ending:
-            self._failures.report(what, error, self._era)
 
 
 def _with_base(record: StepRecord, loss: float | None, seconds: float) -> StepRecord:

@@ -17,9 +17,10 @@ from ..errors import RequestError
 from ..observer import StepObserver, checked_observer
 from ..regularizer import show
 from . import sdk
-from .arguments import BaseLoss, Regularizers, checked_defaults
+from .arguments import BaseLoss, Regularizers, checked_defaults, checked_first_step
 from .failures import Failures, OnFailure
 from .futures import StepFuture, concurrent_future, settle
+from .proxy import Proxy
 from .training_client import RegularizedTrainingClient, with_regularizers
 
 __all__ = ["RegularizedServiceClient", "regularized"]
@@ -29,9 +30,11 @@ logger = logging.getLogger(__name__)
 Wrap = Callable[[TrainingClient], RegularizedTrainingClient]
 
 if TYPE_CHECKING:
-    _Service = ServiceClient
+
+    class _Proxy(Proxy, ServiceClient): ...
+
 else:
-    _Service = object
+    _Proxy = Proxy
 
 
 @overload
@@ -43,6 +46,7 @@ def regularized(
     flat_metrics: bool = False,
     on_failure: OnFailure = "continue",
     recorder: StepObserver | None = None,
+    first_step: int = 0,
 ) -> RegularizedServiceClient: ...
 
 
@@ -55,6 +59,7 @@ def regularized(
     flat_metrics: bool = False,
     on_failure: OnFailure = "continue",
     recorder: StepObserver | None = None,
+    first_step: int = 0,
 ) -> contextlib.AbstractContextManager[None]: ...
 
 
@@ -66,6 +71,7 @@ def regularized(
     flat_metrics: bool = False,
     on_failure: OnFailure = "continue",
     recorder: StepObserver | None = None,
+    first_step: int = 0,
 ) -> Any:
     """A service client whose training clients have regularizers, for loops that make their own::
 
@@ -82,8 +88,8 @@ def regularized(
 
     Args:
         service_client: a client of the SDK, or None.
-        regularizers, base_loss, flat_metrics, on_failure, recorder: of every training client that
-            it creates, see :func:`with_regularizers`.
+        regularizers, base_loss, flat_metrics, on_failure, recorder, first_step: of every training
+            client that it creates, see :func:`with_regularizers`.
 
     Raises:
         RequestError: it is no service client, or an option is wrong; or, on entering the context,
@@ -92,6 +98,7 @@ def regularized(
     checked_defaults(base_loss, regularizers)
     Failures(on_failure)
     checked_observer(recorder)
+    checked_first_step(first_step)
     wrap = functools.partial(
         with_regularizers,
         base_loss=base_loss,
@@ -99,6 +106,7 @@ def regularized(
         flat_metrics=flat_metrics,
         on_failure=on_failure,
         recorder=recorder,
+        first_step=first_step,
     )
     if service_client is None:
         return _everywhere(wrap)
@@ -118,7 +126,7 @@ def regularized(
     return RegularizedServiceClient(service_client, wrap)
 
 
-class RegularizedServiceClient(_Service):
+class RegularizedServiceClient(_Proxy):
     """Every method and attribute of a ``tinker.ServiceClient``; its training clients are wrapped.
 
     To ``isinstance`` and to type checkers it is a ``tinker.ServiceClient``.
@@ -131,9 +139,7 @@ class RegularizedServiceClient(_Service):
     if not TYPE_CHECKING:  # a type checker would let every name pass
 
         def __getattr__(self, name: str) -> Any:
-            if name.startswith("__") or name == "_client":  # copying, before __init__
-                raise AttributeError(name)
-            attribute = getattr(self._client, name)
+            attribute = self._of_client(name)
             if sdk.creates_training_client(name):
                 return _creating(attribute, self._wrap)
             return attribute
@@ -144,17 +150,6 @@ class RegularizedServiceClient(_Service):
 
     def __exit__(self, *error: Any) -> None:
         self._client.__exit__(*error)
-
-    # What `isinstance` asks after the type itself.
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        return type(self._client)
-
-    def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *dir(self._client)})
-
-    def __repr__(self) -> str:
-        return f"RegularizedServiceClient({self._client!r})"
 
 
 def _creating(method: Callable[..., Any], wrap: Wrap) -> Callable[..., Any]:

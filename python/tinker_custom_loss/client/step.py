@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import abc
 import concurrent.futures
 import dataclasses
+import logging
 import math
 import threading
 from collections.abc import Mapping, Sequence
@@ -12,6 +14,7 @@ from typing import Any
 from tinker import APIFuture, Datum, ForwardBackwardOutput, TrainingClient, types
 
 from ..composer import Composer
+from ..composition import Composition
 from ..errors import RequestError
 from ..record import StepRecord, flatten, merge, metrics_of
 from ..running.threads import THREADS
@@ -21,7 +24,9 @@ from .failures import Failures
 from .futures import StepFuture, concurrent_future, settle, withdrawable
 from .linear import forward_data, linearize_with, zero_gradient
 
-__all__ = ["CustomStep", "StepOutput", "step_output", "with_records"]
+__all__ = ["CustomStep", "Step", "StepOutput", "step_output", "with_records"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +82,8 @@ def with_records(
             return answer
         try:
             record = merge(records)
-        except RequestError:  # their weights differ
+        except RequestError as error:  # other terms or weights
+            _warn_of_the_others(str(error))
             record = records[-1]
         metrics = {**flatten(record), **(answer.metrics or {})}
         return answer.model_copy(update={"metrics": metrics})
@@ -86,8 +92,22 @@ def with_records(
     return StepFuture(outer)
 
 
-class CustomStep:
-    """Two requests, with the loss between them."""
+_warned: set[str] = set()
+
+
+def _warn_of_the_others(why: str) -> None:
+    """Once a process: a loop that mixes steps does so at every one."""
+    if not _warned:
+        _warned.add(why)
+        logger.warning(
+            "the metrics of optim_step have the record of the last step before it alone, now and "
+            "wherever the terms or weights of its steps differ: %s",
+            why,
+        )
+
+
+class Step(abc.ABC):
+    """One call of a loop's that is several requests, and ``future``, which it gets for it."""
 
     def __init__(
         self,
@@ -111,33 +131,44 @@ class CustomStep:
         self._era = failures.era
 
     def run(self) -> None:
-        """Returns as soon as the backward pass has taken its place in the order of requests."""
+        """Returns as soon as the last request has taken its place in the order of requests."""
         follow(self.future, self._submit)
+
+    @abc.abstractmethod
+    def _submit(self) -> APIFuture[StepOutput]:
+        """All requests, the last of them under way."""
+
+    def _linearized(self, output: ForwardBackwardOutput) -> tuple[list[Datum], Composition]:
+        """The datums of the backward pass for the logprobs that the server gave."""
+        with computing(self._client):
+            return linearize_with(
+                self._composer, self._data, output, self._step, self._totals, self._cancelled
+            )
+
+    def _report(self, what: str, error: BaseException) -> None:
+        if not THREADS.ending:
+            self._failures.report(what, error, self._era)
+
+
+class CustomStep(Step):
+    """Two requests, with the loss between them."""
 
     def _submit(self) -> APIFuture[StepOutput]:
         self._failures.refuse(self._era)
         try:
             forward = self._client.forward(forward_data(self._data), sdk.LOSS).result()
         except BaseException as error:
-            self._report(error, ", whose forward pass the server refused,")
+            self._report(f"step {self._step}, whose forward pass the server refused,", error)
             raise
         failure: BaseException | None = None
         record: StepRecord | None = None
         try:
-            with computing(self._client):
-                linear, composition = linearize_with(
-                    self._composer,
-                    self._data,
-                    forward,
-                    self._step,
-                    self._totals,
-                    self._cancelled,
-                )
+            linear, composition = self._linearized(forward)
             record = composition.record
         except BaseException as error:
             if THREADS.ending:  # Python ends, and nothing more is sent
                 raise
-            self._report(error)
+            self._report(f"step {self._step}", error)
             failure, linear = error, zero_gradient(self._data)
         # Also when the step failed: the requests are the same whatever a term does.
         backward = concurrent_future(self._client.forward_backward(linear, sdk.LOSS))
@@ -149,14 +180,10 @@ class CustomStep:
             try:
                 output = backward.result()
             except BaseException as error:
-                self._report(error, ", whose backward pass the server refused,")
+                self._report(f"step {self._step}, whose backward pass the server refused,", error)
                 raise
             assert record is not None
             return step_output(output, record, self._flat)
 
         backward.add_done_callback(lambda _: settle(outer, outcome))
         return StepFuture(outer)
-
-    def _report(self, error: BaseException, how: str = "") -> None:
-        if not THREADS.ending:
-            self._failures.report(f"step {self._step}{how}", error, self._era)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
-import inspect
 import threading
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, overload
 
 from tinker import APIFuture, Datum, ForwardBackwardOutput, TrainingClient, types
 
@@ -21,30 +20,22 @@ from .arguments import (
     checked_client,
     checked_data,
     checked_defaults,
+    checked_first_step,
     checked_step,
-    checked_totals,
     composer_of,
     is_composed,
     no_totals,
     plain_loss,
     sdk_loss,
 )
-from .call_queue import CallQueue, as_it_is, computing, refuse_within
+from .call_queue import as_it_is, computing, refuse_within
 from .failures import Failures, OnFailure
 from .futures import StepFuture
 from .native import NativeStep, native_data
-from .step import CustomStep, StepOutput, with_records
+from .ordered import OrderedClient
+from .step import CustomStep, Step, StepOutput, with_records
 
 __all__ = ["RegularizedTrainingClient", "with_regularizers"]
-
-T = TypeVar("T")
-
-# A proxy has every method of whatever client it is given, also of a later SDK. Type checkers,
-# and the editors that ask them, are told the class.
-if TYPE_CHECKING:
-    _Client = TrainingClient
-else:
-    _Client = object
 
 
 def with_regularizers(
@@ -55,6 +46,7 @@ def with_regularizers(
     flat_metrics: bool = False,
     on_failure: OnFailure = "continue",
     recorder: StepObserver | None = None,
+    first_step: int = 0,
 ) -> RegularizedTrainingClient:
     """The client, with regularizers in ``forward_backward`` and ``forward_backward_custom``::
 
@@ -78,14 +70,16 @@ def with_regularizers(
             order of training, until ``acknowledge_failure()``.
         recorder: a :class:`Recorder` that writes down what is composed, and keeps steps with
             regularizers if it was told to; it logs no metrics by itself.
+        first_step: the training step that comes next, for weight schedules, of a run that goes on
+            from a checkpoint. From there ``optim_step`` counts.
 
     Raises:
         RequestError: it is no training client, or an option is wrong.
     """
     client = checked_client(training_client)
     if isinstance(client, RegularizedTrainingClient):
-        options = (base_loss, regularizers, flat_metrics, on_failure, recorder)
-        if options == (None, None, False, "continue", None):
+        options = (base_loss, regularizers, flat_metrics, on_failure, recorder, first_step)
+        if options == (None, None, False, "continue", None, 0):
             return client
         raise RequestError(
             "this training client has regularizers already; give the options to the call of "
@@ -93,11 +87,11 @@ def with_regularizers(
             path="training_client",
         )
     return RegularizedTrainingClient(
-        client, base_loss, regularizers, flat_metrics, on_failure, recorder
+        client, base_loss, regularizers, flat_metrics, on_failure, recorder, first_step
     )
 
 
-class RegularizedTrainingClient(_Client):
+class RegularizedTrainingClient(OrderedClient):
     """Every method and attribute of a ``tinker.TrainingClient``, and regularizers.
 
     To ``isinstance`` and to type checkers it is a ``tinker.TrainingClient``. Calls are sent in
@@ -114,15 +108,14 @@ class RegularizedTrainingClient(_Client):
         flat_metrics: bool,
         on_failure: OnFailure,
         recorder: StepObserver | None,
+        first_step: int,
     ) -> None:
-        self._client = training_client
+        super().__init__(training_client, Failures(on_failure))
         self._base_loss, self._regularizers = checked_defaults(base_loss, regularizers)
         self._flat_metrics = flat_metrics
-        self._failures = Failures(on_failure)
         self._recorder = checked_observer(recorder)
-        self._queue = CallQueue()
         self._step_lock = threading.Lock()
-        self._next_step = 0
+        self._step = checked_first_step(first_step)  # of the calls that name none
         self._unlogged: list[concurrent.futures.Future[StepOutput]] = []  # since optim_step
 
     @overload  # type: ignore[override]  # it has more than the SDK's, and by other names
@@ -214,8 +207,9 @@ class RegularizedTrainingClient(_Client):
                 :meth:`forward_backward`'s.
             regularizers: :class:`Regularizer`\\ s or dicts with the options of one; None for the
                 default, ``[]`` for the base loss alone.
-            step: the training step, for weight schedules. None counts on from the last custom
-                step of this client; the first is 0.
+            step: the training step, for weight schedules: all calls until the next
+                ``optim_step`` are of one. None is that of the call before, or one more if
+                ``optim_step`` was called since; the first is ``first_step``.
             totals: of the whole step, where these datums are a part of it, and the gradients of
                 several calls add up to that of the step: :meth:`Composer.totals`.
             flat_metrics: True puts the record into ``metrics`` in its flat form, for loggers.
@@ -240,7 +234,7 @@ class RegularizedTrainingClient(_Client):
         if not is_composed(base, regularizers):
             no_totals(totals)
             loss = sdk_loss(base, datums, self._client)
-            self._count(checked_step(step))
+            self._number(checked_step(step))
 
             def plain() -> APIFuture[ForwardBackwardOutput]:
                 self._failures.refuse(era)
@@ -256,8 +250,10 @@ class RegularizedTrainingClient(_Client):
             )
         composer = self._recorded(composer_of(base, regularizers, datums, self._client))
         flat = self._flat_metrics if flat_metrics is None else flat_metrics
-        checked_totals(totals, checked_step(step), composer, datums)
-        number = self._count(step)
+        checked_step(step)
+        if totals is not None:
+            composer.check_totals(totals, datums)
+        number = self._number(step)
         composed = CustomStep(self._client, datums, composer, number, totals, flat, self._failures)
         return self._enqueued(composed)
 
@@ -314,8 +310,7 @@ class RegularizedTrainingClient(_Client):
             data: the datums, as the server's loss wants them.
             loss_fn: the name of a loss of the server's, such as ``"cross_entropy"`` or ``"ppo"``.
             loss_fn_config: its options.
-            regularizers, step, totals, flat_metrics: as in :meth:`forward_backward_custom`, with
-                which the steps are counted together.
+            regularizers, step, totals, flat_metrics: as in :meth:`forward_backward_custom`.
 
         Returns:
             The future of both passes: the server's output, as a :class:`StepOutput`. The server's
@@ -331,7 +326,7 @@ class RegularizedTrainingClient(_Client):
             regularizers = self._regularizers
         if not regularizers:
             no_totals(totals)
-            checked_step(step)
+            self._number(checked_step(step))
             plain = self._in_turn("forward_backward", self._client.forward_backward)
             future: APIFuture[Any] = plain(data, loss_fn, loss_fn_config)
             return future
@@ -339,7 +334,9 @@ class RegularizedTrainingClient(_Client):
         self._failures.refuse(self._failures.era)
         datums = checked_data(data)
         composer = self._recorded(composer_of(None, regularizers, datums))
-        checked_totals(totals, checked_step(step), composer, datums)
+        checked_step(step)
+        if totals is not None:
+            composer.check_totals(totals, datums)
         flat = self._flat_metrics if flat_metrics is None else flat_metrics
         call = functools.partial(
             self._client.forward_backward,
@@ -347,14 +344,14 @@ class RegularizedTrainingClient(_Client):
             loss_fn,
             as_it_is(loss_fn_config),
         )
-        number = self._count(step)
+        number = self._number(step)
         native = NativeStep(
-            self._client, call, datums, composer, number, totals, flat, self._failures
+            call, self._client, datums, composer, number, totals, flat, self._failures
         )
         return self._enqueued(native)
 
     def optim_step(self, *args: Any, **kwargs: Any) -> APIFuture[types.OptimStepResponse]:
-        """The SDK's own.
+        """The SDK's own, and the end of a training step: the next one counts on from it.
 
         With ``flat_metrics=True`` in ``with_regularizers``, its metrics also have the record of the
         steps since the last one, in its flat form and merged: many loops log these metrics alone.
@@ -362,7 +359,7 @@ class RegularizedTrainingClient(_Client):
         """
         in_turn = self._in_turn("optim_step", self._client.optim_step)
         response: APIFuture[types.OptimStepResponse] = in_turn(*args, **kwargs)
-        steps = self._take_unlogged()
+        steps = self._end_step()
         return with_records(response, steps) if steps else response
 
     async def optim_step_async(
@@ -370,12 +367,13 @@ class RegularizedTrainingClient(_Client):
     ) -> APIFuture[types.OptimStepResponse]:
         """:meth:`optim_step` for async code: awaited, it gives the future."""
         in_turn = self._in_turn("optim_step_async", self._client.optim_step_async)
-        steps = self._take_unlogged()  # now: later ones are not of this step
+        steps = self._end_step()  # now: later ones are not of it
         try:
             response: APIFuture[types.OptimStepResponse] = await in_turn(*args, **kwargs)
         except BaseException:
             with self._step_lock:
                 self._unlogged[:0] = steps
+                self._step -= 1
             raise
         return with_records(response, steps) if steps else response
 
@@ -387,14 +385,16 @@ class RegularizedTrainingClient(_Client):
         if given or (given is None and self._regularizers):
             return self.forward_backward(data, loss_fn, *args, regularizers=given, **kwargs)
         no_totals(kwargs.pop("totals", None))
-        checked_step(kwargs.pop("step", None))
+        self._number(checked_step(kwargs.pop("step", None)))
         kwargs.pop("flat_metrics", None)
         in_turn = self._in_turn("forward_backward_async", self._client.forward_backward_async)
         future: APIFuture[Any] = await in_turn(data, loss_fn, *args, **kwargs)
         return future
 
-    def _take_unlogged(self) -> list[concurrent.futures.Future[StepOutput]]:
+    def _end_step(self) -> list[concurrent.futures.Future[StepOutput]]:
+        """What there is to log of the training step that ends, with which the next one begins."""
         with self._step_lock:
+            self._step += 1
             steps, self._unlogged = self._unlogged, []
         return steps
 
@@ -447,7 +447,7 @@ class RegularizedTrainingClient(_Client):
             regularizers = self._regularizers
         return base, regularizers
 
-    def _enqueued(self, step: CustomStep | NativeStep) -> StepFuture[StepOutput]:
+    def _enqueued(self, step: Step) -> StepFuture[StepOutput]:
         if self._flat_metrics:
             with self._step_lock:
                 self._unlogged.append(step.future)
@@ -457,64 +457,9 @@ class RegularizedTrainingClient(_Client):
     def _recorded(self, composer: Composer) -> Composer:
         return composer if self._recorder is None else composer.recorded_by(self._recorder)
 
-    def _count(self, step: int | None) -> int:
-        """The number of a step, from which the next one counts on."""
+    def _number(self, step: int | None) -> int:
+        """The training step of a call, which is also that of the next ones that name none."""
         with self._step_lock:
-            number = self._next_step if step is None else step
-            self._next_step = number + 1
-            return number
-
-    if not TYPE_CHECKING:  # a type checker would let every name pass
-
-        def __getattr__(self, name: str) -> Any:
-            if name.startswith("__") or name == "_client":  # copying, before __init__
-                raise AttributeError(name)
-            attribute = getattr(self._client, name)
-            if name.startswith("_") or sdk.takes_no_place(name) or not inspect.ismethod(attribute):
-                return attribute
-            return self._in_turn(name, attribute)
-
-    def _in_turn(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-        """``method``, behind the steps that are under way."""
-
-        def bound(args: Any, kwargs: Any) -> Callable[[], Any]:
-            refuse_within(self._client, name)
-            era = self._failures.era
-            args = tuple(map(as_it_is, args))
-            kwargs = {key: as_it_is(value) for key, value in kwargs.items()}
-
-            def call() -> Any:
-                self._failures.refuse(era)
-                return method(*args, **kwargs)
-
-            return call
-
-        kind = sdk.submits(method)
-        if name.endswith("_async") or inspect.iscoroutinefunction(method):
-
-            @functools.wraps(method)
-            async def in_turn_async(*args: Any, **kwargs: Any) -> Any:
-                call = bound(args, kwargs)
-                if kind is None:
-                    return await self._queue.run_async(call)
-                return await self._queue.submit_async(call, kind)
-
-            return in_turn_async
-
-        @functools.wraps(method)
-        def in_turn(*args: Any, **kwargs: Any) -> Any:
-            call = bound(args, kwargs)
-            return self._queue.run(call) if kind is None else self._queue.submit(call, kind)
-
-        return in_turn
-
-    # What `isinstance` asks after the type itself.
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        return type(self._client)
-
-    def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *dir(self._client)})
-
-    def __repr__(self) -> str:
-        return f"RegularizedTrainingClient({self._client!r})"
+            if step is not None:
+                self._step = step
+            return self._step

@@ -73,6 +73,8 @@ def findings(history: History) -> list[Finding]:
 
 def _zero_gradient(history: History) -> Iterator[Finding]:
     for name, term in history.terms.items():
+        if not term.last:
+            continue  # it has no part in the step any more
         zeros = _trailing(
             term, lambda row: row.get("grad_norm") == 0.0 and row.get("weight", 1.0) != 0.0
         )
@@ -94,14 +96,14 @@ def _skipped(history: History) -> Iterator[Finding]:
             yield Finding(
                 "skipped",
                 name,
-                f'"{name}" was skipped in {skipped} of {len(term.rows)} steps',
+                f'"{name}" was skipped in {skipped} of {len(term.taken)} steps',
                 'see its "error" in the record of such a step',
             )
 
 
 def _zeroed(history: History) -> Iterator[Finding]:
     for name, term in history.terms.items():
-        counts = [int(row.get("non_finite_zeroed", 0)) for row in term.rows]
+        counts = [int(row.get("non_finite_zeroed", 0)) for row in term.taken]
         steps = sum(1 for count in counts if count)
         if steps:
             yield Finding(
@@ -119,7 +121,7 @@ def _dominant(history: History) -> Iterator[Finding]:
             continue  # it is what the others regularize
         shares = [
             share
-            for index in range(-min(len(term.rows), history.count), 0)
+            for index in range(len(term.rows))
             if (share := _gradient_share(history, name, index)) is not None
         ]
         above = sum(1 for share in shares if share > _DOMINANT)
@@ -152,7 +154,7 @@ def _conflict(history: History) -> Iterator[Finding]:
 def _stuck_schedule(history: History) -> Iterator[Finding]:
     """The clock stands, or a schedule has not left its first value although the clock moves."""
     steps = list(history.schedule_steps)
-    if len(steps) < _ENOUGH:
+    if len(steps) < _GROWTH:  # the minibatches of one step have one number
         return
     if len(set(steps)) == 1:
         named = [name for name in history.schedules if name in history.terms]
@@ -163,7 +165,7 @@ def _stuck_schedule(history: History) -> Iterator[Finding]:
             f"{len(steps)} steps were all computed as step {steps[0]:g}, so "
             + (f"the weight of {of_what}" if named else "every schedule of a weight")
             + " stands still",
-            "give step=, or use the wrapped training client, which counts its steps",
+            "give step=, or use the wrapped training client, which counts those of optim_step",
         )
         return
     for name, at in history.schedules.items():
@@ -238,7 +240,7 @@ _RULES = (
 def _trailing(term: TermSeries, holds: Any) -> int:
     """For how many of the last steps, without a break, a row satisfies ``holds``."""
     count = 0
-    for row in reversed(term.rows):
+    for row in reversed(term.taken):
         if not holds(row):
             break
         count += 1
@@ -246,12 +248,16 @@ def _trailing(term: TermSeries, holds: Any) -> int:
 
 
 def _gradient_share(history: History, name: str, index: int) -> float | None:
+    """Of the norms of the weighted gradients at that step; None where there is nothing to share
+    them with, or one is not known, as that of a loss which the server computes."""
     norms = {}
     for other, term in history.terms.items():
-        if len(term.rows) < -index:
-            return None
         row = term.rows[index]
+        if not row or row.get("skipped"):
+            continue
         norm = row.get("grad_norm" if other == BASE else "grad_norm_weighted")
-        norms[other] = norm if norm is not None and math.isfinite(norm) else 0.0
+        if norm is None or not math.isfinite(norm):
+            return None
+        norms[other] = norm
     whole = sum(norms.values())
-    return norms[name] / whole if whole else None
+    return norms[name] / whole if name in norms and len(norms) > 1 and whole else None

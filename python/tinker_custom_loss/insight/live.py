@@ -37,6 +37,7 @@ def live(
     *,
     total: int | None = None,
     prefix: str = "",
+    composition: Mapping[str, Any] | None = None,
     file: TextIO | None = None,
 ) -> Live:
     """A table of a run, for the extent of a ``with``::
@@ -50,20 +51,28 @@ def live(
         recorder: whose steps are shown.
         total: the number of steps there will be, for progress and the time that is left.
         prefix: the ``prefix`` that :func:`~tinker_custom_loss.flatten` was given.
+        composition: what :meth:`Composer.describe` gives, from which it is known which weights are
+            schedules; a recorder that is a composer's own knows it by itself.
         file: where it is drawn; the standard output if None.
     """
-    return Live(recorder, total=total, prefix=prefix, file=file)
+    return Live(recorder, total=total, prefix=prefix, composition=composition, file=file)
 
 
 def watch(
-    records: Iterable[R], *, total: int | None = None, file: TextIO | None = None
+    records: Iterable[R],
+    *,
+    total: int | None = None,
+    composition: Mapping[str, Any] | None = None,
+    file: TextIO | None = None,
 ) -> Iterator[R]:
     """Show the records of steps as they come by, and hand them on::
 
-    for record in watch(train()):
-        ...
+        for record in watch(train()):
+            ...
+
+    The arguments are those of :func:`live`.
     """
-    with live(total=total, file=file) as table:
+    with live(total=total, composition=composition, file=file) as table:
         for step, record in enumerate(records):
             table.log(flatten(record), step)
             yield record
@@ -78,13 +87,15 @@ class Live:
         *,
         total: int | None = None,
         prefix: str = "",
+        composition: Mapping[str, Any] | None = None,
         file: TextIO | None = None,
     ) -> None:
         if total is not None and total < 1:
             raise RequestError(f"total must be a positive number of steps, got {total}")
         self._recorder = recorder
         self._total = total
-        self._history = History(prefix)
+        self._history = History(prefix, composition)
+        self._composition = composition
         self._console = Console(file=file if file is not None else sys.stdout)
         self._terminal = self._console.is_terminal
         self._display = RichLive(console=self._console, auto_refresh=False)
@@ -93,6 +104,8 @@ class Live:
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Show one more step."""
+        if self._recorder is not None and self._composition is None:
+            self._history.compose(self._recorder.composition)
         self._history.add(metrics, step)
         if self._terminal:
             self._display.update(self._screen(), refresh=True)
@@ -144,7 +157,7 @@ class Live:
 def plain_line(history: History) -> str:
     """One step in at most 80 columns: the loss, and what each term added to it."""
     line = f"{history.step:>5}  loss {short(history.losses[-1])} ="
-    cells = [f"{name} {term.contribution:.3g}" for name, term in history.terms.items()]
+    cells = [f"{name} {term.contribution:.3g}" for name, term in history.terms.items() if term.last]
     for done, cell in enumerate(cells):
         rest = len(cells) - done
         tail = f" + {rest} more"
@@ -172,11 +185,11 @@ def table_of(history: History) -> Table:
             name,
             short(term.get("value")),
             "" if name == BASE else short(term.get("weight")),
-            short(term.contribution),
+            short(term.contribution if term.last else None),
             bar(shares[name], _SHARE),
             short(term.get("grad_norm" if name == BASE else "grad_norm_weighted")),
             _cosine(term),
-            sparkline(term.values, _TREND),
+            sparkline([row.get("value", math.nan) for row in term.taken], _TREND),
         )
     return table
 

@@ -6,6 +6,7 @@ The layout is that of tinker-cookbook's log directories, so what reads those rea
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import operator
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 from ..errors import RequestError
 from ..observer import ObservedStep
 from ..regularizer import show
-from .flight import FlightRecorder
+from .flight import FlightRecorder, kept_steps
 
 if TYPE_CHECKING:
     from ..composer import Composer
@@ -45,8 +46,8 @@ class Recorder:
             recorder.log(flatten(metrics), step)
 
     A line is written whole and at once, so a process that is killed at any moment leaves a run
-    that :func:`read_run` reads. A directory that holds a run already is continued: new lines are
-    appended, and a step that is logged again replaces the earlier one when the run is read.
+    that :func:`read_run` reads. A directory that holds a run already is refused, unless it is said
+    what is to become of that: ``overwrite``, ``resume`` or ``shared``.
 
     As the ``recorder`` of a :class:`Composer`, or of :func:`with_regularizers`, it also writes
     what is composed there to ``config.json``, under ``composition``, and keeps steps, from which
@@ -60,13 +61,18 @@ class Recorder:
         config: JSON values that describe the run, written to ``config.json``.
         sinks: who else is to see every step, in this order.
         overwrite: begin anew where the directory holds a run already.
+        resume: go on with the run that is there, if there is one. The first step that is logged
+            says where: lines of that step and later ones, which a process wrote after its last
+            checkpoint, are dropped, and the log says so. Kept steps stay.
+        shared: write beside other processes that record the same run: nothing is dropped.
         keep: which steps are kept in ``directory/steps``: None, ``"failures"`` (steps that
             raised, and those in which a term was skipped or had values zeroed), ``"every:N"``
             (those too, and every step whose number N divides) or ``"all"``.
         keep_bytes: how much the kept steps may take together. The oldest are deleted for a new one.
 
     Raises:
-        RequestError: ``config`` is not made of JSON values, or another option is wrong.
+        RequestError: the directory holds a run already; ``config`` is not made of JSON values; or
+            another option is wrong.
         OSError: the directory or its files cannot be written.
     """
 
@@ -77,6 +83,8 @@ class Recorder:
         config: Mapping[str, Any] | None = None,
         sinks: Iterable[Sink] = (),
         overwrite: bool = False,
+        resume: bool = False,
+        shared: bool = False,
         keep: str | None = None,
         keep_bytes: int = 256_000_000,
     ) -> None:
@@ -89,6 +97,11 @@ class Recorder:
         text = None if config is None else _json_text(config)
         flight = FlightRecorder(self.directory, keep or "failures", keep_bytes)
         self._flight = flight if keep is not None else None
+        if overwrite + resume + shared > 1:
+            raise RequestError("give one of overwrite, resume and shared, not several")
+        if not (overwrite or resume or shared):
+            _refuse_used(self.directory)
+        self._rewinds = resume
         self.directory.mkdir(parents=True, exist_ok=True)
         if overwrite:
             (self.directory / METRICS).unlink(missing_ok=True)
@@ -96,7 +109,7 @@ class Recorder:
             flight.clear()
         if text is not None:
             _replace(self.directory / CONFIG, text)
-        self._file = open(self.directory / METRICS, "ab", buffering=0)  # noqa: SIM115
+        self._file = self._opened()
         _end_torn_line(self.directory / METRICS, self._file.fileno())
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
@@ -109,6 +122,8 @@ class Recorder:
         with self._lock:
             if self._file.closed:
                 raise RequestError(f"the recorder of {self.directory} is closed", path="log")
+            if self._rewinds:
+                self._rewind(step)
             self._file.write(line)
             sinks = list(self._sinks)
         for sink in sinks:
@@ -146,6 +161,33 @@ class Recorder:
         except (OSError, ValueError):
             return {}
         return told if isinstance(told, dict) else {}
+
+    @property
+    def composition(self) -> Mapping[str, Any] | None:
+        """What is composed, as :meth:`Composer.describe` has it, from the first step on of a
+        composer that has this as its ``recorder``."""
+        return self._described
+
+    def _opened(self) -> io.FileIO:
+        return open(self.directory / METRICS, "ab", buffering=0)
+
+    def _rewind(self, step: int) -> None:
+        """Drop what was recorded of ``step`` and later ones before the run was resumed."""
+        self._rewinds = False
+        path = self.directory / METRICS
+        lines = path.read_bytes().splitlines(keepends=True)
+        kept = [line for line in lines if not _is_from(line, step)]
+        if len(kept) == len(lines):
+            return
+        logger.warning(
+            "%s goes on at step %d: what it had of that step and later ones, %d lines, is dropped",
+            self.directory,
+            step,
+            len(lines) - len(kept),
+        )
+        self._file.close()
+        _replace(path, b"".join(kept))
+        self._file = self._opened()
 
     def attach(self, sink: Sink) -> None:
         """Hand every later step to ``sink`` too."""
@@ -219,23 +261,45 @@ def read_run(directory: str | os.PathLike[str]) -> Run:
     steps: dict[int, dict[str, float]] = {}
     torn = 0
     for line in filter(None, lines):
-        try:
-            entry = json.loads(line)
-            step = int(entry.pop("step"))
-        except (ValueError, KeyError, AttributeError, TypeError):
+        entry = _entry(line)
+        if entry is None:
             torn += 1
             continue
-        # Others write one step in several lines, each with keys of its own.
-        steps.setdefault(step, {}).update(
-            {key: float(value) for key, value in entry.items() if isinstance(value, (int, float))}
-        )
-    config = root / CONFIG
-    return Run(
-        root,
-        json.loads(config.read_text()) if config.exists() else {},
-        dict(sorted(steps.items())),
-        torn,
-    )
+        step, metrics = entry
+        earlier = steps.setdefault(step, metrics)
+        if earlier is metrics:
+            continue
+        if any(key.endswith("loss_total") and key in earlier for key in metrics):
+            steps[step] = metrics  # the step was computed again, perhaps of other terms
+        else:
+            earlier.update(metrics)  # others write one step in several lines
+    return Run(root, _read_config(root / CONFIG), dict(sorted(steps.items())), torn)
+
+
+def _entry(line: bytes) -> tuple[int, dict[str, float]] | None:
+    """The step and the numbers of a line; None if it is not the whole of one."""
+    try:
+        entry = json.loads(line)
+        step = entry.pop("step")
+        if isinstance(step, bool) or int(step) != step:
+            return None
+        return int(step), {
+            key: float(value) for key, value in entry.items() if isinstance(value, (int, float))
+        }
+    except (ValueError, KeyError, AttributeError, TypeError, OverflowError):
+        return None
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise RequestError(f"{path} is not JSON: {error}; mend it, or take it away") from None
+    if not isinstance(config, dict):
+        raise RequestError(f"{path} holds no JSON object; mend it, or take it away")
+    return config
 
 
 def _line(metrics: Mapping[str, float], step: int) -> bytes:
@@ -265,6 +329,24 @@ def _end_torn_line(path: Path, descriptor: int) -> None:
                 os.write(descriptor, b"\n")
 
 
+def _is_from(line: bytes, step: int) -> bool:
+    entry = _entry(line)
+    return entry is not None and entry[0] >= step
+
+
+def _refuse_used(directory: Path) -> None:
+    metrics = directory / METRICS
+    steps = len(kept_steps(directory))
+    lines = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+    if lines or steps or (metrics.exists() and metrics.stat().st_size):
+        raise RequestError(
+            f"{directory} holds a run already ({lines} lines of {METRICS}, {steps} kept steps); "
+            "give another directory, overwrite=True to begin anew there, or resume=True to go on "
+            "with that run",
+            path="directory",
+        )
+
+
 def _json_text(config: Mapping[str, Any]) -> str:
     try:
         return json.dumps(config, indent=2) + "\n"
@@ -272,8 +354,8 @@ def _json_text(config: Mapping[str, Any]) -> str:
         raise RequestError(f"config is not made of JSON values: {error}", path="config") from error
 
 
-def _replace(path: Path, text: str) -> None:
+def _replace(path: Path, text: str | bytes) -> None:
     """Write a file so that nobody ever reads half of it."""
     beside = path.with_name(f"{path.name}.{os.getpid()}.new")  # workers of a pool share a run
-    beside.write_text(text)
+    beside.write_bytes(text.encode() if isinstance(text, str) else text)
     beside.replace(path)

@@ -20,12 +20,21 @@ _EIGHTHS = " ▏▎▍▌▋▊▉"
 
 @dataclass
 class TermSeries:
-    """What one term did: its numbers in each of the last steps, the latest last."""
+    """What one term did: its numbers in each of the last steps, the latest last.
+
+    The row of a step in which it had no part is empty, so that those of all terms are of the same
+    steps.
+    """
 
     rows: deque[Mapping[str, float]] = field(default_factory=lambda: deque(maxlen=JUDGED))
 
     def get(self, key: str) -> float | None:
-        return self.rows[-1].get(key)
+        return self.last.get(key)
+
+    @property
+    def last(self) -> Mapping[str, float]:
+        """Its row of the last step."""
+        return self.rows[-1]
 
     @property
     def values(self) -> list[float]:
@@ -35,7 +44,12 @@ class TermSeries:
     @property
     def contribution(self) -> float:
         """What it added to the loss; the base loss has weight 1."""
-        return self.rows[-1].get("contribution", self.rows[-1].get("value", 0.0))
+        return self.last.get("contribution", self.last.get("value", 0.0))
+
+    @property
+    def taken(self) -> list[Mapping[str, float]]:
+        """The rows of the steps in which it had a part."""
+        return [row for row in self.rows if row]
 
 
 class History:
@@ -47,11 +61,8 @@ class History:
 
     def __init__(self, prefix: str = "", composition: Mapping[str, Any] | None = None) -> None:
         self._prefix = key_prefix(prefix)
-        self.schedules: dict[str, Mapping[str, float]] = {
-            term["name"]: term["weight"]["at"]
-            for term in (composition or {}).get("regularizers", ())
-            if isinstance(term["weight"], Mapping)
-        }
+        self.schedules: dict[str, Mapping[str, float]] = {}
+        self.compose(composition)
         self.logprob_counts: deque[float] = deque(maxlen=JUDGED)
         self.step: int | None = None
         self.count = 0
@@ -59,6 +70,14 @@ class History:
         self.schedule_steps: deque[float] = deque(maxlen=JUDGED)
         self.norm: float | None = None
         self.terms: dict[str, TermSeries] = {}
+
+    def compose(self, composition: Mapping[str, Any] | None) -> None:
+        """Take ``composition`` for what is composed from now on."""
+        self.schedules = {
+            term["name"]: term["weight"]["at"]
+            for term in (composition or {}).get("regularizers", ())
+            if isinstance(term["weight"], Mapping)
+        }
 
     def add(self, metrics: Mapping[str, float], step: int) -> None:
         """Take in one step. Metrics of others are passed over."""
@@ -69,8 +88,13 @@ class History:
         if (scheduled := metrics.get(f"{self._prefix}schedule_step")) is not None:
             self.schedule_steps.append(scheduled)
         self.logprob_counts.append(metrics.get(f"{self._prefix}logprob_count", math.nan))
-        for name, numbers in self._by_term(metrics).items():
-            self.terms.setdefault(name, TermSeries()).rows.append(numbers)
+        taken = self._by_term(metrics)
+        for name in taken:
+            if name not in self.terms:
+                self.terms[name] = TermSeries()
+                self.terms[name].rows.extend({} for _ in range(len(self.losses) - 1))
+        for name, term in self.terms.items():
+            term.rows.append(taken.get(name, {}))
 
     def shares(self) -> dict[str, float]:
         """Each term's part of ``Σ |contribution|``, in 0..1."""

@@ -69,7 +69,7 @@ def _serve_port(options: argparse.Namespace) -> int:
         )
         return 2
     torch.set_num_threads(options.threads)
-    return erlang_port.serve(options.load)
+    return erlang_port.serve(options.load, options.state)
 
 
 def _serve_http(options: argparse.Namespace) -> int:

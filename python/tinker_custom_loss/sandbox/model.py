@@ -173,6 +173,12 @@ class LanguageModel:
                     self._optimizer.state[parameter] = moments
         self.zero_gradients()
 
+    def frozen(self) -> LanguageModel:
+        """A model of these parameters, which nobody trains."""
+        copy = LanguageModel()
+        copy.load(self.state(optimizer=False), optimizer=False)
+        return copy
+
     def forward(self, examples: Examples, loss: Loss = CROSS_ENTROPY) -> ForwardBackwardResult:
         """Logprobs and loss alone; without weights the cross entropy is 0.
 

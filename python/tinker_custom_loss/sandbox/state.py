@@ -61,7 +61,7 @@ class State:
             if number is None:
                 raise RequestError("expected a path or a sampling_session_seq_id", path="path")
             session_id = run.model_id.partition(":")[0]
-            sampler = self._samplers.create(session_id, number, _frozen(model), None)
+            sampler = self._samplers.create(session_id, number, model.frozen(), None)
             return {"type": "save_weights_for_sampler", "sampling_session_id": sampler}
 
         return operation
@@ -231,12 +231,6 @@ class State:
             key = "last_checkpoint" if checkpoint.kind == "weights" else "last_sampler_checkpoint"
             run_json.setdefault(key, _json(checkpoint))
         return list(runs.values())
-
-
-def _frozen(model: LanguageModel) -> LanguageModel:
-    copy = LanguageModel()
-    copy.load(model.state(optimizer=False), optimizer=False)
-    return copy
 
 
 def _run(model_id: str, base_model: str, lora_rank: int | None, at: float) -> dict[str, Any]:

@@ -76,6 +76,14 @@ more of them only take memory."
         "bytes of the largest message in either direction. A larger request is refused before it \
 is sent."
     ],
+    shared_memory: [
+      type: {:in, [:auto, true, false]},
+      default: :auto,
+      doc:
+        "whether the tensors of large requests, from 128 KiB on, go through memory that a worker \
+shares with the BEAM, and not through its pipe. `:auto` does so where the system can, which is Linux, \
+and `true` makes it an error where it cannot. See docs/security.md for who can read it."
+    ],
     max_rss: [
       type: :bytes,
       default: :infinity,
@@ -197,8 +205,18 @@ waits for a term that never returns as long as that takes."
   @sandbox Keyword.take(@start, [:name, :python, :load, :python_path, :env, :cd, :threads]) ++
              [
                seed: [type: :integer, default: 0, doc: "of the model's initial parameters."],
+               state: [
+                 type: :string,
+                 doc: "the directory where `save_state/3` saves, so that another sandbox can \
+go on. By default what is saved ends with this one."
+               ],
                start_timeout: @start[:start_timeout]
              ]
+
+  @sample [
+    num_samples: [type: :pos_integer, default: 1],
+    prompt_logprobs: [type: :boolean, default: false]
+  ]
 
   @setup [
     dir: [
@@ -317,6 +335,10 @@ import, a constraint, an index."
         regularizers: regularizers
     })
   end
+
+  @doc "The validated options of a sandbox's samples, as a map."
+  def sample!(opts),
+    do: Schema.validate!(opts, @sample, "Tinkex.CustomLoss.Sandbox.sample/4")
 
   @doc "The validated options of a sandbox's gradient check, as a map."
   def check!(opts),

@@ -3,8 +3,8 @@ defmodule Tinkex.CustomLoss.Sandbox do
   A training client without Tinker: a tiny language model in a Python process on this machine.
 
   Its tokens are bytes, and a step takes milliseconds on one CPU core. It is for tests, demos and
-  first steps; `forward/4`, `forward_backward/4` and `optim_step/3` are those of
-  `Tinkex.TrainingClient`.
+  first steps. The functions that train, save and load are those of `Tinkex.TrainingClient`; `sample/4`
+  and `compute_logprobs/3` are those of `Tinkex.SamplingClient`.
 
       {:ok, pid} = Tinkex.CustomLoss.Sandbox.start_link(seed: 0)
       client = {Tinkex.CustomLoss.Sandbox, pid}
@@ -15,27 +15,47 @@ defmodule Tinkex.CustomLoss.Sandbox do
       {:ok, _} = Task.await(task)
 
   Calls of one process are carried out in their order, awaited or not. A task comes to
-  `{:error, exception}` if Python refused the request, or ended. The model ends with the process:
-  nothing is saved, and a supervisor does not start it again, since that would be another model.
+  `{:error, exception}` if Python refused the request, or ended. The model ends with the process, and a
+  supervisor does not start it again, since that would be another model. What `save_state/3` saved
+  ends with it, too, unless the option `:state` names a directory for it.
 
   ## Options
 
   #{Tinkex.CustomLoss.Options.sandbox_docs()}
   """
 
-  use GenServer, restart: :temporary
+  alias Tinkex.CustomLoss.{Options, Regularizer, Schema}
+  alias Tinkex.CustomLoss.Sandbox.Server
+  alias Tinkex.CustomLoss.Wire.{Batch, Data, Numbers, Protocol}
 
-  alias Tinkex.CustomLoss.{Options, Regularizer, Schema, WorkerError}
-  alias Tinkex.CustomLoss.Pool.{Call, Log, Python}
-  alias Tinkex.CustomLoss.Wire.{Batch, Data, Frame, Numbers, Protocol}
+  defmodule Sampler do
+    @moduledoc """
+    Weights of a sandbox that nobody trains: what `Tinkex.CustomLoss.Sandbox.sample/4` draws from.
+    """
+    @enforce_keys [:server, :number]
+    defstruct [:server, :number]
+
+    @opaque t :: %__MODULE__{}
+  end
 
   @type server :: GenServer.server()
+
+  @typedoc "One of the service's, by name."
+  @type loss_fn :: atom() | String.t()
 
   @typedoc "Of the shape of Tinkex's `ForwardBackwardOutput`."
   @type output :: %{
           loss_fn_output_type: String.t(),
           loss_fn_outputs: [%{String.t() => %{String.t() => term()}}],
           metrics: %{String.t() => float()}
+        }
+
+  @typedoc "Of the shape of Tinkex's `SampleResponse`."
+  @type samples :: %{
+          sequences: [
+            %{tokens: [integer()], logprobs: [float()], stop_reason: :length | :stop}
+          ],
+          prompt_logprobs: [float() | nil] | nil
         }
 
   @typep vector :: {binary(), [non_neg_integer()]}
@@ -50,26 +70,29 @@ defmodule Tinkex.CustomLoss.Sandbox do
     config = Options.sandbox!(opts)
     name = if config.name, do: [name: config.name], else: []
 
-    with {:error, {:shutdown, %_{} = error}} <- GenServer.start_link(__MODULE__, config, name),
+    with {:error, {:shutdown, %_{} = error}} <- GenServer.start_link(Server, config, name),
          do: {:error, error}
   end
+
+  @doc false
+  def child_spec(opts),
+    do: %{id: __MODULE__, start: {__MODULE__, :start_link, [opts]}, restart: :temporary}
 
   @doc """
   The model's logprobs of the target tokens of `data`, in their shapes, and the loss.
 
-  `loss_fn` is `:cross_entropy`. Options of Tinkex's client concern the network and change nothing
-  here.
+  `loss_fn` is one of `:cross_entropy`, `:importance_sampling`, `:ppo`, `:cispo` and `:dro`, sums over
+  tokens; `loss_fn_config: %{"beta" => 0.1}` among the options replaces its defaults. Other options of
+  Tinkex's client concern the network and change nothing here. See docs/sandbox.md.
   """
-  @spec forward(server(), [Data.datum()], :cross_entropy | String.t(), keyword()) ::
-          {:ok, Task.t()}
+  @spec forward(server(), [Data.datum()], loss_fn(), keyword()) :: {:ok, Task.t()}
   def forward(server, data, loss_fn, opts \\ []),
     do: {:ok, train(server, "forward", data, loss_fn, opts)}
 
   @doc """
-  The same, and the gradient of `Σ -logprob · weight` is added to what is accumulated.
+  The same, and the gradient of the loss is added to what is accumulated.
   """
-  @spec forward_backward(server(), [Data.datum()], :cross_entropy | String.t(), keyword()) ::
-          {:ok, Task.t()}
+  @spec forward_backward(server(), [Data.datum()], loss_fn(), keyword()) :: {:ok, Task.t()}
   def forward_backward(server, data, loss_fn, opts \\ []),
     do: {:ok, train(server, "forward_backward", data, loss_fn, opts)}
 
@@ -82,7 +105,94 @@ defmodule Tinkex.CustomLoss.Sandbox do
   @spec optim_step(server(), map() | keyword(), keyword()) :: {:ok, Task.t()}
   def optim_step(server, params, opts \\ []) do
     check_opts!(opts)
-    {:ok, request(server, "optim_step", %{"adam_params" => adam_params!(params)}, &metrics/1)}
+    params = fields!(params, "the parameters of AdamW")
+    {:ok, Server.request(server, "optim_step", %{"adam_params" => params}, &metrics/1)}
+  end
+
+  @doc """
+  A client that samples from the weights as they are now; training does not change it.
+
+  The task comes to `{:ok, sampler}`. The latest 128 of a sandbox are kept.
+  """
+  @spec save_weights_and_get_sampling_client(server(), keyword()) :: {:ok, Task.t()}
+  def save_weights_and_get_sampling_client(server, opts \\ []) do
+    check_opts!(opts)
+    read = &%Sampler{server: server, number: &1["sampler"]}
+    {:ok, Server.request(server, "save_for_sampling", %{}, read)}
+  end
+
+  @doc """
+  Draws texts that go on from `prompt`, a `ModelInput` or a list of tokens.
+
+  `params` are those of `Tinkex.Types.SamplingParams`, as such or as a map or keyword list:
+  `:max_tokens`, `:temperature`, `:top_k`, `:top_p`, `:stop`, `:seed`. Options are `:num_samples`, 1 by
+  default, and `:prompt_logprobs`. The task comes to `{:ok, samples}`, whose logprobs are the model's
+  own, whatever the temperature; without a `:seed` every call draws others, the same ones in
+  every run.
+  """
+  @spec sample(Sampler.t(), map() | [integer()], map() | keyword(), keyword()) :: {:ok, Task.t()}
+  def sample(%Sampler{} = sampler, prompt, params, opts \\ []) do
+    options = Options.sample!(opts)
+
+    fields = %{
+      "sampler" => sampler.number,
+      "prompt" => prompt!(prompt),
+      "sampling_params" => fields!(params, "sampling parameters"),
+      "num_samples" => options.num_samples,
+      "prompt_logprobs" => options.prompt_logprobs
+    }
+
+    {:ok, Server.request(sampler.server, "sample", fields, &samples/1)}
+  end
+
+  @doc """
+  The logprob of each token of `prompt`, given those before it; nil for the first.
+
+  The task comes to `{:ok, logprobs}`.
+  """
+  @spec compute_logprobs(Sampler.t(), map() | [integer()], keyword()) :: {:ok, Task.t()}
+  def compute_logprobs(%Sampler{} = sampler, prompt, opts \\ []) do
+    check_opts!(opts)
+
+    fields = %{
+      "sampler" => sampler.number,
+      "prompt" => prompt!(prompt),
+      "sampling_params" => %{"max_tokens" => 1},
+      "prompt_logprobs" => true
+    }
+
+    {:ok, Server.request(sampler.server, "sample", fields, &samples(&1).prompt_logprobs)}
+  end
+
+  @doc """
+  Saves the parameters and AdamW's moments under a name; the task comes to `{:ok, %{path: path}}`.
+
+  With `overwrite: true`, also under a name that is taken.
+  """
+  @spec save_state(server(), String.t(), keyword()) :: {:ok, Task.t()}
+  def save_state(server, name, opts \\ []) do
+    check_opts!(opts)
+    fields = %{"name" => name!(name), "overwrite" => opts[:overwrite] == true}
+    {:ok, Server.request(server, "save_state", fields, &%{path: &1["path"]})}
+  end
+
+  @doc """
+  Makes the model what was saved under a path, with AdamW's moments zero; it may be of another sandbox,
+  where both have one directory as `:state`.
+
+  What has been accumulated is forgotten. The task comes to `{:ok, %{path: path}}`.
+  """
+  @spec load_state(server(), String.t(), keyword()) :: {:ok, Task.t()}
+  def load_state(server, path, opts \\ []), do: load(server, path, false, opts)
+
+  @doc "As `load_state/3`, with AdamW's moments: training goes on to the same parameters, bit for bit."
+  @spec load_state_with_optimizer(server(), String.t(), keyword()) :: {:ok, Task.t()}
+  def load_state_with_optimizer(server, path, opts \\ []), do: load(server, path, true, opts)
+
+  defp load(server, path, optimizer, opts) do
+    check_opts!(opts)
+    fields = %{"path" => name!(path), "optimizer" => optimizer}
+    {:ok, Server.request(server, "load_state", fields, &%{path: &1["path"]})}
   end
 
   @doc "All parameters, float32."
@@ -126,14 +236,16 @@ defmodule Tinkex.CustomLoss.Sandbox do
   end
 
   defp train(server, op, data, loss_fn, opts) do
-    unless loss_fn in [:cross_entropy, "cross_entropy"] do
+    unless is_binary(loss_fn) or (is_atom(loss_fn) and loss_fn not in [nil, true, false]) do
       raise ArgumentError,
-            "the sandbox computes :cross_entropy alone, not #{inspect(loss_fn)}; " <>
-              "any other loss is a custom loss of the logprobs"
+            "expected loss_fn to be the name of a loss, such as :ppo, got: #{inspect(loss_fn)}"
     end
 
     check_opts!(opts)
-    request(server, op, %{"data" => data!(data)}, &output/1)
+    fields = %{"data" => data!(data), "loss_fn" => to_string(loss_fn)}
+    config = opts[:loss_fn_config]
+    config = if config, do: fields!(config, "loss_fn_config")
+    Server.request(server, op, Map.put(fields, "loss_fn_config", config), &output/1)
   end
 
   defp check_opts!(opts) do
@@ -148,66 +260,69 @@ defmodule Tinkex.CustomLoss.Sandbox do
     Data.to_wire(data, length(data))
   end
 
-  defp adam_params!(%_{} = params), do: params |> Map.from_struct() |> adam_params!()
+  # Of the wire: names and numbers, however they were given.
+  defp fields!(%_{} = fields, what), do: fields |> Map.from_struct() |> fields!(what)
 
-  defp adam_params!(params) do
-    unless is_map(params) or Keyword.keyword?(params) do
+  defp fields!(fields, what) do
+    unless is_map(fields) or Keyword.keyword?(fields) do
       raise ArgumentError,
-            "expected the parameters of AdamW as a map or keyword list, got: #{inspect(params)}"
+            "expected #{what} as a map or keyword list, got: #{inspect(fields)}"
     end
 
-    Map.new(params, fn {name, value} -> {to_string(name), value} end)
+    Map.new(fields, fn {name, value} -> {to_string(name), value} end)
+  end
+
+  defp name!(name) when is_binary(name), do: name
+
+  defp name!(other),
+    do: raise(ArgumentError, "expected a checkpoint's name as a string, got: #{inspect(other)}")
+
+  defp prompt!(prompt) do
+    case Data.to_wire([%{model_input: prompt}], 1) do
+      %{"tokens" => %Batch{} = tokens} -> %{tokens | forms: []}
+      _ -> raise ArgumentError, "expected a prompt of text, got: #{inspect(prompt)}"
+    end
   end
 
   defp ask(server, op, fields, read),
-    do: server |> request(op, fields, read) |> Task.await(:infinity)
-
-  # The request is with the server when this returns, so that requests keep the order of the calls;
-  # the task only waits for the answer.
-  defp request(server, op, fields, read) do
-    pid = GenServer.whereis(server)
-    ref = make_ref()
-    task = Task.async(fn -> await(server, pid, ref, read) end)
-
-    try do
-      if pid, do: GenServer.call(pid, {:request, op, fields, {task.pid, ref}}, :infinity)
-    catch
-      # The task sees it, too.
-      :exit, _ended -> :ok
-    end
-
-    task
-  end
-
-  defp await(server, nil, _ref, _read) do
-    Python.not_started(
-      "no sandbox runs as #{inspect(server)}; start it with #{inspect(__MODULE__)}.start_link/1"
-    )
-  end
-
-  defp await(_server, pid, ref, read) do
-    monitor = Process.monitor(pid)
-
-    receive do
-      {^ref, {:ok, result}} -> {:ok, read.(result)}
-      {^ref, {:error, error}} -> {:error, Call.exception(error)}
-      {:DOWN, ^monitor, _, _, {:shutdown, %WorkerError{} = error}} -> {:error, error}
-      {:DOWN, ^monitor, _, _, reason} -> {:error, %WorkerError{reason: reason, worker: pid}}
-    end
-  end
+    do: server |> Server.request(op, fields, read) |> Task.await(:infinity)
 
   defp output(result) do
-    {:ok, %Batch{dtype: dtype} = logprobs} = Batch.from_wire(result["logprobs"])
-
     outputs =
-      Enum.zip_with(Batch.parts(logprobs), logprobs.shapes, fn part, shape ->
-        data = Numbers.unpack(part, dtype)
-        %{"logprobs" => %{"data" => data, "dtype" => "#{dtype}", "shape" => shape}}
-      end)
+      for {data, dtype, shape} <- tensors(result["logprobs"]),
+          do: %{"logprobs" => %{"data" => data, "dtype" => "#{dtype}", "shape" => shape}}
 
     result
     |> metrics()
     |> Map.merge(%{loss_fn_output_type: "ArrayRecord", loss_fn_outputs: outputs})
+  end
+
+  defp samples(result) do
+    sequences =
+      [parts(result["tokens"]), tensors(result["logprobs"]), result["stopped"]]
+      |> Enum.zip_with(fn [{part, :int64, _}, {logprobs, _, _}, stopped] ->
+        tokens = for <<token::little-signed-64 <- part>>, do: token
+        stop_reason = if stopped, do: :stop, else: :length
+        %{tokens: tokens, logprobs: logprobs, stop_reason: stop_reason}
+      end)
+
+    %{sequences: sequences, prompt_logprobs: prompt_logprobs(result["prompt_logprobs"])}
+  end
+
+  defp prompt_logprobs(nil), do: nil
+
+  # There is none of the first token.
+  defp prompt_logprobs(batch) do
+    [{[:nan | logprobs], _dtype, _shape}] = tensors(batch)
+    [nil | logprobs]
+  end
+
+  defp tensors(wire),
+    do: for({part, dtype, shape} <- parts(wire), do: {Numbers.unpack(part, dtype), dtype, shape})
+
+  defp parts(wire) do
+    {:ok, %Batch{dtype: dtype} = batch} = Batch.from_wire(wire)
+    Enum.zip_with(Batch.parts(batch), batch.shapes, &{&1, dtype, &2})
   end
 
   defp metrics(result), do: %{metrics: result["metrics"]}
@@ -215,110 +330,5 @@ defmodule Tinkex.CustomLoss.Sandbox do
   defp vector(wire) do
     {:ok, %Batch{shapes: [shape], data: data}} = Batch.from_wire(wire)
     {data, shape}
-  end
-
-  # The server: ids for requests, answers for who waits.
-
-  @impl true
-  def init(config) do
-    args = ["tinker_custom_loss.sandbox", "--erlang-port", "--threads", "#{config.threads}"]
-    args = args ++ Enum.flat_map(config.load, &["--load", &1])
-
-    with {:ok, port, _os_pid} <- Python.open(config, args),
-         state = %{
-           port: port,
-           config: config,
-           next: 0,
-           waiting: %{},
-           log: Log.new(config.name, :sandbox)
-         },
-         {:ok, state} <- await_message("ready", state),
-         {:ok, state} <- create_model(state) do
-      {:ok, state}
-    else
-      {:error, error} -> {:stop, {:shutdown, error}}
-    end
-  end
-
-  defp create_model(%{port: port, config: config, next: id} = state) do
-    message = %{"op" => "create_model", "id" => id, "seed" => config.seed}
-    command(port, Frame.encode(message))
-    await_message("result", %{state | next: id + 1})
-  end
-
-  defp await_message(op, %{port: port, config: %{start_timeout: timeout}} = state) do
-    receive do
-      {^port, {:data, frame}} ->
-        case Frame.decode(frame) do
-          {:ok, %{"op" => ^op}} -> {:ok, state}
-          {:ok, %{"op" => "log"}} -> await_message(op, log(frame, state))
-          _other -> Python.not_started("the sandbox did not start: " <> refusal(frame))
-        end
-
-      {^port, {:exit_status, status}} ->
-        Python.diagnose(state.config, status)
-    after
-      timeout -> Python.not_started("the sandbox was not ready after #{timeout / 1000} s")
-    end
-  end
-
-  defp refusal(frame) do
-    case Protocol.decode(frame) do
-      {:error, _id, %{message: sentence, traceback: nil}} -> sentence
-      {:error, _id, %{message: sentence, traceback: traceback}} -> "#{sentence}\n\n#{traceback}"
-      _other -> "its first messages were not those that this version knows"
-    end
-  end
-
-  @impl true
-  def handle_call({:request, op, fields, waiting}, _from, state),
-    do: {:reply, :ok, send_request(state, op, fields, waiting)}
-
-  @impl true
-  def handle_info({port, {:data, frame}}, %{port: port} = state) do
-    case Frame.decode(frame) do
-      {:ok, %{"op" => "result", "id" => id} = result} -> answer(id, {:ok, result}, state)
-      {:ok, %{"op" => "log"}} -> {:noreply, log(frame, state)}
-      _other -> refused(Protocol.decode(frame), state)
-    end
-  end
-
-  def handle_info({port, {:exit_status, status}}, %{port: port} = state),
-    do: {:stop, {:shutdown, %WorkerError{reason: {:exited, status}}}, state}
-
-  def handle_info(_other, state), do: {:noreply, state}
-
-  defp refused({:error, id, error}, state) when is_integer(id),
-    do: answer(id, {:error, error}, state)
-
-  defp refused(other, state) do
-    sentence = "the sandbox said what the protocol does not know: #{inspect(other)}"
-    {:stop, {:shutdown, %WorkerError{reason: {:protocol, sentence}}}, state}
-  end
-
-  defp answer(id, reply, state) do
-    {{pid, ref}, waiting} = Map.pop!(state.waiting, id)
-    send(pid, {ref, reply})
-    {:noreply, %{state | waiting: waiting}}
-  end
-
-  defp send_request(%{port: port, next: id} = state, op, fields, waiting) do
-    message = Map.merge(fields, %{"op" => op, "id" => id, "model" => 0})
-    command(port, Frame.encode(message))
-    %{state | next: id + 1, waiting: Map.put(state.waiting, id, waiting)}
-  end
-
-  # A closed port is told by its exit status, too.
-  defp command(port, frame) do
-    Port.command(port, frame)
-  rescue
-    ArgumentError -> true
-  end
-
-  defp log(frame, state) do
-    case Protocol.decode(frame) do
-      {:log, record} -> %{state | log: Log.write(state.log, record)}
-      _malformed -> state
-    end
   end
 end
