@@ -96,10 +96,17 @@ lint-tree:
 	@! git grep -nIE '(^|[^[:alnum:]_.~-])/(home|root|Users|work|opt)/' || \
 		{ echo 'These lines name a path that other machines do not have.'; exit 1; }
 
-.PHONY: bench
+.PHONY: bench bench-compare growth
 bench: setup ## measure: one line a figure, NAME VALUE (target T) ok|short (ONLY="bridge native")
 	@mix compile
 	@$(BIN)/python tests/bench/run.py $(ONLY)
+
+bench-compare: setup ## measure this tree beside another: BASE=commit (ONLY="bridge native")
+	@$(BIN)/python tests/bench/compare.py $(BASE) $(ONLY)
+
+growth: setup ## time and memory from 1,000 values to 64 million (LARGEST=n), and of 16,384 datums
+	@mix compile
+	@PYTHONPATH=python $(BIN)/python tests/bench/growth.py --largest $(or $(LARGEST),66000000)
 
 .PHONY: pictures
 pictures: setup ## make the pictures of docs/ from the run in docs/runs/demo

@@ -2,12 +2,13 @@
 
     python docs/examples/grpo.py
 
-The model that is trained is sampled; a reward that a program can check asks for vowels. Tinker's
-importance_sampling is the loss, by name. Three regularizers ride along: the KL to the start, the
-entropy, and a reward model behind HTTP, asked while the step waits for nothing else. Half-way the
-run is saved, resumed by a second client, and must go on to the very same parameters.
+The model that is trained is sampled; a reward that a program can check asks for small letters.
+Tinker's importance_sampling is the loss, by name. Three regularizers ride along: the KL to the
+start, an entropy bonus that fades, and a reward model behind HTTP. Half-way the run is saved,
+resumed by a second client, and must go on to the very same parameters.
 
-Exits with 1 if the reward does not rise, the KL leaves its bounds, or the resumed run differs.
+The run is recorded in runs/grpo. Exits with 1 if the reward does not rise, the KL leaves its
+bounds, or the resumed run differs.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import asyncio
 import json
 import os
+import statistics
 import sys
 import threading
 import urllib.request
@@ -27,28 +29,30 @@ import tinker
 import torch
 from tinker import types
 
-from tinker_custom_loss import with_regularizers
+from tinker_custom_loss import Recorder, flatten, live, with_regularizers
 from tinker_custom_loss.sandbox import SandboxServer
 
 PROMPT = list(b"Sing: ")
 BEFORE = len(PROMPT) - 1  # of the targets, those that are prompt
 LENGTH = 12
-GROUP = 16
-VOWELS = frozenset(b"aeiou")
-KL_BOUND = 60.0  # nats a sequence, by k2
+GROUP = 32
+STEPS = 60
+LETTERS, READABLE = frozenset(b"abcdefghijklmnopqrstuvwxyz"), range(32, 127)
+RISE = 0.1  # of the reward, in STEPS, from 0.05 of chance; five seeds rose by 0.20 to 0.27
+KL_BOUND = 40.0  # nats a sequence, by k2; five seeds came to at most 20
 
 
 def reward(tokens: list[int]) -> float:
-    """Vowels, of the LENGTH that there may be: anyone can check it."""
-    return sum(token in VOWELS for token in tokens) / LENGTH
+    """Small letters, of the LENGTH that there may be: anyone can check it."""
+    return sum(token in LETTERS for token in tokens) / LENGTH
 
 
 class RewardModel(BaseHTTPRequestHandler):
-    """A model of what people like, which is far away: here, that nothing is said twice."""
+    """A model of what people like, which is far away: here, what they can read."""
 
     def do_POST(self) -> None:
         texts = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        scores = [1 - len(set(text)) / len(text) for text in texts]
+        scores = [sum(token in READABLE for token in text) / len(text) for text in texts]
         body = json.dumps(scores).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
@@ -59,10 +63,10 @@ class RewardModel(BaseHTTPRequestHandler):
         pass
 
 
-def dull(url: str) -> Any:
-    """An async term: sequences that the reward model finds dull become less likely."""
+def liked(url: str) -> Any:
+    """An async term: what the reward model likes becomes more likely."""
 
-    async def dullness(
+    async def liked(
         data: list[types.Datum], logprobs: list[torch.Tensor]
     ) -> tuple[torch.Tensor, dict[str, float]]:
         texts = [datum.loss_fn_inputs["target_tokens"].tolist()[BEFORE:] for datum in data]
@@ -75,15 +79,15 @@ def dull(url: str) -> Any:
         scores = torch.tensor(await asyncio.to_thread(ask))
         advantages = scores - scores.mean()
         sums = torch.stack([each[BEFORE:].sum() for each in logprobs])
-        return (advantages * sums).mean(), {"dullness": float(scores.mean())}
+        return -(advantages * sums).sum(), {"score": float(scores.mean())}
 
-    return dullness
+    return liked
 
 
-def rollouts(client: Any, start: Any, step: int) -> tuple[list[types.Datum], list[float]]:
+def rollouts(client: Any, start: Any, seed: int) -> tuple[list[types.Datum], list[float]]:
     """A group of samples of the model as it is, with group-relative advantages."""
     sampler = client.save_weights_and_get_sampling_client().result()
-    params = types.SamplingParams(max_tokens=LENGTH, temperature=1.0, seed=step)
+    params = types.SamplingParams(max_tokens=LENGTH, temperature=1.0, seed=seed)
     prompt = types.ModelInput.from_ints(PROMPT)
     sequences = sampler.sample(prompt, GROUP, params).result().sequences
     rewards = [reward(list(sequence.tokens)) for sequence in sequences]
@@ -115,73 +119,72 @@ def rollouts(client: Any, start: Any, step: int) -> tuple[list[types.Datum], lis
     return data, rewards
 
 
-def train(client: Any, start: Any, steps: range, say: bool) -> list[dict[str, float]]:
+def train(client: Any, start: Any, seeds: range, log: Any) -> None:
     """The loop. ``mask`` and ``reference_logprobs`` are for the terms and stay here."""
-    history = []
-    for step in steps:
-        data, rewards = rollouts(client, start, step)
-        future = client.forward_backward(data, "importance_sampling", step=step)
-        client.optim_step(types.AdamParams(learning_rate=0.02)).result()
-        terms = future.result().record["regularizers"]
-        row = {
-            "reward": float(np.mean(rewards)),
-            "kl": terms["kl"]["value"] / len(data),
-            "entropy": terms["entropy"]["custom"]["entropy"] / len(data) / LENGTH,
-            "dull": terms["dull"]["custom"]["dullness"],
-        }
-        history.append(row)
-        if say and step % 5 == 0:
-            print(f"{step:5d}  " + "  ".join(f"{value:8.3f}" for value in row.values()))
-    return history
+    for seed in seeds:
+        data, rewards = rollouts(client, start, seed)
+        future = client.forward_backward(data, "importance_sampling")
+        client.optim_step(types.AdamParams(learning_rate=0.01)).result()
+        record = future.result().record
+        kl = record["regularizers"]["kl"]["value"] / len(data)
+        log({**flatten(record), "reward": statistics.fmean(rewards), "kl": kl})
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=60)
-    steps = parser.parse_args().steps
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    steps, half, seed = options.steps, options.steps // 2, options.seed
     os.environ.setdefault("TINKER_TELEMETRY", "0")
     torch.set_num_threads(1)
     model = ThreadingHTTPServer(("127.0.0.1", 0), RewardModel)
     threading.Thread(target=model.serve_forever, daemon=True).start()
     regularizers = [
-        {"fn": "kl", "weight": 0.02, "name": "kl"},
-        {"fn": "entropy", "weight": 0.002, "name": "entropy"},
-        {"fn": dull(f"http://127.0.0.1:{model.server_port}"), "weight": 0.01, "name": "dull"},
+        {"fn": "kl", "weight": 0.02},
+        {"fn": "entropy", "weight": lambda step: 0.002 * max(0.0, 1 - step / steps)},
+        {"fn": liked(f"http://127.0.0.1:{model.server_port}"), "weight": 0.05},
     ]
-    half = steps // 2
-    with SandboxServer(seed=0) as sandbox:
-        service = tinker.ServiceClient(base_url=sandbox.url, api_key="tml-sandbox")
-        client = with_regularizers(
-            service.create_lora_training_client("sandbox", seed=0).result(),
-            regularizers=regularizers,
-        )
-        start = client.save_weights_and_get_sampling_client().result()
-        names = ("reward", "kl", "entropy", "dull")
-        print(f"{'step':>5}  " + "  ".join(f"{name:>8}" for name in names))
-        history = train(client, start, range(half), say=True)
-        checkpoint = client.save_state("half-way").result().path
-        history += train(client, start, range(half, steps), say=True)
+    seeds = range(seed * steps, (seed + 1) * steps)
+    history: list[dict[str, float]] = []
+    with (
+        SandboxServer(seed=seed) as sandbox,
+        Recorder("runs/grpo", overwrite=True) as recorder,
+        live(recorder, total=steps),
+    ):
 
-        print("\nThe second half again, resumed from the checkpoint:")
-        resumed = with_regularizers(
-            service.create_training_client_from_state_with_optimizer(checkpoint).result(),
-            regularizers=regularizers,
-        )
-        train(resumed, start, range(half, steps), say=False)
-        same = torch.equal(
-            sandbox.parameters(client.model_id), sandbox.parameters(resumed.model_id)
-        )
+        def log(metrics: dict[str, float]) -> None:
+            recorder.log(metrics, len(history))
+            history.append(metrics)
+
+        service = tinker.ServiceClient(base_url=sandbox.url, api_key="tml-sandbox")
+        bare = service.create_lora_training_client("sandbox").result()
+        client = with_regularizers(bare, regularizers=regularizers)
+        start = client.save_weights_and_get_sampling_client().result()
+        train(client, start, seeds[:half], log)
+        checkpoint = client.save_state("half-way").result().path
+        train(client, start, seeds[half:], log)
+
+        # The second half again, of which nothing is logged. The schedule goes on where it was.
+        bare = service.create_training_client_from_state_with_optimizer(checkpoint).result()
+        resumed = with_regularizers(bare, regularizers=regularizers, first_step=half)
+        train(resumed, start, seeds[half:], lambda metrics: None)
+        parameters = [sandbox.parameters(each.model_id) for each in (client, resumed)]
     model.shutdown()
     model.server_close()
+
     few = max(1, min(5, half))
-    rewards = [row["reward"] for row in history]
-    first, last = float(np.mean(rewards[:few])), float(np.mean(rewards[-few:]))
+    first, last = (
+        statistics.fmean(row["reward"] for row in rows) for rows in (history[:few], history[-few:])
+    )
     worst = max(row["kl"] for row in history)
+    rise = RISE * steps / STEPS
     checks = {
-        f"the reward rises: {first:.3f} to {last:.3f}": last > first,
+        f"the reward rises by {rise:.2f} or more: {first:.3f} to {last:.3f}": last - first >= rise,
         f"the KL stays below {KL_BOUND:.0f} nats a sequence: {worst:.2f}": worst < KL_BOUND,
-        "the resumed run has the same parameters, bit for bit": same,
+        "the resumed run has the same parameters, bit for bit": torch.equal(*parameters),
     }
+    print()
     for sentence, held in checks.items():
         print(f"{'yes' if held else 'NO ':>5}  {sentence}")
     return 0 if all(checks.values()) else 1

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "docs" / "examples"
 
 
-def run(path, cwd, *arguments):
+def run(path, cwd, *arguments, status=0):
     done = subprocess.run(
         [sys.executable, "-W", "error", str(path), *arguments],
         cwd=cwd,
@@ -25,7 +25,7 @@ def run(path, cwd, *arguments):
         timeout=300,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == status, done.stderr
     return done.stdout
 
 
@@ -50,6 +50,21 @@ def test_the_page_is_one_program(tmp_path):
 def test_grpo(tmp_path):
     output = run(EXAMPLES / "grpo.py", tmp_path, "--steps", "16")
     assert "yes  the resumed run has the same parameters, bit for bit" in output
+
+
+def test_dpo(tmp_path):
+    output = run(EXAMPLES / "dpo.py", tmp_path, "--steps", "12")
+    assert "yes  the accuracy of pairs that were held out rises to 100%" in output
+
+
+def test_distill(tmp_path):
+    output = run(EXAMPLES / "distill.py", tmp_path, "--steps", "16")
+    assert "yes  the reverse KL falls to less than half" in output
+
+
+def test_an_example_that_did_not_learn_fails(tmp_path):
+    output = run(EXAMPLES / "dpo.py", tmp_path, "--steps", "1", status=1)
+    assert "NO   the margin" in output
 
 
 def test_topology_and_sparsity(tmp_path):
