@@ -69,8 +69,9 @@ properties: setup ## draw 3000 new compositions for each property (EXAMPLES=n fo
 		$(BIN)/pytest -m hypothesis --hypothesis-profile=new --hypothesis-seed=$$seed
 
 .PHONY: replays
-replays: setup ## keep 200 random compositions and replay them (REPLAYS=n for another number)
+replays: setup ## keep 200 random compositions of each language and replay them (REPLAYS=n for another number)
 	@REPLAYS=$(or $(REPLAYS),200) $(BIN)/pytest -q tests/python/test_replay.py -k bit_equal
+	@REPLAYS=$(or $(REPLAYS),200) mix test tests/bridge/record_test.exs --only replays
 
 .PHONY: lint lint-elixir lint-python lint-tree
 lint: setup ## check formatting, types, warnings, links of the docs

@@ -232,10 +232,11 @@ class TestAFunctionOfOnesOwn:
 
 
 @pytest.mark.parametrize("name", ["entropy", "kl", "distill", "dft", "gspo"])
-def test_torch_func_differentiates_a_term(name):
+@pytest.mark.parametrize("weights", [[1.0, 1.0], [0.0, 1.0], [0.5, 1.0]])
+def test_torch_func_differentiates_a_term(name, weights):
     params = {"kl": {"estimator": "k3"}, "distill": {"direction": "reverse"}}.get(name, {})
     keys = ("logprobs", "reference_logprobs", "teacher_logprobs", "advantages")
-    data = [datum(**dict.fromkeys(keys, PAIR[1]))]
+    data = [datum(weights=torch.tensor(weights), **dict.fromkeys(keys, PAIR[1]))]
     made = CATALOGUE[name]
     gradient = torch.func.grad(lambda x: made(data, [x], **params)[0])(PAIR[0])
     closed = made.value_and_gradient(data, TensorBatch.from_tensors(PAIR[:1]), **params).gradient

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..tensors.batch import Shape, TensorBatch
+from ..tensors.flags import are_not, count
 
 __all__ = ["is_present", "read", "read_chosen", "read_groups", "read_weights"]
 
@@ -62,7 +63,7 @@ def read_weights(
     if column.shapes != shapes:
         flat = _weights_of("weights" if weights == "auto" else weights, column, shapes)
     flat = flat.to(like.device, like.dtype)
-    return None if bool((flat == 1).all()) else flat
+    return flat if count(are_not(flat, 1.0)) else None
 
 
 def read_groups(key: str, data: Sequence[Any]) -> Tensor:
