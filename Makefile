@@ -69,8 +69,9 @@ properties: setup ## draw 3000 new compositions for each property (EXAMPLES=n fo
 		$(BIN)/pytest -m hypothesis --hypothesis-profile=new --hypothesis-seed=$$seed
 
 .PHONY: replays
-replays: setup ## keep 200 random compositions and replay them (REPLAYS=n for another number)
+replays: setup ## keep 200 random compositions of each language and replay them (REPLAYS=n for another number)
 	@REPLAYS=$(or $(REPLAYS),200) $(BIN)/pytest -q tests/python/test_replay.py -k bit_equal
+	@REPLAYS=$(or $(REPLAYS),200) mix test tests/bridge/record_test.exs --only replays
 
 .PHONY: lint lint-elixir lint-python lint-tree
 lint: setup ## check formatting, types, warnings, links of the docs
@@ -95,10 +96,17 @@ lint-tree:
 	@! git grep -nIE '(^|[^[:alnum:]_.~-])/(home|root|Users|work|opt)/' || \
 		{ echo 'These lines name a path that other machines do not have.'; exit 1; }
 
-.PHONY: bench
+.PHONY: bench bench-compare growth
 bench: setup ## measure: one line a figure, NAME VALUE (target T) ok|short (ONLY="bridge native")
 	@mix compile
 	@$(BIN)/python tests/bench/run.py $(ONLY)
+
+bench-compare: setup ## measure this tree beside another: BASE=commit (ONLY="bridge native")
+	@$(BIN)/python tests/bench/compare.py $(BASE) $(ONLY)
+
+growth: setup ## time and memory from 1,000 values to 64 million (LARGEST=n), and of 16,384 datums
+	@mix compile
+	@PYTHONPATH=python $(BIN)/python tests/bench/growth.py --largest $(or $(LARGEST),66000000)
 
 .PHONY: pictures
 pictures: setup ## make the pictures of docs/ from the run in docs/runs/demo

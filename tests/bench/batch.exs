@@ -10,7 +10,7 @@ defmodule Bench.Batch do
     length = div(values, datums)
     prompt = div(length, 3)
     weights = floats(prompt, 0.0) <> floats(length - prompt, 1.0)
-    random = random(min(2 * length, 65_536))
+    random = random(2 * length)
 
     %__MODULE__{
       length: length,
@@ -53,17 +53,19 @@ defmodule Bench.Batch do
   def arrays(batch, :l2), do: [batch.logprobs]
   def arrays(batch, :work), do: [batch.logprobs, batch.weights, batch.reference]
 
+  @doc "The numbers of a binary."
+  def list(binary), do: for(<<x::float-32-little <- binary>>, do: x)
+
   # A binary of its own, as it comes from a client, and no part of a larger one.
-  defp cut(random, from, length) do
-    have = div(byte_size(random), 4)
-    from = rem(from, have)
-    random = :binary.copy(random, div(from + length, have) + 1)
-    random |> binary_part(4 * from, 4 * length) |> :binary.copy()
-  end
+  defp cut(random, from, length),
+    do: random |> binary_part(4 * rem(from, length), 4 * length) |> :binary.copy()
 
   defp floats(count, value), do: :binary.copy(<<value::float-32-little>>, count)
 
+  # Enough of them that a processor does not learn them by heart, repeated.
   defp random(count) do
-    for _ <- 1..count, into: <<>>, do: <<-abs(:rand.normal())::float-32-little>>
+    once = min(count, 65_536)
+    floats = for _ <- 1..once, into: <<>>, do: <<-abs(:rand.normal())::float-32-little>>
+    floats |> :binary.copy(div(count, once) + 1) |> binary_part(0, 4 * count)
   end
 end

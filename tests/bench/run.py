@@ -1,6 +1,6 @@
 """All benches, one after another: what they print, and the same in ``.make/bench.json``.
 
-    python tests/bench/run.py [BENCH ...]     such as bridge, native; all of them without a name
+    python tests/bench/run.py [BENCH ...]     such as bridge, "memory lists"; by default all
 
 Ends with 1 if a bench failed. A figure that is short of its target is a figure, and no failure.
 """
@@ -21,7 +21,19 @@ from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-BENCHES = ("bridge", "native", "recording", "concurrency")
+BENCHES = (
+    "machine",
+    "bridge",
+    "lists",
+    "memory work",
+    "memory lists",
+    "pool",
+    "start",
+    "native",
+    "recording",
+    "concurrency",
+    "terms",
+)
 
 FIGURE = re.compile(
     r"(?P<name>\w+) (?P<value>\S+) "
@@ -36,11 +48,15 @@ class BenchError(Exception):
 
 def run(bench: str, tree: Path = ROOT) -> Iterator[dict[str, Any]]:
     """The figures of one bench of this tree, that measures the package of ``tree``."""
-    script = next(HERE.glob(f"{bench}.*"))
+    name, *arguments = bench.split()
+    script = next(path for path in HERE.glob(f"{name}.*") if path.suffix in (".py", ".exs"))
     command = ["mix", "run", "--no-compile"] if script.suffix == ".exs" else [sys.executable]
-    environment = os.environ | {"PYTHONPATH": str(tree / "python")}
+    environment = os.environ | {
+        "PYTHONPATH": str(tree / "python"),
+        "TINKEX_CUSTOM_LOSS_PYTHON": sys.executable,
+    }
     with subprocess.Popen(
-        [*command, str(script)],
+        [*command, str(script), *arguments],
         cwd=tree,
         env=environment,
         text=True,
@@ -50,7 +66,7 @@ def run(bench: str, tree: Path = ROOT) -> Iterator[dict[str, Any]]:
         assert process.stdout is not None
         yield from figures(shown(process.stdout))
     if process.returncode:
-        raise BenchError(f"{script.name} ended with {process.returncode}")
+        raise BenchError(f"{bench} ended with {process.returncode}")
 
 
 def figures(lines: Iterable[str]) -> Iterator[dict[str, Any]]:

@@ -7,25 +7,30 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import struct
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tinker_custom_loss.errors import CustomLossError
-from tinker_custom_loss.port.messagepack import pack, unpack
+from tinker_custom_loss.port.memory import SharedMemory
+from tinker_custom_loss.port.messagepack import Payload, Place, frame_pieces, pack, unpack
 from tinker_custom_loss.port.messages import Terms, decode_compute
 from tinker_custom_loss.port.service import id_of, op_of
 from tinker_custom_loss.port.typed import read
 
 VECTORS = Path(__file__).parents[1] / "vectors"
 MEMORY_LIMIT = 256 << 20
+PLACES = ((0, 8), (0, 4096), (4095, 2), (1 << 40, 8), (8, (1 << 64) - 1), ((1 << 64) - 1, 1))
 INTERESTING = [b"\xff" * 4, b"\x7f\xff\xff\xff", b"\x00" * 4, b"\xdd\xff\xff\xff\xff", b"\xc1"]
 INTERESTING += [b"\xdf\x80\x00\x00\x00", b"\xc6\xff\xff\xff\xff", b"\xc9\xff\xff\xff\xff\xff"]
+INTERESTING += [b"\xc7\x14\x01" + struct.pack(">IQQ", 0, at, size) for at, size in PLACES]
 INTERESTING += [b"\xcb\x7f\xf8" + b"\x00" * 6, b"\xcf" + b"\xff" * 8, b"\xd3\x80" + b"\x00" * 7]
 
 
@@ -40,6 +45,8 @@ def frames(seed: int) -> Iterator[bytes]:
         kind = dice.random()
         if kind < 0.8:
             frame = dice.choice(known)
+            if dice.random() < 0.2:  # it says that its payload is in shared memory
+                frame = placed(frame, dice)
             for _ in range(dice.choice((1, 1, 1, 2, 8))):
                 frame = mutated(frame, dice, known)
             yield frame
@@ -47,6 +54,14 @@ def frames(seed: int) -> Iterator[bytes]:
             yield dice.randbytes(int(dice.expovariate(1 / 50)))
         else:
             yield pack({"op": dice.choice(("compute", "cancel", "ping")), **random_map(dice, 4)})
+
+
+def placed(frame: bytes, dice: random.Random) -> bytes:
+    """``frame`` with a place where its payload was."""
+    payload = frame[:1] == b"\xc6"
+    size = int.from_bytes(frame[1:5], "big") if payload else 8
+    place = Place(dice.choice((0, 0, 0, 1, 2)), dice.choice((0, 0, 8, 5000)), size)
+    return bytes(frame_pieces(Payload(), b"", place)[0]) + (frame[5 + size :] if payload else frame)
 
 
 def mutated(frame: bytes, dice: random.Random, known: list[bytes]) -> bytes:
@@ -97,6 +112,11 @@ def random_value(dice: random.Random, depth: int) -> Any:
     )
 
 
+shared = SharedMemory(2)
+for descriptor in (shared.describe() or {"descriptors": []})["descriptors"]:
+    os.ftruncate(descriptor, 4096)
+
+
 def outcome(frame: bytes) -> str:
     """What the worker makes of a frame: "computable", "another message", or the kind of an error.
 
@@ -107,6 +127,10 @@ def outcome(frame: bytes) -> str:
         id_of(message)
         if op_of(message) != "compute":
             return "another message"
+        if message.place is not None:
+            payload = shared.lend(message.place)
+            shared.give_back(message.place)
+            message = replace(message, payload=payload)
         decode_compute(message)
         read(message.fields, Terms)
     except CustomLossError as error:

@@ -62,6 +62,6 @@ def test_a_bench_that_fails_is_shown_and_what_it_measured_is_kept(bench):
     done, report = bench(SLOW + "raise ValueError('the port by hand says otherwise')")
     assert done.returncode == 1
     assert "the port by hand says otherwise" in done.stdout
-    assert re.search(r"it\.py ended with 1", done.stderr)
+    assert re.search(r"it ended with 1", done.stderr)
     assert len(report["figures"]) == 3
-    assert report["failed"] == ["it.py ended with 1"]
+    assert report["failed"] == ["it ended with 1"]

@@ -74,14 +74,14 @@ def test_a_schedule_that_stands_still_is_named_by_the_table_too(tmp_path):
     terms = [{"fn": square, "weight": lambda step: 0.1 + step, "name": "ramped"}]
     out = io.StringIO()
     with Recorder(tmp_path) as recorder, live(recorder, file=out):
-        for step in range(6):
+        for step in range(20):
             composer = Composer(base, terms, recorder=recorder)
             made = composer.compute([None], [torch.tensor([-2.0, -1.0]) / (1 + step)], step=0)
             recorder.log(flatten(made.record), step)
     assert 'so the weight of "ramped" stands still' in said(out)
 
     out = io.StringIO()
-    records = [composer.compute([None], [torch.tensor([-2.0])], step=0).record for _ in range(6)]
+    records = [composer.compute([None], [torch.tensor([-2.0])], step=0).record for _ in range(20)]
     list(watch(records, composition=composer.describe(), file=out))
     assert 'so the weight of "ramped" stands still' in said(out)
 

@@ -17,6 +17,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from tinker_custom_loss import Composer
 from tinker_custom_loss.__main__ import main
 from tinker_custom_loss.insight import Recorder, read_run
 from tinker_custom_loss.insight.report import report_page
@@ -154,14 +155,180 @@ def test_text_of_a_run_stays_text(tmp_path):
     page = report_page([read_run(tmp_path / "<b>run")])
     assert evil not in page
     assert "<b>run" not in page
-    assert page.count("<script") == 2
+    assert page.count("<script") == 3
 
 
 def test_runs_are_compared_over_one_axis(tmp_path):
     runs = [recorded(tmp_path / "a", 10), recorded(tmp_path / "b", 5)]
-    across = numbers_of(report_page(runs))["all-comparison"]
+    across = numbers_of(report_page(runs))["all-loss"]
     assert across["series"]["b"]["mean"][4:6] == [float(f"{5.0 - 4e-4:.4g}"), None]
     assert list(across["series"]) == ["a", "b"]
+
+
+def test_runs_of_the_same_name_are_told_apart(tmp_path):
+    runs = [recorded(tmp_path / "one" / "run", 3), recorded(tmp_path / "two" / "run", 5)]
+    across = numbers_of(report_page(runs))["all-loss"]
+    assert list(across["series"]) == ["one/run", "two/run"]
+
+
+def test_each_term_that_runs_have_in_common_is_compared(tmp_path):
+    with Recorder(tmp_path / "b") as recorder:
+        for step in range(2, 6):
+            recorder.log(metrics(step, ["kl", "other"]), step)
+    page = report_page([recorded(tmp_path / "a", 4), read_run(tmp_path / "b")])
+    titles = re.findall(r'<figure id="all-[^"]*"><h3>([^<]*)</h3>', page)
+    assert titles == [
+        "Loss of each run",
+        "base_loss: value",
+        "base_loss: weight · |∇|",
+        "kl: value",
+        "kl: weight · value",
+        "kl: weight · |∇|",
+    ]
+    table = page[page.index("At step 3, the last that all have") :]
+    cells = re.findall(r"<t[hd][^>]*>([^<]*)</t[hd]>", table[: table.index("</table>")])
+    kl, other = f"{math.sin(3 / 50):.4g}", f"{math.sin(3 / 50 + 1):.4g}"
+    assert cells[cells.index("kl") :][1:3] == [kl, kl]
+    assert cells[cells.index("other") :][1:3] == ["-", other]
+
+
+def test_runs_without_a_common_step_are_shown_at_their_own_last(tmp_path):
+    with Recorder(tmp_path / "b") as recorder:
+        recorder.log(metrics(9), 9)
+    page = report_page([recorded(tmp_path / "a", 4), read_run(tmp_path / "b")])
+    assert "since no step is common to all" in page
+    assert '<th scope="col">a, step 3</th><th scope="col">b, step 9</th>' in page
+
+
+def test_what_was_composed_otherwise_is_listed_and_what_was_not_is_not(tmp_path):
+    def run(name, weight, *more):
+        terms = [{"fn": "kl", "weight": weight}, {"fn": "l2", "weight": 0.5}, *more]
+        told = {"composition": Composer("nll", terms).describe(), "learning_rate": 0.01}
+        return recorded(tmp_path / name, 3, config=told)
+
+    page = report_page([run("a", 0.1), run("b", 1.0, {"fn": "entropy", "weight": 0.2})])
+    table = page[page.index("What differs") :]
+    rows = re.findall(r"<tr>(.*?)</tr>", table[: table.index("</table>")])
+    cells = [re.findall(r">([^<]+)<", row) for row in rows]
+    assert cells == [
+        ["a", "b"],
+        ["kl: weight", "0.1", "1.0"],
+        ["entropy: fn", "-", "entropy"],
+        ["entropy: weight", "-", "0.2"],
+    ]
+    same = report_page([run("c", 0.1), run("d", 0.1)])
+    assert "Nothing differs in what their config.json says." in same
+
+
+def test_a_run_that_logs_every_hundredth_step_is_a_line_beside_one_that_logs_each(tmp_path):
+    with Recorder(tmp_path / "b") as recorder:
+        for step in range(0, 2_001, 100):
+            recorder.log(metrics(step), step)
+    page = report_page([recorded(tmp_path / "a", 2_001), read_run(tmp_path / "b")])
+    (chart,) = re.findall(r'<figure id="all-loss">.*?</figure>', page)
+    lines = re.findall(r'class="line (c\d)" d="([^"]*)"', chart)
+    assert [(color, d.count("M")) for color, d in lines] == [("c0", 1), ("c1", 1)]
+
+
+def test_steps_lie_to_scale(tmp_path):
+    with Recorder(tmp_path) as recorder:
+        for step in (0, 1, 10):
+            recorder.log(metrics(step), step)
+    (line,) = re.findall(r'class="total" d="([^"]*)"', report_page([read_run(tmp_path)]))
+    first, second, last = (float(x) for x in re.findall(r"[ML]([\d.]+) ", line))
+    assert (second - first) / (last - first) == pytest.approx(0.1, abs=0.001)
+
+
+def test_what_hides_in_a_mean_is_seen_in_the_heat_map(tmp_path):
+    def change(step, flat):
+        cosine = -1.0 if step == 1_234 else 1.0
+        return flat | {
+            "regularizers/kl/cosine_to_total": cosine,
+            "regularizers/l2/cosine_to_total": 1.0,
+        }
+
+    page = report_page([recorded(tmp_path, 3_000, change)])
+    (chart,) = re.findall(r'<figure id="r0-cosines">.*?</figure>', page)
+    (cells,) = re.findall(r'class="cell c5" fill-opacity="1" d="([^"]*)"', chart)
+    assert cells.count("M") == 1
+    assert "below each mean the least" in chart
+
+
+@pytest.mark.parametrize("size", [1.7e308, -1.7e308, 1e-310, 0.0])
+def test_numbers_of_any_size_are_drawn(tmp_path, size):
+    def change(step, flat):
+        return {key: size * (1 - step / 400) for key in flat if "cosine" not in key}
+
+    page = report_page([recorded(tmp_path, 400, change)])
+    paths = re.findall(r'<path[^>]* d="([^"]*)"', page)
+    assert paths
+    assert not [d for d in paths if "nan" in d or "inf" in d]
+    shown = numbers_of(page)["r0-values"]["series"]["kl"]["mean"][0]
+    assert shown / 2 == pytest.approx(size / 2, rel=0.01)
+
+
+def test_a_norm_of_0_is_not_drawn_as_the_least_that_is_not(tmp_path):
+    def change(step, flat):
+        norm = [0.0, 1e-4, 1.0][step % 3]
+        return flat | {"regularizers/kl/grad_norm_weighted": norm, "base_loss/grad_norm": 1.0}
+
+    (chart,) = re.findall(
+        r'<figure id="r0-norms">.*?</figure>', report_page([recorded(tmp_path, 6, change)])
+    )
+    (line,) = re.findall(r'class="line c1" d="([^"]*)"', chart)
+    zero, least, _ = [float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", line)][:3]
+    assert zero > least + 10
+    assert re.search(rf'y="{zero + 3:.1f}" text-anchor="end">0</text>', chart)
+
+
+def test_what_takes_from_the_loss_is_piled_below_0(tmp_path):
+    def change(step, flat):
+        return {
+            "loss_total": 2.0,
+            "base_loss/value": 3.0,
+            "regularizers/kl/value": 1.0,
+            "regularizers/kl/contribution": -1.0,
+        }
+
+    (chart,) = re.findall(
+        r'<figure id="r0-contributions">.*?</figure>', report_page([recorded(tmp_path, 2, change)])
+    )
+    areas = re.findall(r'class="area (c\d)" d="([^"]*)"', chart)
+    heights = {c: {float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", d)} for c, d in areas}
+    zero = max(heights["c0"])
+    assert min(heights["c1"]) == zero
+    assert (max(heights["c1"]) - zero) * 3 == pytest.approx(zero - min(heights["c0"]), abs=0.3)
+    (total,) = re.findall(r'class="total" d="M[\d.]+ ([\d.]+)', chart)
+    assert zero - float(total) == pytest.approx(2 * (max(heights["c1"]) - zero), abs=0.3)
+
+
+def test_a_number_that_is_absent_is_not_said_to_be_infinite(tmp_path):
+    def change(step, flat):
+        if step < 3:
+            return {key: value for key, value in flat.items() if "/kl/" not in key}
+        return flat | {"regularizers/kl/value": math.nan if step == 4 else 1.0}
+
+    page = report_page([recorded(tmp_path, 6, change)])
+    kl = numbers_of(page)["r0-values"]["series"]["kl"]
+    assert kl["mean"] == [None, None, None, 1.0, None, 1.0]
+    assert kl["lost"] == [0, 0, 0, 0, 1, 0]
+
+
+def test_the_last_numbers_of_a_term_that_went_away_say_when(tmp_path):
+    def change(step, flat):
+        return {key: value for key, value in flat.items() if step < 4 or "/kl/" not in key}
+
+    page = report_page([recorded(tmp_path, 9, change)])
+    assert "kl (last at step 3)</th>" in page
+    assert "l2</th>" in page
+
+
+def test_a_term_has_one_colour_in_all_runs(tmp_path):
+    with Recorder(tmp_path / "b") as recorder:
+        recorder.log(metrics(0, ["l2", "kl"]), 0)
+    page = report_page([recorded(tmp_path / "a", 3), read_run(tmp_path / "b")])
+    swatches = set(re.findall(r'swatch (c\d)"[^>]*/></svg> (kl|l2)<', page))
+    assert swatches == {("c1", "kl"), ("c2", "l2")}
 
 
 def with_pairs(step, flat):
@@ -220,6 +387,20 @@ def test_ten_thousand_steps_are_drawn_at_once(tmp_path):
     started = time.perf_counter()
     report_page([run])
     assert time.perf_counter() - started < 10  # one second, on a machine that does nothing else
+
+
+def test_a_report_imports_neither_torch_nor_the_sdk(tmp_path):
+    """Which would take longer than the report itself."""
+    recorded(tmp_path / "run", 3)
+    program = (
+        "import sys; from tinker_custom_loss.__main__ import main\n"
+        f"assert main(['report', {str(tmp_path / 'run')!r}, '-o', {str(tmp_path / 'r')!r}]) == 0\n"
+        "print([name for name in ('torch', 'tinker', 'rich') if name in sys.modules])"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert ran.stdout.splitlines()[-1] == "[]"
 
 
 def test_pictures_are_png_with_letters_in_them(tmp_path, capsys):

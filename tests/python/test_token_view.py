@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -42,12 +43,36 @@ def test_the_pull_of_a_term_at_a_token_is_its_weighted_gradient(run):
     assert found["towards"][0].tolist() == [0.0, 0.0, 0.0, 0.0]
 
 
-def test_each_token_is_marked_by_the_term_that_pulls_hardest(run):
+def marked(page):
+    return re.findall(r'<span class="([^"]*)">([^<]*)</span>', page[page.index('"tokens"') :])
+
+
+def test_each_token_is_marked_by_the_term_and_the_regularizer_that_pull_hardest(run):
     page = report_page([run], tokenizer="bytes", load=["replayed_terms"])
-    marked = re.findall(r'<span class="(t\d p\d)" title="([^"]*)">([^<]*)</span>', page)
-    assert [text for _, _, text in marked] == ["a", "b", "c", "&lt;"]
-    assert [kind for kind, _, _ in marked] == ["t0 p0", "t0 p2", "t1 p4", "t1 p2"]
-    assert marked[2][1] == "base_loss -1, l2 -4, towards +0"
+    assert [text for _, text in marked(page)] == ["a", "b", "c", "&lt;"]
+    # Of base_loss 0, 1, 1, 1 and l2 0, 0.25, 4, 1.5; the ground of both, the line of l2 alone.
+    assert [kind for kind, _ in marked(page)] == [
+        "prompt",
+        "c0 p3 u1 q2",
+        "c1 p4 u1 q4",
+        "c1 p3 u1 q3",
+    ]
+    (pulled,) = json.loads(re.search(r'id="pulls">(.*?)</script>', page).group(1))
+    assert pulled["terms"] == ["base_loss", "l2", "towards"]
+    assert pulled["pulls"][6:9] == [-1.0, -4.0, 0.0]
+
+
+def test_a_term_has_the_colour_that_it_has_in_the_charts(run):
+    page = report_page([run], load=["replayed_terms"])
+    swatch = re.search(r'swatch (c\d)"[^>]*/></svg> l2</li>', page).group(1)
+    mark = re.search(r'class="mark (c\d)[^"]*">&nbsp;</span> l2</li>', page).group(1)
+    assert swatch == mark == "c1"
+
+
+def test_tokens_without_weight_are_set_apart_which_the_legend_says(run):
+    page = report_page([run], tokenizer="bytes", load=["replayed_terms"])
+    assert marked(page)[0] == ("prompt", "a")
+    assert "weight 0, as a prompt has</li>" in page
 
 
 def test_a_term_that_cannot_be_had_is_left_out_which_the_section_says(run):

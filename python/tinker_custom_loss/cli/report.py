@@ -40,8 +40,8 @@ def add_report(command: argparse.ArgumentParser) -> None:
 
 def report(options: argparse.Namespace) -> int:
     """Write the report; the status is 2 if a run cannot be read."""
-    from ..insight.recorder import read_run
-    from ..insight.report import figures, png, report_page, standalone
+    from ..insight.report import figures, png, report_page, standalone, titles
+    from ..insight.run import read_run
 
     try:
         runs = [read_run(directory) for directory in options.runs]
@@ -49,9 +49,11 @@ def report(options: argparse.Namespace) -> int:
             runs, prefix=options.prefix, load=options.load, tokenizer=options.tokenizer
         )
         Path(options.output).write_text(page, encoding="utf-8")
-        for run in runs if options.svg or options.png else ():
+        for title, run in (
+            zip(titles(runs), runs, strict=True) if options.svg or options.png else ()
+        ):
             for figure in figures(run, options.prefix):
-                name, svg = f"{run.title}-{figure.key}", standalone(figure)
+                name, svg = f"{title.replace('/', '-')}-{figure.key}", standalone(figure)
                 if options.svg:
                     _write(Path(options.svg) / f"{name}.svg", svg.encode())
                 if options.png:

@@ -154,7 +154,7 @@ def _conflict(history: History) -> Iterator[Finding]:
 def _stuck_schedule(history: History) -> Iterator[Finding]:
     """The clock stands, or a schedule has not left its first value although the clock moves."""
     steps = list(history.schedule_steps)
-    if len(steps) < _ENOUGH:
+    if len(steps) < _GROWTH:  # the minibatches of one step have one number
         return
     if len(set(steps)) == 1:
         named = [name for name in history.schedules if name in history.terms]

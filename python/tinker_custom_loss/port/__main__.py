@@ -21,6 +21,7 @@ from ..terms.registry import LoadError, Registry
 from .cancellation import InlineTurn
 from .frames import MAX_FRAME, FrameReader, FrameWriter
 from .logs import LEVELS, LogStream
+from .memory import SharedMemory
 from .messagepack import pack
 from .process import attached, end, resident_bytes, settle
 from .server import Server
@@ -63,6 +64,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-frame", type=_at_least(1 << 20), default=MAX_FRAME, metavar="BYTES")
     parser.add_argument("--max-in-flight", type=_at_least(1), default=4, metavar="N")
     parser.add_argument(
+        "--shared-memory",
+        type=_at_least(0),
+        default=0,
+        metavar="FILES",
+        help="files of shared memory for large requests, one request each; 0: all take the pipe",
+    )
+    parser.add_argument(
         "--threads", type=_at_least(1), default=1, metavar="N", help="threads of torch"
     )
     parser.add_argument("--record", metavar="DIR", help="write the records of all steps there")
@@ -103,7 +111,8 @@ def main(arguments: list[str]) -> NoReturn:
         recorder = _recorder(options)
         writer.max_frame = options.max_frame
         logs.drain()
-        writer.write([pack(_ready(registry, options))])
+        memory = SharedMemory(options.shared_memory)
+        writer.write([pack(_ready(registry, options, memory))])
     except BaseException as error:
         if not isinstance(error, LoadError):
             error = LoadError(f"the worker cannot start: {type(error).__name__}: {said(error)}")
@@ -115,6 +124,7 @@ def main(arguments: list[str]) -> NoReturn:
         logs,
         Service(registry, InlineTurn(), recorder),
         options.max_in_flight,
+        memory,
     )
     server.start()
     _import_tinker()
@@ -130,7 +140,7 @@ def _recorder(options: argparse.Namespace) -> Recorder | None:
     return Recorder(options.record, shared=True, keep=options.keep, keep_bytes=options.keep_bytes)
 
 
-def _ready(registry: Registry, options: argparse.Namespace) -> dict[str, Any]:
+def _ready(registry: Registry, options: argparse.Namespace, memory: SharedMemory) -> dict[str, Any]:
     return {
         "op": "ready",
         "protocol": PROTOCOL,
@@ -142,6 +152,7 @@ def _ready(registry: Registry, options: argparse.Namespace) -> dict[str, Any]:
         "rss": resident_bytes(),
         "max_frame": options.max_frame,
         "max_in_flight": options.max_in_flight,
+        "shared_memory": memory.describe(),
         "terms": registry.describe(),
     }
 

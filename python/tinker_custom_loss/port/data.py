@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, overload
@@ -77,9 +77,10 @@ class WireData(Sequence["tinker.Datum"]):
         column = self._inputs.get(key)
         return None if column is None else column.batch
 
-    def some_have(self, key: str) -> bool:
-        """Whether there is a datum with ``loss_fn_inputs[key]``."""
-        return key in self._inputs
+    @property
+    def input_names(self) -> Set[str]:
+        """The keys of ``loss_fn_inputs``, of which every datum has some."""
+        return self._inputs.keys()
 
     @property
     def _datums(self) -> list[tinker.Datum]:

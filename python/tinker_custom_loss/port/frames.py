@@ -74,6 +74,18 @@ class FrameWriter:
         self._lock = threading.Lock()
         self.max_frame = max_frame
 
+    def check(self, size: int) -> None:
+        """Check the size of an answer.
+
+        Raises:
+            FrameTooLargeError: it is over the limit.
+        """
+        if size > self.max_frame:
+            raise FrameTooLargeError(
+                f"the answer is a frame of {size} bytes, but the limit is {self.max_frame}; "
+                "raise --max-frame, or send fewer datums at a time"
+            )
+
     def write(self, pieces: Sequence[Buffer]) -> None:
         """Write one frame whose bytes are ``pieces`` one after another; they are not joined.
 
@@ -83,11 +95,7 @@ class FrameWriter:
         """
         views = [memoryview(piece).cast("B") for piece in pieces]
         size = sum(map(len, views))
-        if size > self.max_frame:
-            raise FrameTooLargeError(
-                f"the answer is a frame of {size} bytes, but the limit is {self.max_frame}; "
-                "raise --max-frame, or send fewer datums at a time"
-            )
+        self.check(size)
         self._write([memoryview(size.to_bytes(4, "big")), *(view for view in views if view)])
 
     def write_all(self, frames: Iterable[bytes]) -> None:

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from .frames import widen_pipe
 
-__all__ = ["attached", "end", "end_if_forked", "resident_bytes", "settle"]
+__all__ = ["attached", "end", "end_if_forked", "point_at_nothing", "resident_bytes", "settle"]
 
 _FROM_HOST, _TO_HOST = 3, 4  # as an Erlang port gives them
 _OUT_OF_THE_WAY = 100
@@ -79,14 +79,14 @@ def _take_stream() -> tuple[int, int]:
     stream = [
         fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _OUT_OF_THE_WAY) for fd in (_FROM_HOST, _TO_HOST)
     ]
-    _point_at_nothing(_FROM_HOST, _TO_HOST)
-    os.register_at_fork(after_in_child=lambda: _point_at_nothing(*stream))
+    point_at_nothing(_FROM_HOST, _TO_HOST)
+    os.register_at_fork(after_in_child=lambda: point_at_nothing(*stream))
     for fd in stream:
         widen_pipe(fd)
     return stream[0], stream[1]
 
 
-def _point_at_nothing(*descriptors: int) -> None:
+def point_at_nothing(*descriptors: int) -> None:
     """Rather than close them: a closed one would soon be another file's."""
     null = os.open(os.devnull, os.O_RDWR)
     for fd in descriptors:

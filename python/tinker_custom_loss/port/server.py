@@ -14,13 +14,15 @@ import os
 import select
 import threading
 import time
+from dataclasses import replace
 from typing import Any
 
 from ..errors import CancelledError, CustomLossError, ProtocolError, RequestError
 from .cancellation import Request, current_request
 from .frames import FrameReader, FrameTooLargeError, FrameWriter
 from .logs import LogStream
-from .messagepack import Message, pack_pieces, unpack
+from .memory import SharedMemory
+from .messagepack import Message, Place, frame_pieces, pack_apart, pack_pieces, unpack
 from .process import end, end_if_forked, resident_bytes
 from .service import Service, error_message, id_of, op_of
 
@@ -34,6 +36,7 @@ class Server:
 
     Args:
         max_in_flight: most requests that are computed at one time; one more is refused.
+        memory: what is shared with the host.
     """
 
     def __init__(
@@ -43,12 +46,14 @@ class Server:
         logs: LogStream,
         service: Service,
         max_in_flight: int,
+        memory: SharedMemory,
     ) -> None:
         self._reader = reader
         self._writer = writer
         self._logs = logs
         self._service = service
         self._max_in_flight = max_in_flight
+        self._memory = memory
         self._turn = _ReadingTurn(reader.fd)
         self._worker = os.getpid()
         self._internal_in_a_row = 0
@@ -142,7 +147,11 @@ class Server:
 
     def _compute(self, request: Request, message: Message) -> None:
         current_request.set(request)
+        lent = None
         try:
+            if message.place is not None:
+                message = replace(message, payload=self._memory.lend(message.place))
+                lent = message.place
             if op_of(message) == "totals":
                 reply = {**self._service.totals(message), "id": request.id}
             else:
@@ -158,7 +167,7 @@ class Server:
         if request.cancelled.is_set():
             cancelled = CancelledError("the computation was cancelled by its caller")
             reply = error_message(cancelled, request.id)
-        self._send(reply)
+        self._send(reply, lent)
         self._end_if_broken(reply)
 
     def _end_if_broken(self, reply: dict[str, Any]) -> None:
@@ -176,14 +185,22 @@ class Server:
             self._logs.drain()
             end(3)
 
-    def _send(self, message: dict[str, Any]) -> None:
+    def _send(self, message: dict[str, Any], lent: Place | None = None) -> None:
+        """Send a message; ``lent`` is where the request that it answers lies in shared memory."""
         self._logs.drain()  # what a request logged is with the host before its answer
         try:
-            self._writer.write(pack_pieces(message))
+            payload, packed = pack_apart(message)
+            self._writer.check(payload.size + len(packed))
         except FrameTooLargeError as error:
-            self._send(error_message(RequestError(str(error)), message["id"]))
+            self._send(error_message(RequestError(str(error)), message["id"]), lent)
         except (TypeError, ValueError) as error:  # a value that MessagePack does not have
-            self._send(error_message(error, message["id"]))
+            self._send(error_message(error, message["id"]), lent)
+        else:
+            there = None
+            if lent is not None:
+                there = self._memory.answer(lent, payload)
+                self._memory.give_back(lent)
+            self._writer.write(frame_pieces(payload, packed, there))
 
     def _pong(self, request_id: int) -> dict[str, Any]:
         with self._lock:

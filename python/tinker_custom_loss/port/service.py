@@ -23,6 +23,7 @@ from ..errors import (
 from ..record import flatten
 from ..regularizer import BASE_LOSS, LossFn, is_coroutine_function
 from ..regularizer import Regularizer as RegularizerOptions
+from ..running.evaluation import is_of_catalogue
 from ..terms import Term
 from ..terms.registry import Registry
 from .cancellation import ending_if_forked, interruptible
@@ -80,7 +81,7 @@ class Service:
         self.registry = registry
         self._inline_lock = inline_lock
         self._recorder = recorder
-        self._composers: dict[bytes, Composer] = {}
+        self._composers: dict[bytes, tuple[Composer, bool]] = {}
 
     def compute(self, message: Message, cancelled: threading.Event | None = None) -> dict[str, Any]:
         """The ``result`` of a ``compute`` message, without its id.
@@ -89,7 +90,9 @@ class Service:
             CustomLossError: whatever is at fault, see :mod:`tinker_custom_loss.errors`.
         """
         request = decode_compute(message)
-        composer = self._composer(message)
+        composer, borrows = self._composer(message)
+        if message.place is not None and not borrows:
+            request = decode_compute(message.with_own_payload())
         compute = composer.compute if request.gradients else composer.compute_loss
         computed: ComposedLoss = compute(
             request.data,
@@ -116,7 +119,9 @@ class Service:
                 step whose totals the message has.
         """
         request = decode_totals(message)
-        composer = self._composer(message)
+        composer, borrows = self._composer(message)
+        if message.place is not None and not borrows:
+            request = decode_totals(message.with_own_payload())
         if request.totals is not None:
             composer.check_totals(request.totals, request.data)
         return {"op": "result", "totals": composer.totals(request.data)}
@@ -135,22 +140,34 @@ class Service:
         except (OSError, RequestError) as error:
             logger.error("step %d cannot be recorded: %s", step, error)
 
-    def _composer(self, message: Message) -> Composer:
-        """A training loop asks for the same terms at every step: check them once."""
+    def _composer(self, message: Message) -> tuple[Composer, bool]:
+        """A training loop asks for the same terms at every step: check them once.
+
+        Also says whether they may borrow the payload of their request. The terms of the catalogue
+        write nowhere, and are done with it when they return; a user's may keep what it is given,
+        change it, or fork, and so may what runs elsewhere, or keeps steps.
+        """
         key = _packed([message.fields.get("base_loss"), message.fields.get("regularizers")])
-        composer = self._composers.get(key)
-        if composer is None:
+        known = self._composers.get(key)
+        if known is None:
             terms = read(message.fields, Terms)
             composer = Composer(
                 **composer_arguments(terms, self._fn),
                 inline_lock=self._inline_lock,
                 recorder=self._recorder,
             )
-            if not any(_could_change(term) for term in [terms.base_loss, *terms.regularizers]):
+            given = [term for term in [terms.base_loss, *terms.regularizers] if term is not None]
+            borrows = self._recorder is None and all(map(self._borrows, given))
+            known = composer, borrows
+            if not any(_could_change(term) for term in given):
                 if len(self._composers) >= _MOST_COMPOSERS:
                     self._composers.clear()
-                self._composers[key] = composer
-        return composer
+                self._composers[key] = known
+        return known
+
+    def _borrows(self, spec: TermSpec) -> bool:
+        elsewhere = isinstance(spec, Regularizer) and spec.run_in_executor
+        return not elsewhere and is_of_catalogue(self.registry.resolve(spec.fn))
 
     def _fn(self, spec: TermSpec) -> LossFn:
         fn = self.registry.resolve(spec.fn)
@@ -203,9 +220,9 @@ def _packed(terms: object) -> bytes:
     return packed
 
 
-def _could_change(term: TermSpec | None) -> bool:
+def _could_change(term: TermSpec) -> bool:
     """Whether a term could change its params, which no other request must see."""
-    return term is not None and not _CONSTANTS.issuperset(map(type, term.params.values()))
+    return not _CONSTANTS.issuperset(map(type, term.params.values()))
 
 
 def error_message(error: BaseException, request_id: int | None = None) -> dict[str, Any]:

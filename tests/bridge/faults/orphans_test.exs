@@ -58,13 +58,6 @@ defmodule Tinkex.CustomLoss.Faults.OrphansTest do
     assert_gone(os_pid)
   end
 
-  defp start_beam! do
-    paths = Enum.flat_map(:code.get_path(), &[~c"-pa", &1])
-    {:ok, peer, _node} = :peer.start(%{connection: :standard_io, args: paths})
-    {:ok, _} = :peer.call(peer, Application, :ensure_all_started, [:elixir])
-    peer
-  end
-
   # The emulator writes out what its ports hold before it halts.
   test "when the BEAM halts while a worker leaves 16 MB unread" do
     code = """

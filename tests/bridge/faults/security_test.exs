@@ -37,16 +37,17 @@ defmodule Tinkex.CustomLoss.Faults.SecurityTest do
     end)
   end
 
-  test "a worker has its two pipes, and nothing else of the BEAM; a program of a term not even those",
+  test "a worker has its two pipes, and nothing else of the BEAM; a program of a term nothing at all",
        %{pool: pool} do
     log = shown(pool, "shows_descriptors")
     assert [_, own] = Regex.run(~r/"own": \{(.*?)\}/, log)
 
     # 0 to 2 are /dev/null and standard error (here dropped), 3 and 4 what was moved to the end;
-    # between them what epoll(7) needs, and modules that are being imported.
+    # between them the files that it shares, what epoll(7) needs, and modules that are being imported.
     assert own =~ ~r|^("[0-4]": "/dev/null", ){5}|
     assert own =~ ~r|, "100": "pipe", "101": "pipe"$|
 
+    assert own |> String.split(~s("/memfd")) |> length() == 5
     refute own =~ "custom_loss_secret"
     refute own =~ "socket"
     refute own =~ "/dev/shm"

@@ -28,6 +28,14 @@ defmodule Tinkex.CustomLoss.Bridge do
   @doc "Starts a pool of the Python that the documented order finds; returns its pid."
   def start_pool!(opts), do: start_supervised!({CustomLoss, opts})
 
+  @doc "Starts a BEAM of its own, which has the code of this one; see `:peer`."
+  def start_beam! do
+    paths = Enum.flat_map(:code.get_path(), &[~c"-pa", &1])
+    {:ok, peer, _node} = :peer.start(%{connection: :standard_io, args: paths})
+    {:ok, _} = :peer.call(peer, Application, :ensure_all_started, [:elixir])
+    peer
+  end
+
   @doc "Starts a pool for as long as the calling process lives, on whichever node; tells `listener`."
   def keep_pool(opts, listener) do
     {:ok, pool} = CustomLoss.start_link(opts)

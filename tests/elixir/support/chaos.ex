@@ -39,6 +39,7 @@ defmodule Tinkex.CustomLoss.Test.Chaos do
     logs: 300,
     squares_async: 1_000,
     large: 50,
+    large_of_catalogue: 50,
     withdraws_large: 50,
     strays: 100,
     forks: 50,
@@ -167,6 +168,10 @@ defmodule Tinkex.CustomLoss.Test.Chaos do
   defp call(pool, :none), do: compute(pool, {:l2, %{reduction: "token_sum"}}, @long)
   defp call(pool, :large), do: compute(pool, "pathological:squares", @long, 100_000)
 
+  # In shared memory, most of them: what a user's term is given is a copy, and this is not.
+  defp call(pool, :large_of_catalogue),
+    do: compute(pool, {:l2, %{reduction: "token_sum"}}, @long, 100_000)
+
   defp call(pool, fault) when fault in [:sleeps, :swallows_interrupts, :loops, :never_resolves],
     do: compute(pool, "pathological:#{fault}", 50 + :rand.uniform(100))
 
@@ -223,7 +228,15 @@ defmodule Tinkex.CustomLoss.Test.Chaos do
 
   # What each fault may come to. Whoever was on a worker that somebody else ended is tried again.
   defp allowed?(fault, :right)
-       when fault in [:none, :large, :caller_dies, :killed_from_outside, :strays, :reloads],
+       when fault in [
+              :none,
+              :large,
+              :large_of_catalogue,
+              :caller_dies,
+              :killed_from_outside,
+              :strays,
+              :reloads
+            ],
        do: true
 
   defp allowed?(fault, :right)

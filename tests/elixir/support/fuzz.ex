@@ -1,7 +1,8 @@
 defmodule Tinkex.CustomLoss.Test.Fuzz do
   @moduledoc "Mutated and random frames into the Elixir decoder, the same for the same seed."
 
-  alias Tinkex.CustomLoss.Wire.{MessagePack, Protocol}
+  alias Tinkex.CustomLoss.Pool.Memory
+  alias Tinkex.CustomLoss.Wire.{Frame, MessagePack, Protocol}
   alias Tinkex.CustomLoss.Test.{Terms, Vectors}
 
   @words div(256 * 1024 * 1024, 8)
@@ -13,6 +14,11 @@ defmodule Tinkex.CustomLoss.Test.Fuzz do
     <<0xDD, 0xFFFFFFFF::32>>,
     <<0xDF, 0x80000000::32>>,
     <<0xC6, 0xFFFFFFFF::32>>,
+    <<0xC7, 20, 1, 0::32, 0::64, 8::64>>,
+    <<0xC7, 20, 1, 0::32, 4095::64, 2::64>>,
+    <<0xC7, 20, 1, 1::32, 0::64, 8::64>>,
+    <<0xC7, 20, 1, 0::32, 8::64, -1::64>>,
+    <<0xC7, 20, 1, 0::32, -1::64, 1::64>>,
     <<0xC9, 0xFFFFFFFF::32, 0xFF>>,
     <<0xCB, 0x7FF8000000000000::64>>,
     <<0xCF, 0xFFFFFFFFFFFFFFFF::64>>
@@ -28,7 +34,11 @@ defmodule Tinkex.CustomLoss.Test.Fuzz do
       Process.flag(:max_heap_size, %{size: @words, kill: true, error_logger: true})
       Terms.seed(seed)
       known = known()
-      Enum.reduce(1..count, %{}, fn _, seen -> Map.update(seen, one(known), 1, &(&1 + 1)) end)
+      memory = memory()
+
+      Enum.reduce(1..count, %{}, fn _, seen ->
+        Map.update(seen, one(known, memory), 1, &(&1 + 1))
+      end)
     end)
     |> Task.await(:infinity)
   end
@@ -40,8 +50,17 @@ defmodule Tinkex.CustomLoss.Test.Fuzz do
     |> List.to_tuple()
   end
 
-  defp one(known) do
-    known |> frame() |> Protocol.decode() |> elem(0)
+  # A page of one file, which the request of every id has that is likely in a frame.
+  defp memory do
+    path = Path.join(System.tmp_dir!(), "custom_loss_fuzz_#{System.pid()}")
+    {:ok, file} = :file.open(path, [:raw, :binary, :read, :write])
+    File.rm!(path)
+    :ok = :file.pwrite(file, 0, <<0::4096-unit(8)>>)
+    %{Memory.none() | files: %{0 => file}, taken: Map.new(0..255, &{&1, 0})}
+  end
+
+  defp one(known, memory) do
+    known |> frame() |> Protocol.decode(&Memory.read(memory, &1, &2)) |> elem(0)
   rescue
     error ->
       reraise "#{Exception.message(error)}; the seed's state was #{inspect(:rand.export_seed())}",
@@ -52,6 +71,7 @@ defmodule Tinkex.CustomLoss.Test.Fuzz do
     case :rand.uniform(10) do
       n when n <= 8 ->
         frame = elem(known, :rand.uniform(tuple_size(known)) - 1)
+        frame = if :rand.uniform(5) == 1, do: placed(frame), else: frame
         times = elem({1, 1, 1, 2, 8}, :rand.uniform(5) - 1)
         Enum.reduce(1..times, frame, fn _, frame -> mutated(frame, known) end)
 
@@ -70,6 +90,12 @@ defmodule Tinkex.CustomLoss.Test.Fuzz do
         |> IO.iodata_to_binary()
     end
   end
+
+  # With a place where its payload was.
+  defp placed(<<0xC6, size::32, _::binary-size(size), message::binary>>),
+    do: Frame.encode_place({0, Enum.random([0, 0, 8, 5000]), size}) <> message
+
+  defp placed(message), do: Frame.encode_place({Enum.random(0..1), 0, 8}) <> message
 
   defp mutated(frame, known) do
     size = byte_size(frame)

@@ -76,6 +76,14 @@ more of them only take memory."
         "bytes of the largest message in either direction. A larger request is refused before it \
 is sent."
     ],
+    shared_memory: [
+      type: {:in, [:auto, true, false]},
+      default: :auto,
+      doc:
+        "whether the tensors of large requests, from 128 KiB on, go through memory that a worker \
+shares with the BEAM, and not through its pipe. `:auto` does so where the system can, which is Linux, \
+and `true` makes it an error where it cannot. See docs/security.md for who can read it."
+    ],
     max_rss: [
       type: :bytes,
       default: :infinity,

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from ..recorder import Run
+from ..run import Run
 from ..series import BASE, key_prefix
-from .buckets import Bucketed, bucket, edges
-from .svg import LEFT, heat_map, lines, stacked, with_legend
+from .axes import LEFT
+from .buckets import Bucketed, Steps, bucket, edges
+from .svg import heat_map, lines, stacked, with_legend
 
-__all__ = ["Figure", "comparison", "figures", "standalone", "term_names"]
+__all__ = ["BUCKETS", "Figure", "figures", "standalone", "term_key", "term_names"]
 
 BUCKETS = 160
 _HEAT_BUCKETS = 60
@@ -21,9 +21,9 @@ _NAME_WIDTH, _PAIR_WIDTH = 96, 168
 
 @dataclass(frozen=True)
 class Figure:
-    """One chart: ``series`` are the numbers that it draws, over ``steps``, ``(first, last)``.
+    """One chart: ``series`` are the numbers that it draws, over ``steps``.
 
-    ``left`` is where the first step is drawn.
+    ``left`` is where the first step is drawn; ``cells`` says that each bucket has an extent there.
     """
 
     key: str
@@ -31,27 +31,32 @@ class Figure:
     caption: str
     svg: str
     series: dict[str, Bucketed]
-    steps: list[tuple[int, int]]
-    colors: dict[str, int]
-    legend: bool = True
+    steps: Steps
+    colors: Mapping[str, int]
+    cells: bool = False
     left: int = LEFT
 
     def _repr_svg_(self) -> str:  # what a notebook draws
         return standalone(self)
 
 
-def figures(run: Run, prefix: str = "") -> list[Figure]:
-    """Every chart of one run; one that would be empty is left out."""
+def figures(run: Run, prefix: str = "", *, colors: Mapping[str, int] | None = None) -> list[Figure]:
+    """Every chart of one run; one that would be empty is left out.
+
+    Args:
+        run: whose.
+        prefix: of its keys.
+        colors: of the terms, where several runs are to have the same.
+    """
     prefix = key_prefix(prefix)
     source = _Source(run, prefix, BUCKETS)
     coarse = _Source(run, prefix, _HEAT_BUCKETS)
     names = term_names(run, prefix)
-    colors = {name: index for index, name in enumerate(names)}  # one term, one colour
+    if colors is None:
+        colors = {name: index for index, name in enumerate(names)}  # one term, one colour
     found = []
 
-    contributions = {
-        name: source.of(name, "value" if name == BASE else "contribution") for name in names
-    }
+    contributions = {name: source.of(name, "contribution") for name in names}
     total = source.series(f"{prefix}loss_total")
     title = "What each term adds to the loss"
     found.append(
@@ -59,7 +64,7 @@ def figures(run: Run, prefix: str = "") -> list[Figure]:
             "contributions",
             title,
             "weight · value, stacked (means); the line is their sum, the loss",
-            stacked(title, contributions, total, source.steps),
+            stacked(title, contributions, total, source.steps, colors=colors),
             {"loss_total": total} | contributions,
             source.steps,
             colors,
@@ -70,7 +75,7 @@ def figures(run: Run, prefix: str = "") -> list[Figure]:
         key: str, title: str, caption: str, quantity: Callable[[str], str | None], log: bool = False
     ) -> None:
         series = {name: source.of(name, q) for name in names if (q := quantity(name))}
-        if any(value == value for s in series.values() for value in s.mean):
+        if not all(s.is_empty for s in series.values()):
             svg = lines(title, series, source.steps, colors=colors, log=log)
             found.append(Figure(key, title, caption, svg, series, source.steps, colors))
 
@@ -78,7 +83,7 @@ def figures(run: Run, prefix: str = "") -> list[Figure]:
         "norms",
         "How hard each term pulls",
         "norm of the weighted gradient, with respect to the logprobs",
-        lambda name: "grad_norm" if name == BASE else "grad_norm_weighted",
+        lambda name: "grad_norm_weighted",
         log=True,
     )
     cosines = {name: coarse.of(name, "cosine_to_total") for name in names}
@@ -88,7 +93,7 @@ def figures(run: Run, prefix: str = "") -> list[Figure]:
         "cosines",
         "With the step or against it",
         "cosine of the weighted gradient and the total one, with respect to the logprobs: "
-        "blue +1, orange -1",
+        f"blue +1, orange -1{_least(coarse)}",
         cosines,
         _NAME_WIDTH,
     )
@@ -101,7 +106,7 @@ def figures(run: Run, prefix: str = "") -> list[Figure]:
         "conflicts",
         "Which terms fight",
         f"{which}cosine of the weighted gradients of two terms, with respect to the logprobs: "
-        "blue they agree, orange they fight",
+        f"blue they agree, orange they fight{_least(coarse)}",
         shown,
         _PAIR_WIDTH,
     )
@@ -122,10 +127,10 @@ def _heat(
     rows: dict[str, Bucketed],
     left: int,
 ) -> None:
-    if any(value == value for s in rows.values() for value in s.mean):
+    if not all(s.is_empty for s in rows.values()):
         svg = heat_map(title, rows, source.steps, label=left)
         found.append(
-            Figure(key, title, caption, svg, rows, source.steps, {}, legend=False, left=left)
+            Figure(key, title, caption, svg, rows, source.steps, {}, cells=True, left=left)
         )
 
 
@@ -136,35 +141,15 @@ def _mean(series: Bucketed) -> float:
 
 def standalone(figure: Figure) -> str:
     """A figure as a file of its own: with its colours, and a legend below."""
-    names = [name for name in figure.series if name in figure.colors] if figure.legend else []
+    names = [name for name in figure.series if name in figure.colors]
     return with_legend(figure.svg, {name: figure.colors[name] for name in names})
-
-
-def comparison(runs: Sequence[Run], prefix: str = "") -> Figure | None:
-    """The losses of several runs over one axis of steps."""
-    if len(runs) < 2:
-        return None
-    prefix = key_prefix(prefix)
-    every = sorted({step for run in runs for step in run.steps})
-    ranges = edges(every, BUCKETS)
-    steps = [(every[a], every[b - 1]) for a, b in ranges]
-    series = {
-        run.title: bucket(
-            [run.steps.get(step, {}).get(f"{prefix}loss_total") for step in every], ranges
-        )
-        for run in runs
-    }
-    title = "Loss of each run"
-    colors = {name: index for index, name in enumerate(series)}
-    svg = lines(title, series, steps, colors=colors)
-    return Figure("comparison", title, "loss_total", svg, series, steps, colors)
 
 
 def term_names(run: Run, prefix: str = "") -> list[str]:
     """The terms of a run in the order in which they appeared, the base loss first."""
     start = f"{prefix}regularizers/"
     names: dict[str, None] = {}
-    for key in dict.fromkeys(itertools.chain.from_iterable(run.steps.values())):
+    for key in _keys(run):
         if key.startswith(f"{prefix}{BASE}/"):
             names.setdefault(BASE)
         elif key.startswith(start):
@@ -172,10 +157,33 @@ def term_names(run: Run, prefix: str = "") -> list[str]:
     return sorted(names, key=lambda name: name != BASE)
 
 
+def _keys(run: Run) -> list[str]:
+    """All keys of all steps, in the order in which they appeared."""
+    seen: dict[str, None] = {}
+    for metrics in run.steps.values():
+        if not metrics.keys() <= seen.keys():
+            seen |= dict.fromkeys(metrics)
+    return [*seen]
+
+
+def term_key(name: str, quantity: str) -> str:
+    """The key of a term's number; the base loss has no weight, so its value is its contribution."""
+    if name != BASE:
+        return f"regularizers/{name}/{quantity}"
+    same = {"contribution": "value", "grad_norm_weighted": "grad_norm"}
+    return f"{BASE}/{same.get(quantity, quantity)}"
+
+
+def _least(source: _Source) -> str:
+    several = any(first != last for first, last in source.steps)
+    return "; below each mean the least, where a cell is of several steps" if several else ""
+
+
 class _Source:
     """Series of one run, over one division into buckets."""
 
     def __init__(self, run: Run, prefix: str, buckets: int) -> None:
+        self._run = run
         self._rows = list(run.steps.values())
         self._prefix = prefix
         numbers = list(run.steps)
@@ -188,9 +196,8 @@ class _Source:
     def pairs(self) -> dict[str, Bucketed]:
         """The cosines of each pair of terms, the names with a ``·`` between."""
         start = f"{self._prefix}cosines/"
-        keys = dict.fromkeys(key for row in self._rows for key in row if key.startswith(start))
+        keys = [key for key in _keys(self._run) if key.startswith(start)]
         return {key.removeprefix(start).replace("/", " · "): self.series(key) for key in keys}
 
     def of(self, name: str, quantity: str) -> Bucketed:
-        term = BASE if name == BASE else f"regularizers/{name}"
-        return self.series(f"{self._prefix}{term}/{quantity}")
+        return self.series(self._prefix + term_key(name, quantity))

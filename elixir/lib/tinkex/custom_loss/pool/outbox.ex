@@ -9,8 +9,9 @@ defmodule Tinkex.CustomLoss.Pool.Outbox do
   # A frame waits here until the pipe takes it, and until then it can be withdrawn as if it had never
   # been. Whoever writes to a full pipe is suspended, so that is left to a process of its own, and to
   # a frame that nobody would withdraw: a ping. A large frame is the writer's, too, for the emulator
-  # copies it.
+  # copies it, and so is what goes into shared memory.
 
+  alias Tinkex.CustomLoss.Pool.Memory
   alias Tinkex.CustomLoss.Wire.Protocol
 
   defstruct [:writer, waiting: :queue.new(), offered: nil]
@@ -21,7 +22,13 @@ defmodule Tinkex.CustomLoss.Pool.Outbox do
   @doc "The outbox of a port; its writer is linked to the calling process, and tells it what it did."
   def open(port) do
     owner = self()
-    %__MODULE__{writer: spawn_link(fn -> write(port, owner) end)}
+    %__MODULE__{writer: spawn_link(fn -> write(port, owner, %{}) end)}
+  end
+
+  @doc "Frames may be placed in the files of these paths from now on, see `Memory.place/3`."
+  def share(outbox, paths) do
+    send(outbox.writer, {:share, paths})
+    outbox
   end
 
   @doc "Nothing more is written. What was begun is in the hands of the emulator."
@@ -72,9 +79,14 @@ defmodule Tinkex.CustomLoss.Pool.Outbox do
 
   defp offer(outbox), do: outbox
 
-  defp write(port, owner) do
+  defp write(port, owner, files) do
     receive do
+      {:share, paths} ->
+        write(port, owner, Memory.open_paths(paths))
+
       {:write, frame} ->
+        frame = Memory.write(files, frame)
+
         unless command(port, frame, [:nosuspend]) do
           send(owner, {self(), :full})
           command(port, Protocol.encode_ping(@probe), [])
@@ -88,7 +100,7 @@ defmodule Tinkex.CustomLoss.Pool.Outbox do
 
     # It may be the last one for a while, and large.
     :erlang.garbage_collect()
-    write(port, owner)
+    write(port, owner, files)
   end
 
   # A closed port is no news: its owner hears of it.

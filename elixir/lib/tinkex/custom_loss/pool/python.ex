@@ -3,6 +3,7 @@ defmodule Tinkex.CustomLoss.Pool.Python do
   # Which Python, what it is told, and why it did not start.
 
   alias Tinkex.CustomLoss.{Environment, Setup, WorkerError}
+  alias Tinkex.CustomLoss.Pool.Memory
 
   @module "tinker_custom_loss.port"
 
@@ -105,6 +106,7 @@ defmodule Tinkex.CustomLoss.Pool.Python do
     [@module | Enum.flat_map(config.load, &["--load", &1])] ++
       ~w(--max-frame #{config.max_frame} --max-in-flight #{config.max_in_flight}) ++
       ~w(--threads #{config.threads} --log-level #{config.log_level}) ++
+      ~w(--shared-memory #{Memory.files(config)}) ++
       record_args(config.record)
   end
 

@@ -21,7 +21,7 @@ defmodule Tinkex.CustomLoss.Pool.Worker do
   @behaviour :gen_statem
 
   alias Tinkex.CustomLoss.{Pool, Telemetry, WorkerError}
-  alias Tinkex.CustomLoss.Pool.{Log, Outbox, Python}
+  alias Tinkex.CustomLoss.Pool.{Log, Memory, Outbox, Python}
   alias Tinkex.CustomLoss.Wire.Protocol
 
   # For so many intervals a ping may be unanswered. One that computes gets long, since code that holds
@@ -60,6 +60,7 @@ defmodule Tinkex.CustomLoss.Pool.Worker do
       port: nil,
       os_pid: nil,
       outbox: nil,
+      memory: Memory.none(),
       # id => {alias of who waits, monitor of the caller}, or :withdrawn
       requests: %{},
       ping: nil,
@@ -82,7 +83,8 @@ defmodule Tinkex.CustomLoss.Pool.Worker do
     monitor = :erlang.monitor(:process, caller, tag: {:gone, id})
     data = put_in(data.requests[id], {request.reply_to, monitor})
     deadline = {{:timeout, {:request, id}}, Pool.remaining(request.deadline), :deadline}
-    {:keep_state, %{data | outbox: Outbox.put(data.outbox, id, request.frame)}, deadline}
+    {frame, memory} = Memory.place(data.memory, id, request.frame)
+    {:keep_state, %{data | outbox: Outbox.put(data.outbox, id, frame), memory: memory}, deadline}
   end
 
   # The pool has not heard yet that the worker ended, and will not take it for one that it had.
@@ -121,7 +123,7 @@ defmodule Tinkex.CustomLoss.Pool.Worker do
   # From Python
 
   def handle_event(:info, {port, {:data, frame}}, state, %{port: port} = data),
-    do: frame |> Protocol.decode() |> received(state, data)
+    do: frame |> Protocol.decode(&Memory.read(data.memory, &1, &2)) |> received(state, data)
 
   # Ended by a signal, it has nothing to say about what it lacks.
   def handle_event(:info, {port, {:exit_status, status}}, :starting, %{port: port} = data)
@@ -200,7 +202,8 @@ defmodule Tinkex.CustomLoss.Pool.Worker do
 
   defp forget(id, data) do
     Pool.done(data.pool, id)
-    data = %{data | requests: Map.delete(data.requests, id)}
+    requests = Map.delete(data.requests, id)
+    data = %{data | requests: requests, memory: Memory.release(data.memory, id)}
     {:keep_state, data, {{:timeout, {:request, id}}, :cancel}}
   end
 
@@ -208,9 +211,9 @@ defmodule Tinkex.CustomLoss.Pool.Worker do
     do: {:keep_state, %{data | log: Log.write(data.log, record)}}
 
   defp received({:ready, ready}, :starting, data) do
-    if refusal = version_mismatch(ready) || too_large(ready, data.config) do
-      ended({:not_started, refusal}, data)
-    else
+    with nil <- version_mismatch(ready),
+         nil <- too_large(ready, data.config),
+         {:ok, memory} <- share(ready, data.config) do
       duration = System.monotonic_time() - data.opened
       Pool.worker(data.pool, data.index, {:ready, data.port, ready})
 
@@ -221,8 +224,11 @@ defmodule Tinkex.CustomLoss.Pool.Worker do
       }
 
       report(fn -> Telemetry.worker_up(data.config, data.index, up) end)
-      data = %{data | ping: nil, missed_pings: 0}
+      outbox = Outbox.share(data.outbox, memory.paths)
+      data = %{data | memory: memory, outbox: outbox, ping: nil, missed_pings: 0}
       {:next_state, :ready, data, next_ping(data)}
+    else
+      refusal -> ended({:not_started, refusal}, data)
     end
   end
 
@@ -263,6 +269,8 @@ defmodule Tinkex.CustomLoss.Pool.Worker do
         Process.demonitor(monitor, [:flush])
         result = forget(id, %{data | failures: 0})
         Pool.answer(reply_to, answer)
+        # As at a ping, without waiting for one.
+        if Memory.has?(data.memory, id), do: :erlang.garbage_collect()
         result
 
       %{^id => :withdrawn} ->
@@ -278,7 +286,8 @@ defmodule Tinkex.CustomLoss.Pool.Worker do
     outbox = Outbox.put_first(data.outbox, Protocol.encode_ping(id))
     # Nothing here makes garbage fast enough to let go of the frames that passed.
     :erlang.garbage_collect()
-    {:keep_state, %{data | ping: id, outbox: outbox}, next_ping(data)}
+    memory = Memory.trim(data.memory)
+    {:keep_state, %{data | ping: id, outbox: outbox, memory: memory}, next_ping(data)}
   end
 
   defp ping(%{requests: requests, missed_pings: missed} = data) do
@@ -312,6 +321,7 @@ defmodule Tinkex.CustomLoss.Pool.Worker do
       | port: nil,
         os_pid: nil,
         outbox: nil,
+        memory: Memory.none(),
         requests: %{},
         ping: nil,
         failures: data.failures + 1
@@ -322,6 +332,7 @@ defmodule Tinkex.CustomLoss.Pool.Worker do
 
   defp close(data) do
     Outbox.close(data.outbox)
+    Memory.close(data.memory)
     Port.close(data.port)
   rescue
     ArgumentError -> true
@@ -354,4 +365,20 @@ defmodule Tinkex.CustomLoss.Pool.Worker do
   end
 
   defp too_large(_ready, _config), do: nil
+
+  defp share(_ready, %{shared_memory: false}), do: {:ok, Memory.none()}
+
+  defp share(ready, %{shared_memory: wanted}) do
+    case Memory.open(ready) do
+      {:error, why} when wanted == true ->
+        "there is no memory to share with the worker, since #{why}; with shared_memory: :auto, " <>
+          "the pipe serves instead"
+
+      {:error, _why} ->
+        {:ok, Memory.none()}
+
+      opened ->
+        opened
+    end
+  end
 end

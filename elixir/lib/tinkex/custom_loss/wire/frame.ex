@@ -5,6 +5,9 @@ defmodule Tinkex.CustomLoss.Wire.Frame do
   Both are MessagePack, the tensors as one bin, the *payload*, and a batch in the message says where
   in it its bytes lie. So the message is small for whoever reads it, and the tensors are referred to
   and not copied, in both directions.
+
+  In place of the payload there may be an ext, the *place* of a payload in shared memory:
+  `{file, at, size}`.
   """
 
   alias Tinkex.CustomLoss.Wire.{Batch, MessagePack}
@@ -45,15 +48,60 @@ defmodule Tinkex.CustomLoss.Wire.Frame do
   defp place(list, payload) when is_list(list), do: Enum.map_reduce(list, payload, &place/2)
   defp place(other, payload), do: {other, payload}
 
-  @doc "The message of a frame; the `data` of its batches are parts of the frame."
-  @spec decode(binary()) :: {:ok, term()} | {:error, MessagePack.DecodeError.t()}
-  def decode(<<0xC6, size::32, payload::binary-size(size), message::binary>>) do
+  @type place :: {file :: non_neg_integer(), at :: non_neg_integer(), size :: non_neg_integer()}
+
+  @doc "The size of the payload of a frame that was encoded, in binaries; 0 if it has none."
+  @spec payload_size([binary()]) :: non_neg_integer()
+  def payload_size([<<0xC6, size::32, _payload::binary>> | _rest]), do: size
+  def payload_size(_frame), do: 0
+
+  @doc "The payload of such a frame, and the rest."
+  @spec apart([binary()]) :: {[binary()], [binary()]}
+  def apart([<<0xC6, size::32, rest::binary>> | frame]), do: split([rest | frame], size)
+
+  defp split([binary | rest], size) when byte_size(binary) <= size do
+    {payload, message} = split(rest, size - byte_size(binary))
+    {[binary | payload], message}
+  end
+
+  defp split([binary | rest], size) do
+    <<payload::binary-size(size), message::binary>> = binary
+    {[payload], [message | rest]}
+  end
+
+  @doc "What stands in place of a payload that lies elsewhere."
+  @spec encode_place(place()) :: binary()
+  def encode_place({file, at, size}), do: <<0xC7, 20, 1, file::32, at::64, size::64>>
+
+  @doc """
+  The message of a frame; the `data` of its batches are parts of the frame.
+
+  `read` gets the payload that the message with this id says is elsewhere, or says why it cannot.
+  """
+  @spec decode(binary(), (term(), place() -> {:ok, binary()} | {:error, String.t()})) ::
+          {:ok, term()} | {:error, Exception.t()}
+  def decode(frame, read \\ &nowhere/2)
+
+  def decode(<<0xC6, size::32, payload::binary-size(size), message::binary>>, _read) do
     with {:ok, %{} = message} <- MessagePack.decode(message), do: {:ok, open(message, payload)}
   end
 
-  def decode(frame) do
+  def decode(<<0xC7, 20, 1, file::32, at::64, size::64, message::binary>>, read) do
+    with {:ok, %{} = message} <- MessagePack.decode(message) do
+      # An ext is a map, too, but has no such key.
+      case read.(Map.get(message, "id"), {file, at, size}) do
+        {:ok, payload} -> {:ok, open(message, payload)}
+        {:error, sentence} -> {:error, %RuntimeError{message: "one whose payload #{sentence}"}}
+      end
+    end
+  end
+
+  def decode(frame, _read) do
     with {:ok, %{} = message} <- MessagePack.decode(frame), do: {:ok, open(message, <<>>)}
   end
+
+  @doc "Reads nothing: there is no shared memory."
+  def nowhere(_id, _place), do: {:error, "is said to be in shared memory, of which there is none"}
 
   # What lies nowhere in the payload stays as it is, which is no batch.
   defp open(message, payload) do

@@ -116,6 +116,7 @@ defmodule Tinkex.CustomLoss.Wire.Protocol do
           rss: {:nilable, :integer},
           max_frame: :integer,
           max_in_flight: :integer,
+          shared_memory: {:nilable, {:record, descriptors: {:list, :integer}, token: :string}},
           terms: {:list, @term}}
 
   @record {:part,
@@ -183,15 +184,17 @@ defmodule Tinkex.CustomLoss.Wire.Protocol do
       iex> {:error, 7, error} = Tinkex.CustomLoss.Wire.Protocol.decode(IO.iodata_to_binary(frame))
       iex> error.message
       "the worker's result is malformed: expected a float at `loss_total`, got a string"
+
+  `read` is that of `Frame.decode/2`, for payloads in shared memory.
   """
-  @spec decode(binary()) ::
+  @spec decode(binary(), (term(), Frame.place() -> {:ok, binary()} | {:error, String.t()})) ::
           {:ready, map()}
           | {:result, id(), map()}
           | {:error, id() | nil, error()}
           | {:log, map()}
           | {:invalid, String.t()}
-  def decode(frame) do
-    case Frame.decode(frame) do
+  def decode(frame, read \\ &Frame.nowhere/2) do
+    case Frame.decode(frame, read) do
       {:ok, %{} = message} -> message(message)
       {:ok, other} -> {:invalid, "the worker's message is #{kind_of(other)}, not a map"}
       {:error, error} -> {:invalid, "the worker's message is #{Exception.message(error)}"}

@@ -1,0 +1,189 @@
+"""Payloads in shared memory, as a host that is not ours would use it."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import struct
+import time
+import weakref
+
+import pytest
+import torch
+
+from port_client import PortClient, batch, compute, l2
+from tinker_custom_loss import CustomLossError
+from tinker_custom_loss.port.memory import LEAST_SHARED, SharedFile, SharedMemory
+from tinker_custom_loss.port.messagepack import Message, Place, frame_pieces, pack_apart, unpack
+from tinker_custom_loss.port.service import Service
+from tinker_custom_loss.terms import CATALOGUE
+from tinker_custom_loss.terms.registry import Registry
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="of Linux")
+
+LARGE = torch.full((LEAST_SHARED,), -1.0)
+
+
+class SharingClient(PortClient):
+    """A host that has opened the shared files of its worker."""
+
+    def __init__(self) -> None:
+        super().__init__("--shared-memory", "2")
+        offered = self.ready["shared_memory"]
+        directory = f"/proc/{self.process.pid}/fd"
+        self.files = [os.open(f"{directory}/{fd}", os.O_RDWR) for fd in offered["descriptors"]]
+        self.token = offered["token"]
+
+    def __exit__(self, *error: object) -> None:
+        for fd in self.files:
+            os.close(fd)
+        super().__exit__(*error)
+
+    def share(self, file: int = 0, place: Place | None = None, **fields: object) -> int:
+        """Send a ``compute`` whose payload is in a file; say that it is at ``place``."""
+        request_id = next(self._ids)
+        payload, packed = pack_apart({"op": "compute", "id": request_id, **fields})
+        data = b"".join(payload.pieces)
+        assert os.pwrite(self.files[file], data, 0) == len(data)
+        place = place or Place(file, 0, len(data))
+        self.send_frame(b"".join(frame_pieces(payload, packed, place)))
+        return request_id
+
+    def answer(self) -> dict:
+        """The next answer, with the gradient from the file that it says."""
+        frame = self._frame(time.monotonic() + 60)
+        message = unpack(frame)
+        if message.place is not None:
+            data = os.pread(self.files[message.place.file], message.place.size, message.place.at)
+            return {
+                **message.fields,
+                "gradient": torch.frombuffer(bytearray(data), dtype=torch.float32),
+            }
+        return message.fields
+
+
+@pytest.fixture(scope="module")
+def worker():
+    with SharingClient() as client:
+        yield client
+
+
+class TestWorker:
+    def test_it_offers_files_without_a_name_that_only_its_user_may_open(self, worker):
+        for fd in worker.files:
+            assert os.fstat(fd).st_nlink == 0
+            assert os.fstat(fd).st_mode & 0o777 == 0o600
+            assert os.pread(fd, 32, 0) == worker.token.encode()
+
+    def test_it_offers_none_unasked(self):
+        with PortClient() as client:
+            assert client.ready["shared_memory"] is None
+
+    def test_it_reads_a_payload_where_it_lies_and_answers_behind_it(self, worker):
+        for value in (-1.0, -2.0):  # the second time in memory that is mapped already
+            worker.share(**l2(logprobs=batch(value * -LARGE)))
+            reply = worker.answer()
+            assert reply["op"] == "result", reply
+            assert torch.equal(reply["gradient"], 2 * value * -LARGE)
+
+    def test_two_requests_at_one_time_have_a_file_each(self, worker):
+        ids = [worker.share(n, **l2(logprobs=batch((n + 1) * LARGE))) for n in (0, 1)]
+        for _ in ids:
+            reply = worker.answer()
+            n = ids.index(reply["id"])
+            assert torch.equal(reply["gradient"], 2 * (n + 1) * LARGE)
+
+    def test_a_small_answer_goes_with_its_frame(self, worker):
+        worker.share(gradients=False, **l2(logprobs=batch(LARGE)))
+        assert worker.answer()["gradients"] is None
+
+    @pytest.mark.parametrize(
+        ("place", "sentence"),
+        [
+            (Place(0, 1 << 30, 8), "of a shared file, which has"),
+            (Place(0, 0, 1 << 40), "of a shared file, which has"),
+            (Place(0, (1 << 64) - 1, (1 << 64) - 1), "of a shared file, which has"),
+            (Place(2, 0, 8), "in the shared file 2, of 2"),
+            (Place((1 << 32) - 1, 0, 8), f"in the shared file {(1 << 32) - 1}, of 2"),
+            (Place(0, 0, 8), "do not lie in the payload"),
+        ],
+    )
+    def test_a_place_that_is_none_is_an_error_that_says_so(self, worker, place, sentence):
+        request_id = worker.share(0, place, **l2(logprobs=batch(LARGE)))
+        reply = worker.answer()
+        assert reply["id"] == request_id
+        assert (reply["op"], reply["error"]["kind"]) == ("error", "protocol")
+        assert sentence in reply["error"]["message"]
+        worker.share(**l2(logprobs=batch(LARGE)))
+        assert torch.equal(worker.answer()["gradient"], 2 * LARGE)
+
+    def test_a_header_that_is_cut_is_an_error(self, worker):
+        for size in range(1, 23):
+            worker.send_frame((b"\xc7\x14\x01" + struct.pack(">IQQ", 0, 0, 8))[:size])
+            reply = worker.answer()
+            assert (reply["op"], reply["error"]["kind"]) == ("error", "protocol")
+
+
+def test_a_file_has_one_request_at_a_time():
+    memory = SharedMemory(1)
+    memory.lend(Place(0, 0, 8))
+    with pytest.raises(Exception, match="another request in flight"):
+        memory.lend(Place(0, 0, 8))
+    memory.give_back(Place(0, 0, 8))
+    memory.lend(Place(0, 0, 8))
+
+
+def test_a_file_that_was_cut_and_written_again_is_read_anew():
+    file = SharedFile()
+    file.write(0, [b"\x01" * 10_000])
+    assert bytes(file.view(0, 10_000)) == b"\x01" * 10_000
+    os.ftruncate(file.fd, 0)
+    file.write(0, [b"\x02" * 3, b"\x03" * 20_000])
+    assert bytes(file.view(2, 3)) == b"\x02\x03\x03"
+    assert bytes(file.view(20_000, 3)) == b"\x03" * 3
+
+
+KEYS = ("logprobs", "old_logprobs", "reference_logprobs", "teacher_logprobs")
+
+
+def request_for_any_term(name: str, shape: tuple[int, ...]) -> tuple[dict, bytes]:
+    """The fields of a request for a term of the catalogue, and its payload."""
+    generator = torch.Generator().manual_seed(0)
+
+    def column(make):
+        return batch(*(make(index) for index in range(4)))
+
+    def logprobs(_index):
+        return torch.randn(shape, generator=generator).log_softmax(-1) - 0.1
+
+    inputs = {key: column(logprobs) for key in KEYS}
+    inputs |= {
+        "weights": column(lambda _: torch.ones(shape)),
+        "advantages": column(lambda _: torch.randn(shape, generator=generator)),
+        "target_tokens": column(lambda _: torch.ones(shape, dtype=torch.int64)),
+        "group": column(lambda index: torch.tensor([index // 2])),
+        "chosen": column(lambda index: torch.tensor([index % 2])),
+    }
+    data = {"count": 4, "inputs": inputs}
+    message = {**compute(name, column(logprobs)), "data": data}
+    payload, packed = pack_apart(message)
+    return unpack(packed).fields, b"".join(payload.pieces)
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_a_term_of_the_catalogue_neither_keeps_nor_changes_what_it_borrows(name):
+    answers = set()
+    for shape in ((6,), (6, 3)):
+        fields, payload = request_for_any_term(name, shape)
+        file = SharedFile()
+        file.write(0, [payload])
+        message = Message(fields, file.view(0, len(payload)), Place(0, 0, len(payload)))
+        with contextlib.suppress(CustomLossError):  # it is for the other shape
+            answers.add(Service(Registry()).compute(message)["op"])
+        assert os.pread(file.fd, len(payload), 0) == payload
+        mapped = weakref.ref(file._mapped)
+        del file, message
+        gc.collect()  # of an error and its traceback
+        assert mapped() is None
+    assert answers == {"result"}
