@@ -484,6 +484,8 @@ def test_closing_fails_what_waits():
 
 def test_the_command_serves_until_interrupted():
     command = [sys.executable, "-m", "tinker_custom_loss.sandbox", "--port", "0", "--seed", "4"]
+    command += ["--fault", "rate_limits=1", "--fault", "endpoints=optim_step"]
+    command += ["--fault", "endpoints=asample", "--session-seconds", "600"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         try:
@@ -491,6 +493,8 @@ def test_the_command_serves_until_interrupted():
             assert f'base_url="{url}"' in process.stdout.readline() + process.stdout.readline()
             client = Json(url)
             client.create_model()
+            for struck in ("optim_step", "asample"):
+                assert client.post(struck)[0] == 429
             client.close()
         finally:
             process.send_signal(signal.SIGINT)
@@ -505,6 +509,12 @@ def test_the_command_serves_until_interrupted():
         (["--threads", "0"], "expected at least 1"),
         (["--port", "99999"], "--port"),
         (["--load", "x"], "only an Erlang port names terms"),
+        (["--session-seconds", "0"], "--session-seconds: expected more than 0 seconds"),
+        (["--fault", "lost_answer=1"], "--fault lost_answer: there is no such fault; of 13, the"),
+        (["--fault", "lost_answers"], "expected lost_answers=NUMBER, got 'lost_answers'"),
+        (["--fault", "lost_answers=2"], "--fault lost_answers: expected a share from 0 to 1"),
+        (["--fault", "refused_losses=pppo"], "--fault refused_losses: expected some of cross_ent"),
+        (["--erlang-port", "--fault", "latency=1"], "over HTTP only"),
     ],
 )
 def test_the_command_refuses_what_cannot_work(arguments, says, capsys):
