@@ -1,4 +1,4 @@
-"""For the site of docs: the page of the Elixir modules, and names in docstrings, which are Sphinx's."""
+"""For the site: the page of the Elixir modules, and names in docstrings, which are Sphinx's."""
 
 from __future__ import annotations
 
