@@ -122,6 +122,7 @@ pictures: setup ## make the pictures of docs/ from the run in docs/runs/demo
 # A link that leads nowhere is an error, and so is a page that the navigation lacks.
 .PHONY: site
 site: setup ## build docs/ as a site in .make/site, with search, that asks no other host for anything
+	@mix run --no-start -r scripts/elixir_reference.exs -e 'ElixirReference.write(".make/reference-elixir.md")'
 	@scripts/site.sh $(BIN)/python
 
 .PHONY: clean

@@ -186,22 +186,25 @@ class TestEveryLossOfTheServers:
     def test_the_gradient_is_that_of_the_whole_loss(self, new_client, sandbox, counting, loss_fn):
         data = datums(alternatives=False) if loss_fn == "cross_entropy" else policy_data()
         native = with_regularizers(counting, regularizers=[SQUARES, SPREAD])
-        step = native.forward_backward(data, loss_fn)
+        # Two calls, whose gradients add up, and nothing is waited for before the end.
+        parts = data[:2], data[2:]
+        steps = [native.forward_backward(part, loss_fn) for part in parts]
         native.optim_step(ALONG_THE_GRADIENT).result(60)
         whole = with_regularizers(new_client(), regularizers=[SQUARES, SPREAD])
         if loss_fn == "cross_entropy":
             same = Composer(weighted_nll, [SQUARES, SPREAD])
         else:  # the server's have no mask: its dro tethers the prompt, too
             same = Composer(loss_fn, [SQUARES, SPREAD], base_params={"weights": None})
-        want = whole.forward_backward_custom(data, same)
+        wants = [whole.forward_backward_custom(part, same) for part in parts]
         whole.optim_step(ALONG_THE_GRADIENT).result(60)
         assert_same_parameters(
             sandbox.parameters(native.model_id), sandbox.parameters(whole.model_id)
         )
-        assert [loss for loss, _ in counting.passes] == [loss_fn, "cross_entropy"]
-        assert step.result(60).record["base_loss"]["value"] == pytest.approx(
-            want.result(60).record["base_loss"]["value"], rel=1e-4
-        )
+        assert [loss for loss, _ in counting.passes] == [loss_fn, "cross_entropy"] * 2  # no forward
+        for step, want in zip(steps, wants, strict=True):
+            assert step.result(60).record["base_loss"]["value"] == pytest.approx(
+                want.result(60).record["base_loss"]["value"], rel=1e-4
+            )
 
 
 class TestOptimStep:
