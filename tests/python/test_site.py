@@ -17,6 +17,8 @@ def test_a_broken_link_and_a_page_that_nobody_finds_are_errors(tmp_path):
     for name in ("mkdocs.yml", "docs", "scripts", "python"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, tmp_path / name)
+    (tmp_path / ".make").mkdir()
+    (tmp_path / ".make" / "reference-elixir.md").write_text("# Elixir\n")  # make site writes it
     (tmp_path / "docs" / "forgotten.md").write_text("# Forgotten\n\n[nowhere](no-such-page.md)\n")
     built = subprocess.run(
         ["scripts/site.sh", sys.executable], cwd=tmp_path, capture_output=True, text=True
