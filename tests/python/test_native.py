@@ -272,6 +272,21 @@ class TestOrder:
         assert len(got.loss_fn_outputs) == len(bare.loss_fn_outputs)
         assert got.metrics["loss:sum"] == pytest.approx(bare.metrics["loss:sum"])
 
+    def test_another_wrapper_of_the_client_has_the_same_order(self, new_client, sandbox):
+        """As where a notebook wraps it anew while a step is under way."""
+        data, bare, gate = datums(), new_client(), Gate()
+        first = with_regularizers(bare, regularizers=[gate.term()])
+        second = with_regularizers(bare, regularizers=[SPREAD])
+        first.forward_backward(data, "cross_entropy")
+        optim = second.optim_step(ADAM)
+        assert gate.reached.wait(60)
+        gate.open.set()
+        optim.result(60)
+        same = with_regularizers(new_client(), regularizers=[{**gate.term(), "fn": squares}])
+        same.forward_backward(data, "cross_entropy").result(60)
+        same.optim_step(ADAM).result(60)
+        assert torch.equal(sandbox.parameters(bare.model_id), sandbox.parameters(same.model_id))
+
 
 class TestFailures:
     def test_a_failing_term_leaves_the_base(self, new_client, sandbox, caplog):
