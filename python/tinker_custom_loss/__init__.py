@@ -4,26 +4,8 @@ A base loss and many named, weighted terms, composed into one loss, one gradient
 what each term did. See :class:`Composer` and :class:`Regularizer`.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
-
-from .composer import Composer
-from .composition import ComposedLoss, Composition
-from .errors import (
-    CancelledError,
-    ChangedLogprobsError,
-    CustomLossError,
-    NonFiniteError,
-    ProtocolError,
-    RequestError,
-    StaleGraphError,
-    StoppedError,
-    TermError,
-    TermTimeoutError,
-)
-from .record import BaseLossRecord, RegularizerRecord, StepRecord, flatten, merge
-from .regularizer import LossFn, Regularizer
-from .tensors.batch import TensorBatch
-from .totals import add_totals
 
 if TYPE_CHECKING:
     from .client import (
@@ -36,9 +18,26 @@ if TYPE_CHECKING:
         regularized,
         with_regularizers,
     )
-    from .insight import Recorder, diagnose, replay, watch
-    from .insight.live import live
+    from .composer import Composer
+    from .composition import ComposedLoss, Composition
+    from .errors import (
+        CancelledError,
+        ChangedLogprobsError,
+        CustomLossError,
+        NonFiniteError,
+        ProtocolError,
+        RequestError,
+        StaleGraphError,
+        StoppedError,
+        TermError,
+        TermTimeoutError,
+    )
+    from .insight import Recorder, diagnose, live, replay, watch
+    from .record import BaseLossRecord, RegularizerRecord, StepRecord, flatten, merge
+    from .regularizer import LossFn, Regularizer
+    from .tensors.batch import TensorBatch
     from .terms.term import term
+    from .totals import add_totals
 
 __version__ = "0.1.0"
 
@@ -81,9 +80,10 @@ __all__ = [
     "with_regularizers",
 ]
 
-# Importing the tinker client takes half a second that a worker of the port does not have.
-_SDK = frozenset(
-    {
+# Importing torch takes a second, which the report of a run does not need; the tinker client half
+# of one, which a worker of the port does not have; and rich a tenth.
+_ROOMS = {
+    "client": (
         "RegularizedServiceClient",
         "RegularizedTrainingClient",
         "StepOutput",
@@ -92,23 +92,32 @@ _SDK = frozenset(
         "linearize",
         "regularized",
         "with_regularizers",
-    }
-)
-# And rich a tenth of one.
-_INSIGHT = frozenset({"Recorder", "diagnose", "live", "replay", "watch"})
+    ),
+    "composer": ("Composer",),
+    "composition": ("ComposedLoss", "Composition"),
+    "errors": (
+        "CancelledError",
+        "ChangedLogprobsError",
+        "CustomLossError",
+        "NonFiniteError",
+        "ProtocolError",
+        "RequestError",
+        "StaleGraphError",
+        "StoppedError",
+        "TermError",
+        "TermTimeoutError",
+    ),
+    "insight": ("Recorder", "diagnose", "live", "replay", "watch"),
+    "record": ("BaseLossRecord", "RegularizerRecord", "StepRecord", "flatten", "merge"),
+    "regularizer": ("LossFn", "Regularizer"),
+    "tensors.batch": ("TensorBatch",),
+    "terms.term": ("term",),
+    "totals": ("add_totals",),
+}
+_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _SDK:
-        from . import client
-
-        return getattr(client, name)
-    if name in _INSIGHT:
-        from . import insight
-
-        return getattr(insight, name)
-    if name == "term":  # the catalogue comes along, which not everyone needs
-        from .terms.term import term
-
-        return term
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _ROOM_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_ROOM_OF[name]}", __name__), name)

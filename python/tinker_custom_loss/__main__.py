@@ -7,10 +7,8 @@ import sys
 from collections.abc import Sequence
 
 from . import __version__
-from .cli.doctor import examine
 from .cli.replay import add_replay, replay_command
 from .cli.report import add_report, report
-from .cli.terms import describe, overview
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _doctor(load: Sequence[str]) -> int:
+    from .cli.doctor import examine
+
     status = 0
     for finding in examine(load):
         print(finding, flush=True)
@@ -57,6 +57,7 @@ def _doctor(load: Sequence[str]) -> int:
 
 def _terms(load: Sequence[str], names: Sequence[str], markdown: bool) -> int:
     from .cli.markdown import page
+    from .cli.terms import describe, overview
     from .terms.registry import LoadError, Registry
 
     try:

@@ -149,10 +149,8 @@ class Step:
         total = grad.weighted_sum(weighted, self.batch.flat)
         loss_total, record = self._recorded(checked, total, self._total_norm(total, checked))
         self._warn_of_zero_gradients(record)
-        kept = {  # of a single term of weight 1 it is the total, which belongs to the caller
-            term.name: self.batch.with_flat(
-                part.gradient.clone() if part.gradient is total else part.gradient
-            )
+        kept = {  # what is known in closed form may be the memory of an input
+            term.name: self.batch.with_flat(part.gradient.clone())
             for term, part in zip(self.terms, checked, strict=True)
             if keep_term_gradients and part.gradient is not None
         }

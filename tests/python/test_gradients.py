@@ -81,7 +81,7 @@ def test_a_weighted_sum_leaves_its_terms_alone():
     assert (a.tolist(), b.tolist()) == ([1, 2], [10, 20])
     assert weighted_sum([], a).tolist() == [0, 0]
     assert weighted_sum([(3.0, a)], a).tolist() == [3, 6]
-    assert weighted_sum([(1.0, a)], a) is a
+    assert weighted_sum([(1.0, a)], a) is not a
 
 
 def test_a_surrogate_hands_each_leaf_its_gradient_to_keep():

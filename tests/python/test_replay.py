@@ -294,7 +294,10 @@ def test_a_wrapped_client_keeps_its_steps(tmp_path, new_client):
             regularizers=[{"fn": "l2", "weight": 0.1}],
             recorder=recorder,
         )
-        outputs = [client.forward_backward_custom(DATA).result() for _ in range(2)]
+        outputs = []
+        for _ in range(2):
+            outputs.append(client.forward_backward_custom(DATA).result())
+            client.optim_step(tinker.AdamParams(learning_rate=0.01)).result()
     steps = [read_step(file) for file in kept_steps(tmp_path)]
     assert [step.step for step in steps] == [0, 1]
     assert [s.outcome.loss_total for s in steps] == [o.record["loss_total"] for o in outputs]

@@ -389,6 +389,20 @@ def test_ten_thousand_steps_are_drawn_at_once(tmp_path):
     assert time.perf_counter() - started < 10  # one second, on a machine that does nothing else
 
 
+def test_a_report_imports_neither_torch_nor_the_sdk(tmp_path):
+    """Which would take longer than the report itself."""
+    recorded(tmp_path / "run", 3)
+    program = (
+        "import sys; from tinker_custom_loss.__main__ import main\n"
+        f"assert main(['report', {str(tmp_path / 'run')!r}, '-o', {str(tmp_path / 'r')!r}]) == 0\n"
+        "print([name for name in ('torch', 'tinker', 'rich') if name in sys.modules])"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert ran.stdout.splitlines()[-1] == "[]"
+
+
 def test_pictures_are_png_with_letters_in_them(tmp_path, capsys):
     resvg_py = pytest.importorskip("resvg_py", reason="needs the extra png")
     recorded(tmp_path / "run", 12, with_pairs)

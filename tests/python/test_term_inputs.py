@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Literal
 
@@ -235,11 +237,33 @@ class TestAFunctionOfOnesOwn:
 
 
 @pytest.mark.parametrize("name", ["entropy", "kl", "distill", "dft", "gspo"])
-def test_torch_func_differentiates_a_term(name):
+@pytest.mark.parametrize("weights", [[1.0, 1.0], [0.0, 1.0], [0.5, 1.0]])
+def test_torch_func_differentiates_a_term(name, weights):
     params = {"kl": {"estimator": "k3"}, "distill": {"direction": "reverse"}}.get(name, {})
     keys = ("logprobs", "reference_logprobs", "teacher_logprobs", "advantages")
-    data = [datum(**dict.fromkeys(keys, PAIR[1]))]
+    data = [datum(weights=torch.tensor(weights), **dict.fromkeys(keys, PAIR[1]))]
     made = CATALOGUE[name]
     gradient = torch.func.grad(lambda x: made(data, [x], **params)[0])(PAIR[0])
     closed = made.value_and_gradient(data, TensorBatch.from_tensors(PAIR[:1]), **params).gradient
     torch.testing.assert_close(gradient, closed)
+
+
+@pytest.mark.parametrize("names", [(), ("rewards",), ("logprobs", "advantages")])
+def test_data_of_the_port_without_weights_need_no_datum(names):
+    """Building them takes longer than most terms, and the first time it imports the SDK."""
+    source = f"""
+import sys
+
+import torch
+
+from tinker_custom_loss import Composer
+from tinker_custom_loss.port.data import Column, WireData
+
+column = Column(torch.tensor([0.0, -1.0, -1.0]), ((2,), (1,)))
+data = WireData(2, dict.fromkeys({names}, column))
+composition = Composer("nll").compute(data, [torch.tensor([-5.0, -2.0]), torch.tensor([-1.0])])
+print(composition.loss_total, "tinker" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["3.0" if "advantages" in names else "8.0", "False"]

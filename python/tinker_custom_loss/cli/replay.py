@@ -60,7 +60,7 @@ def add_replay(command: argparse.ArgumentParser) -> None:
 def replay_command(options: argparse.Namespace) -> int:
     """Print the step again; the status is 1 if it should be the same and is not, 2 if it cannot
     be computed."""
-    from ..insight.replay import replay
+    from ..insight.replaying import replay
     from ..insight.tokenizing import decoder
 
     try:

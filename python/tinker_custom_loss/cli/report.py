@@ -40,8 +40,8 @@ def add_report(command: argparse.ArgumentParser) -> None:
 
 def report(options: argparse.Namespace) -> int:
     """Write the report; the status is 2 if a run cannot be read."""
-    from ..insight.recorder import read_run
     from ..insight.report import figures, png, report_page, standalone, titles
+    from ..insight.run import read_run
 
     try:
         runs = [read_run(directory) for directory in options.runs]

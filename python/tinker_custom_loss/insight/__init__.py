@@ -4,12 +4,16 @@ Everything here takes the flat form of a step's record (:func:`tinker_custom_los
 one method, ``log(metrics, step)``.
 """
 
-from .diagnosis import Finding, diagnose
-from .flight import kept_steps
-from .kept import KeptStep, Outcome, read_step
-from .live import Live, live, watch
-from .recorder import Recorder, Run, Sink, read_run
-from .replay import Replay, replay
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .diagnosis import Finding, diagnose
+    from .kept import KeptStep, Outcome, read_step
+    from .recorder import Recorder, Sink
+    from .replaying import Replay, replay
+    from .run import Run, kept_steps, read_run
+    from .table import Live, live, watch
 
 __all__ = [
     "Finding",
@@ -28,3 +32,20 @@ __all__ = [
     "replay",
     "watch",
 ]
+
+# A report needs no torch, and a worker of the port no table.
+_ROOMS = {
+    "diagnosis": ("Finding", "diagnose"),
+    "kept": ("KeptStep", "Outcome", "read_step"),
+    "table": ("Live", "live", "watch"),
+    "recorder": ("Recorder", "Sink"),
+    "replaying": ("Replay", "replay"),
+    "run": ("Run", "kept_steps", "read_run"),
+}
+_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOM_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_ROOM_OF[name]}", __name__), name)

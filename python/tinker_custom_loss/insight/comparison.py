@@ -14,7 +14,7 @@ from .kept import KeptStep
 from .series import BASE, short
 
 if TYPE_CHECKING:
-    from .replay import Replay
+    from .replaying import Replay
 
 __all__ = ["comparison"]
 
@@ -22,7 +22,7 @@ _WIDTH = 80
 
 
 def comparison(replay: Replay) -> Iterator[str]:
-    """What :class:`~.replay.Replay` prints."""
+    """What :class:`~.replaying.Replay` prints."""
     step, was, now = replay.step, replay.step.outcome, replay.again
     number = "without a number" if step.step is None else str(step.step)
     yield f"step {number}: {len(step.logprobs)} datums, {_values(step)} logprobs"

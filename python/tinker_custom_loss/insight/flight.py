@@ -16,25 +16,14 @@ from ..observer import ObservedStep
 from ..record import StepRecord
 from ..regularizer import show
 from .kept import CannotKeepError, Outcome, outcome_of, pack_step
+from .run import STEP_SUFFIX, STEPS, kept_steps
 from .seeds import Seeds
 
-__all__ = ["FlightRecorder", "kept_steps"]
+__all__ = ["FlightRecorder"]
 
 logger = logging.getLogger(__name__)
 
-STEPS = "steps"
-_SUFFIX = ".safetensors"
 _UNFINISHED = ".new"
-
-
-def kept_steps(directory: str | os.PathLike[str]) -> list[Path]:
-    """The files of the steps that a run kept, the oldest first."""
-    try:
-        with os.scandir(Path(directory) / STEPS) as entries:
-            files = [(e.stat().st_mtime_ns, e.path) for e in entries if e.name.endswith(_SUFFIX)]
-    except FileNotFoundError:
-        return []
-    return [Path(path) for _, path in sorted(files)]
 
 
 class FlightRecorder:
@@ -84,7 +73,7 @@ class FlightRecorder:
         """Delete the steps that were kept."""
         if self._directory.is_dir():
             for file in self._directory.iterdir():
-                if file.name.endswith((_SUFFIX, _SUFFIX + _UNFINISHED)):
+                if file.name.endswith((STEP_SUFFIX, STEP_SUFFIX + _UNFINISHED)):
                     file.unlink(missing_ok=True)
 
     def _is_wanted(self, step: int | None) -> bool:
@@ -121,7 +110,7 @@ class FlightRecorder:
         stem = "unnumbered" if step is None else f"{step:08}"
         for attempt in range(1_000_000):
             name = f"{stem}-{attempt}" if attempt else stem
-            file = self._directory / f"{name}{_SUFFIX}"
+            file = self._directory / f"{name}{STEP_SUFFIX}"
             beside = file.with_name(file.name + _UNFINISHED)
             try:
                 descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)

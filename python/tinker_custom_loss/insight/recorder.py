@@ -9,28 +9,28 @@ import contextlib
 import io
 import json
 import logging
+import math
 import operator
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
+
+import msgspec
 
 from ..errors import RequestError
 from ..observer import ObservedStep
 from ..regularizer import show
-from .flight import FlightRecorder, kept_steps
+from .flight import FlightRecorder
+from .run import CONFIG, METRICS, entry_of, kept_steps
 
 if TYPE_CHECKING:
     from ..composer import Composer
 
-__all__ = ["Recorder", "Run", "Sink", "read_run"]
+__all__ = ["Recorder", "Sink"]
 
 logger = logging.getLogger(__name__)
-
-METRICS = "metrics.jsonl"
-CONFIG = "config.json"
 
 
 class Sink(Protocol):
@@ -214,110 +214,36 @@ class Recorder:
         return f"Recorder({str(self.directory)!r})"
 
 
-@dataclass(frozen=True, repr=False)
-class Run:
-    """A recorded run.
-
-    ``steps`` holds each step's metrics by its number, in ascending order; ``torn`` is how many
-    lines were cut short by the end of a process.
-    """
-
-    directory: Path
-    config: Mapping[str, Any]
-    steps: Mapping[int, Mapping[str, float]]
-    torn: int
-
-    @property
-    def title(self) -> str:
-        """The name of its directory."""
-        return self.directory.resolve().name
-
-    @property
-    def composition(self) -> Mapping[str, Any] | None:
-        """What was composed, as ``Composer.describe()`` has it; None if ``config`` does not say."""
-        described = self.config.get("composition")
-        terms = described.get("regularizers") if isinstance(described, Mapping) else None
-        if not isinstance(terms, list) or not all(
-            isinstance(term, Mapping) and {"name", "weight"} <= term.keys() for term in terms
-        ):
-            return None
-        return described
-
-    def __repr__(self) -> str:
-        return f"Run({str(self.directory)!r}, {len(self.steps)} steps)"
-
-
-def read_run(directory: str | os.PathLike[str]) -> Run:
-    """Read what a :class:`Recorder`, or tinker-cookbook's ``JsonLogger``, wrote.
-
-    Raises:
-        RequestError: the directory holds no ``metrics.jsonl``.
-    """
-    root = Path(directory)
-    try:
-        lines = (root / METRICS).read_bytes().split(b"\n")
-    except FileNotFoundError:
-        raise RequestError(f"{root} holds no run: it has no {METRICS}") from None
-    steps: dict[int, dict[str, float]] = {}
-    torn = 0
-    for line in filter(None, lines):
-        entry = _entry(line)
-        if entry is None:
-            torn += 1
-            continue
-        step, metrics = entry
-        earlier = steps.setdefault(step, metrics)
-        if earlier is metrics:
-            continue
-        if any(key.endswith("loss_total") and key in earlier for key in metrics):
-            steps[step] = metrics  # the step was computed again, perhaps of other terms
-        else:
-            earlier.update(metrics)  # others write one step in several lines
-    return Run(root, _read_config(root / CONFIG), dict(sorted(steps.items())), torn)
-
-
-def _entry(line: bytes) -> tuple[int, dict[str, float]] | None:
-    """The step and the numbers of a line; None if it is not the whole of one."""
-    try:
-        entry = json.loads(line)
-        step = entry.pop("step")
-        if isinstance(step, bool) or int(step) != step:
-            return None
-        return int(step), {
-            key: float(value) for key, value in entry.items() if isinstance(value, (int, float))
-        }
-    except (ValueError, KeyError, AttributeError, TypeError, OverflowError):
-        return None
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise RequestError(f"{path} is not JSON: {error}; mend it, or take it away") from None
-    if not isinstance(config, dict):
-        raise RequestError(f"{path} holds no JSON object; mend it, or take it away")
-    return config
-
-
 def _line(metrics: Mapping[str, float], step: int) -> bytes:
     if isinstance(step, bool) or not isinstance(step, int):
         raise RequestError(f"step must be an int, got {show(step)}", path="step")
-    entry: dict[str, float] = {"step": step}
-    for key, value in metrics.items():
-        if key == "step":
-            raise RequestError('a metric is named "step", which is the step\'s own key', path=key)
-        try:
-            entry[key] = float(value)
-        except (TypeError, ValueError):
-            raise RequestError(
-                f'the metric "{key}" is {show(value)}; expected a number: pass the record of a '
-                "step through flatten() first",
-                path=key,
-            ) from None
-    return json.dumps(entry).encode() + b"\n"
+    try:
+        entry = {key: float(value) for key, value in metrics.items()}
+    except (TypeError, ValueError, OverflowError):
+        raise _no_number(metrics) from None
+    if "step" in entry:
+        raise RequestError('a metric is named "step", which is the step\'s own key', path="step")
+    told = {"step": step} | entry
+    if all(map(math.isfinite, entry.values())):
+        return msgspec.json.encode(told) + b"\n"
+    return json.dumps(told).encode() + b"\n"  # which has words for nan and infinity
+
+
+def _no_number(metrics: Mapping[str, Any]) -> RequestError:
+    key = next(key for key, value in metrics.items() if not _is_number(value))
+    return RequestError(
+        f'the metric "{key}" is {show(metrics[key])}; expected a number: pass the record of a '
+        "step through flatten() first",
+        path=key,
+    )
+
+
+def _is_number(value: object) -> bool:
+    try:
+        float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        return False
+    return True
 
 
 def _end_torn_line(path: Path, descriptor: int) -> None:
@@ -330,7 +256,7 @@ def _end_torn_line(path: Path, descriptor: int) -> None:
 
 
 def _is_from(line: bytes, step: int) -> bool:
-    entry = _entry(line)
+    entry = entry_of(line)
     return entry is not None and entry[0] >= step
 
 

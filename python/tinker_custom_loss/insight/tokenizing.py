@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError
-from .kept import KeptStep
+
+if TYPE_CHECKING:
+    from .kept import KeptStep
 
 __all__ = ["Decode", "decoder", "text_around", "texts_of"]
 

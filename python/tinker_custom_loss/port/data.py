@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, KeysView, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast, overload
@@ -82,13 +82,9 @@ class WireData(Sequence["tinker.Datum"]):
         return None if column is None else column.batch
 
     @property
-    def input_keys(self) -> KeysView[str]:
-        """The keys of ``loss_fn_inputs`` that at least one datum has."""
+    def input_names(self) -> Set[str]:
+        """The keys of ``loss_fn_inputs``, of which every datum has some."""
         return self._inputs.keys()
-
-    def some_have(self, key: str) -> bool:
-        """Whether there is a datum with ``loss_fn_inputs[key]``."""
-        return key in self._inputs
 
     @property
     def _datums(self) -> list[tinker.Datum]:

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import ChangedLogprobsError, StaleGraphError, TermError
 from ..tensors.batch import TensorBatch
+from ..tensors.flags import same_bits
 from ..tensors.gradients import ParameterGradient
 from .returned import checked
 
 __all__ = ["Evaluation", "check_unchanged", "differentiate", "leaf_of"]
 
 
-@dataclass(frozen=True)
-class Evaluation:
+class Evaluation(NamedTuple):
     """What one term computed.
 
     ``gradient`` is ``∂value/∂logprobs`` over the flat buffer [N], unweighted; None if the loss
@@ -59,9 +58,7 @@ def check_unchanged(name: str, leaf: TensorBatch | None, error: BaseException | 
     """
     if leaf is None:
         return
-    now, given = leaf.flat.detach(), getattr(leaf.flat, _SOURCE)
-    integers = torch.int64 if now.dtype == torch.float64 else torch.int32
-    if not torch.equal(now.view(integers), given.detach().view(integers)):
+    if not same_bits(leaf.flat, getattr(leaf.flat, _SOURCE)):
         raise ChangedLogprobsError(
             f'the term "{name}" changed the logprobs in place, so its gradient would not be that '
             "of its loss; terms must leave their arguments as they are: clone what you change",

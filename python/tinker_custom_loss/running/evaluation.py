@@ -7,6 +7,7 @@ another process or another machine, so it depends on nothing but its arguments.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import os
 import threading
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TermError
+from ..fast_paths import fast
 from ..regularizer import LossFn
 from ..tensors.batch import Shape, TensorBatch
 from .context import running
@@ -29,6 +31,7 @@ from .differentiation import Evaluation, check_unchanged, differentiate, leaf_of
 from .event_loop import OWN_LOOP, Waiting
 from .lifetimes import set_up
 from .modes import Modes
+from .returned import checked
 from .shipping import ShippedCall
 from .threads import on_this_thread
 
@@ -82,6 +85,8 @@ def evaluate(
         TermError: it raised, or returned what no term may return.
     """
     started = time.perf_counter()
+    if fast() and getattr(call.fn, "has_derivative", False):
+        return _in_closed_form(call, data, logprobs, gradients, modes, started)
     leaf = call.leaf(logprobs)
     with on_this_thread():
         with running(call.name), modes.entered(), guarding(call.name, leaf):
@@ -90,6 +95,33 @@ def evaluate(
             if inspect.isawaitable(returned):
                 returned = waiting.wait(returned, modes)
         return differentiate(call.name, returned, leaf, gradients, started)
+
+
+def _in_closed_form(
+    call: Call,
+    data: Sequence[Any],
+    logprobs: TensorBatch,
+    gradients: bool,
+    modes: Modes,
+    started: float,
+) -> Evaluation:
+    """Without a graph. A term of the catalogue does the same in any mode, and changes nothing."""
+    term: Any = call.fn
+    ours = is_of_catalogue(term)
+    leaf = None if ours else leaf_of(logprobs)
+    with (
+        on_this_thread(),
+        running(call.name),
+        contextlib.nullcontext() if ours else modes.entered(),
+        guarding(call.name, leaf),
+    ):
+        loss, metrics, gradient = term.value_and_gradient(
+            data, leaf or logprobs, totals=call.totals, gradient=gradients, **call.params
+        )
+    if not ours:
+        loss, metrics = checked(call.name, (loss, metrics))
+    seconds = time.perf_counter() - started
+    return Evaluation(float(loss), metrics, True, gradient, seconds)
 
 
 @contextmanager
@@ -149,9 +181,10 @@ class RemoteCall:
 
 @dataclass(frozen=True)
 class RemoteReply:
-    """What came back: an evaluation with a numpy gradient, or the failure as text."""
+    """What came back: an evaluation and its gradient, or the failure as text."""
 
-    evaluation: tuple[Any, ...] | None  # the fields of an Evaluation, in order
+    evaluation: Evaluation | None  # without its gradient
+    gradient: np.ndarray[Any, Any] | None
     failure: dict[str, Any] | None
 
 
@@ -179,19 +212,11 @@ def evaluate_remote(remote: RemoteCall) -> RemoteReply:
     except TermError as error:
         failure = {"message": str(error), "term": error.term, "error_type": error.error_type}
         # Its class decides whether it may be skipped.
-        return RemoteReply(None, {**failure, "traceback": error.traceback, "class": type(error)})
+        return RemoteReply(
+            None, None, {**failure, "traceback": error.traceback, "class": type(error)}
+        )
     gradient = None if done.gradient is None else done.gradient.contiguous().numpy()
-    return RemoteReply(
-        (
-            done.value,
-            done.metrics,
-            done.differentiable,
-            gradient,
-            done.seconds,
-            done.parameter_gradients,
-        ),
-        None,
-    )
+    return RemoteReply(done._replace(gradient=None), gradient, None)
 
 
 def evaluation_from(reply: RemoteReply, like: Tensor) -> Evaluation:
@@ -200,9 +225,8 @@ def evaluation_from(reply: RemoteReply, like: Tensor) -> Evaluation:
         failure = dict(reply.failure)
         raise failure.pop("class")(failure.pop("message"), **failure)
     assert reply.evaluation is not None
-    value, metrics, differentiable, gradient, seconds, parameters = reply.evaluation
-    tensor = None
-    if gradient is not None:
-        tensor = torch.from_numpy(gradient if gradient.flags.writeable else gradient.copy())
-        tensor = tensor.to(like.device, like.dtype)
-    return Evaluation(value, metrics, differentiable, tensor, seconds, parameters)
+    gradient = reply.gradient
+    if gradient is None:
+        return reply.evaluation
+    tensor = torch.from_numpy(gradient if gradient.flags.writeable else gradient.copy())
+    return reply.evaluation._replace(gradient=tensor.to(like.device, like.dtype))

@@ -295,7 +295,7 @@ def _answer(work: bytes) -> RemoteReply | None:
             "error_type": type(error).__qualname__,
             "traceback": "".join(traceback.format_exception(error)),
         }
-        return RemoteReply(None, failure)
+        return RemoteReply(None, None, failure)
     try:
         return evaluate_remote(call)
     except UnknownFunctionError:

@@ -83,10 +83,20 @@ class TensorBatch:
         batch.__dict__.update(flat=flat, shapes=self.shapes, sizes=self.sizes, shared=self.shared)
         return batch
 
+    def detached(self) -> TensorBatch:
+        """The same, and of no graph."""
+        return self.with_flat(self.flat.detach()) if self.flat.requires_grad else self
+
     def sharing(self) -> TensorBatch:
         """The same, for readers who share what they work out, until the data may change."""
         batch = self.with_flat(self.flat)
         batch.__dict__["shared"] = {}
+        return batch
+
+    def alone(self) -> TensorBatch:
+        """The same, with nothing that is shared."""
+        batch = self.with_flat(self.flat)
+        batch.__dict__["shared"] = None
         return batch
 
     def locate(self, position: int) -> tuple[int, tuple[int, ...]]:

@@ -75,13 +75,11 @@ def cosine(a: Tensor, b: Tensor, norm_a: float, norm_b: float) -> float:
 def weighted_sum(gradients: Sequence[tuple[float, Tensor]], like: Tensor) -> Tensor:
     """``Σ weight·gradient`` in list order, so that it never depends on which term ended first.
 
-    A single gradient of weight 1 is handed on as it is, without a copy.
+    In memory of its own.
     """
     if not gradients:
         return torch.zeros_like(like)
     (weight, first), *rest = gradients
-    if not rest and weight == 1.0:
-        return first
     total = _scaled(first, weight)
     for weight, gradient in rest:
         if abs(weight) <= torch.finfo(total.dtype).max:

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from ..tensors.batch import Shape, TensorBatch
+from ..tensors.flags import are_not, count
 
 __all__ = ["is_present", "read", "read_chosen", "read_groups", "read_weights"]
 
 _LOG = logging.getLogger(__name__)
 _SAMPLED = {"logprobs", "advantages"}
-_WEIGHTS = ("weights", "mask")
 
 
 def read(key: str, data: Sequence[Any], logprobs: TensorBatch, *, repeat: bool = True) -> Tensor:
@@ -63,7 +63,7 @@ def read_weights(
     if column.shapes != shapes:
         flat = _weights_of("weights" if weights == "auto" else weights, column, shapes)
     flat = flat.to(like.device, like.dtype)
-    return None if bool((flat == 1).all()) else flat
+    return flat if count(are_not(flat, 1.0)) else None
 
 
 def read_groups(key: str, data: Sequence[Any]) -> Tensor:
@@ -123,25 +123,31 @@ def _column(key: str, data: Sequence[Any]) -> TensorBatch:
 
 
 def _auto_weights(data: Sequence[Any], shapes: tuple[Shape, ...]) -> TensorBatch | None:
-    keys = getattr(data, "input_keys", None)  # of data over the port, with no datum built
-    if keys is not None and keys.isdisjoint(_WEIGHTS) and not keys >= _SAMPLED:
-        if keys:
-            _warn_of_ones()
-        return None
-    for key in _WEIGHTS:
+    names: Any = getattr(data, "input_names", None)  # of data that came over the port
+    for key in ("weights", "mask"):
         column = _batch_column(key, data)
         if column is not None:
             return column
-        if getattr(data, "some_have", lambda _: True)(key):  # then each is weighted on its own
+        if names is None or key in names:  # then each is weighted on its own
             break
+    else:  # and none need be built
+        if not names >= _SAMPLED:
+            if names:
+                _warn_of_ones()
+            return None
+        columns = [_batch_column(key, data) for key in ("logprobs", "advantages")]
+        if all(columns):
+            parts = zip(*(column.tensors() for column in columns if column), strict=True)
+            return _joined([_sampled(index, *pair) for index, pair in enumerate(parts)])
     tensors, without, unsaid = [], 0, False
     for index, (datum, shape) in enumerate(zip(data, shapes, strict=True)):
         inputs = _inputs(datum)
-        found = next((key for key in _WEIGHTS if key in inputs), None)
+        found = next((key for key in ("weights", "mask") if key in inputs), None)
         if found is not None:
             tensors.append(_tensor(found, index, inputs[found]))
         elif inputs.keys() >= _SAMPLED:
-            tensors.append(_sampled(index, inputs))
+            pair = (_tensor(key, index, inputs[key]) for key in ("logprobs", "advantages"))
+            tensors.append(_sampled(index, *pair))
         else:
             without += 1
             unsaid |= len(inputs) > 0  # a datum without inputs is none: nobody gave data
@@ -151,9 +157,8 @@ def _auto_weights(data: Sequence[Any], shapes: tuple[Shape, ...]) -> TensorBatch
     return None if without == len(tensors) else _joined(tensors)
 
 
-def _sampled(index: int, inputs: Any) -> Tensor:
+def _sampled(index: int, logprobs: Tensor, advantages: Tensor) -> Tensor:
     """1 for the tokens of a policy's datum that were sampled: a prompt has zeros."""
-    logprobs, advantages = (_tensor(key, index, inputs[key]) for key in ("logprobs", "advantages"))
     sampled = logprobs != 0
     if advantages.shape == logprobs.shape:
         sampled |= advantages != 0

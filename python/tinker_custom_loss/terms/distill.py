@@ -53,7 +53,7 @@ def distill(
     if logprob.ndim == 1:
         _check_sampled(direction)
         d = logprob - teacher
-        return straight_through(d, d.square() / 2)
+        return straight_through(d, lambda: d.square() / 2)
     _check_teacher(teacher, support)
     log_p, log_q = _extended(logprob, support), _extended(teacher, support)
     if direction == "forward":

@@ -28,7 +28,7 @@ def entropy(logprob: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """
     if is_sampled(logprob):
         ell = logprob.reshape(-1)
-        values = straight_through(ell, ell.square() / 2)
+        values = straight_through(ell, lambda: ell.square() / 2)
     else:
         values = p_times(logprob, logprob).sum(-1)
     return values, {"entropy": -values}

@@ -55,13 +55,12 @@ def kl(
         values = p_times(logprob, logprob - reference).sum(-1)
         return values, {"kl": values}
     d = (logprob - reference).reshape(-1)
-    k2 = d.square() / 2
     if estimator == "k2":
-        values = k2
+        values = _k2(d)
     elif estimator == "k1":
-        values = straight_through(d, k2)
+        values = straight_through(d, lambda: _k2(d))
     elif estimator == "k3":
-        values = straight_through(_k3(d), k2)
+        values = straight_through(_k3(d), lambda: _k2(d))
     else:
         mu = _sampler(sampler, estimator).reshape(-1)
         x = logprob.reshape(-1) - mu
@@ -88,6 +87,10 @@ def _(
     if estimator in ("k1", "k2", "k3"):
         return d
     return p_times(logprob - _sampler(sampler, estimator), d)
+
+
+def _k2(d: Tensor) -> Tensor:
+    return d.square() / 2
 
 
 def _k3(d: Tensor) -> Tensor:

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..tensors.batch import TensorBatch
 from .columns import is_present, read_chosen, read_groups
+from .given import Given
 from .groups import Groups
 from .importance import Weighing
 from .lazy import lazy
 from .reading import MASKED, reading
-from .reduction import Reduction
-
-if TYPE_CHECKING:
-    from .term import Term
+from .selection import Selection
 
 __all__ = ["Evaluated", "TermOnBatch"]
 
 
-@dataclass(frozen=True)
-class Evaluated:
+class Evaluated(NamedTuple):
     """``loss`` is a scalar tensor; ``gradient`` [N] is ``∂loss/∂logprobs``, if it was wanted."""
 
     loss: Tensor
@@ -33,57 +29,47 @@ class Evaluated:
 
 
 class TermOnBatch:
-    """One term on one batch: everything that its function, and the reduction, are given."""
+    """One term on one batch: everything that its function, and the reduction, are given.
+
+    ``graph``: somebody may differentiate through its values.
+    """
 
     def __init__(
         self,
-        made: Term,
+        given: Given,
         data: Sequence[Any],
         logprobs: TensorBatch,
-        params: Mapping[str, Any],
         totals: Mapping[str, float] | None = None,
+        *,
+        graph: bool = True,
     ) -> None:
-        made.check_params(**params)
-        bound = made.__signature__.bind(data, logprobs, **params)
-        bound.apply_defaults()
-        given = dict(bound.arguments)
-        self._term, self._logprobs = made, logprobs
-        self._reduction = Reduction(given["reduction"], given["normalizer"])
-        self._reading = reading(data, logprobs, given["weights"], positions=made.alternatives)
+        made = given.term
+        self._given, self._term, self._logprobs, self._graph = given, made, logprobs, graph
+        self._given_totals = totals
+        self._reading = reading(data, logprobs, given.weights, positions=made.alternatives)
         self._sequences = self._reading.sequences
         if not self._sequences.has_mean and (
-            made.scope != "token" or self._reduction.has_mean_over_tokens
+            made.scope != "token" or given.reduction.has_mean_over_tokens
         ):
             raise ValueError(
                 "negative weights have no mean: it divides by the sum of the weights; take them "
                 'with a term of scope "token" and the reduction "token_sum"'
             )
-        self._given_totals = totals
-        self._importance = made.importance_of(given)
-        keys = [given[name] for name in made.inputs]
-        self._ratio = made.ratio
-        if self._importance and made.ratio is not None:
-            keys[made.ratio] = given["old"]
-        self._columns: list[Tensor | None] = [
-            *(self._reading.column(key) for key in keys),
+        self._columns: list[Tensor | None] = [self._reading.column(key) for key in given.keys]
+        for key, usual in given.optional:
             # Another key than the usual one was named on purpose.
-            *(
-                self._reading.column(given[name])
-                if given[name] != usual or is_present(usual, data)
-                else None
-                for name, usual in made.optional.items()
-            ),
-        ]
-        if self._importance:
-            self._sampler = self._reading.column(given[made.sampler])
-        self._params = {name: given[name] for name in made.own}
+            there = key != usual or is_present(usual, data)
+            self._columns.append(self._reading.column(key) if there else None)
+        if given.importance:
+            self._sampler = self._reading.column(given.sampler)
+        self._params = given.own
         if made.scope == "sequence":
-            self._params["sequences"] = self._sequences
+            self._params = {**given.own, "sequences": self._sequences}
         if made.scope == "group":
             device = logprobs.flat.device
-            ids = read_groups(given["group"], data).to(device)
-            chosen = read_chosen(given["chosen"], data).to(device)
-            self._params["groups"] = Groups(ids, chosen, self._sequences)
+            ids = read_groups(given.group, data).to(device)
+            chosen = read_chosen(given.chosen, data).to(device)
+            self._params = {**given.own, "groups": Groups(ids, chosen, self._sequences)}
 
     @lazy
     def totals(self) -> Mapping[str, float]:
@@ -95,19 +81,21 @@ class TermOnBatch:
             "values": float(self._values[0].numel()) if self._term.scope == "group" else 0.0,
         }
 
-    def reduced(self, *, gradient: bool) -> Evaluated:
+    def reduced(self, *, gradient: bool = False) -> Evaluated:
         values, own = self._values
         scale, factors = self._factors
+        values = self._weighed(values)
+        total = self._sum(values, factors)
         metrics = {"tokens": float(self._sequences.tokens)}
-        for name, metric in ({**own, **self._importance_metrics}).items():
-            metrics[name] = float(self._reducible(metric.detach(), factors).sum()) * scale
-        loss = _scaled(self._reducible(self._weighed(values), factors).sum(), scale)
-        return Evaluated(loss, metrics, self._gradient(scale, factors) if gradient else None)
+        for name, metric in {**own, **self._importance_metrics}.items():
+            summed = total if metric is values else self._sum(metric.detach(), factors)
+            metrics[name] = float(summed.detach()) * scale
+        slope = self._gradient(scale, factors) if gradient else None
+        return Evaluated(_scaled(total, scale), metrics, slope)
 
     def contributions(self) -> list[Tensor]:
         scale, factors = self._factors
-        values = self._weighed(self._values[0])
-        flat = _scaled(self._reducible(values, factors), scale)
+        flat = self._reducible(self._weighed(self._values[0]), factors) * scale
         if self._term.scope != "token":
             return [*flat.unbind()]
         if self._term.alternatives:
@@ -118,22 +106,30 @@ class TermOnBatch:
     def _factors(self) -> tuple[float, Tensor | None]:
         """One for all values, and one for each of them."""
         if self._term.scope == "token":
-            return self._reduction.of_tokens(self._sequences, self.totals)
+            return self._given.reduction.of_tokens(self._sequences, self.totals)
         if self._term.scope == "sequence":
-            return self._reduction.of_sequences(self._sequences, self.totals)
-        return self._reduction.of_groups(self.totals), None
+            return self._given.reduction.of_sequences(self._sequences, self.totals)
+        return self._given.reduction.of_groups(self.totals), None
+
+    def _sum(self, values: Tensor, factors: Tensor | None) -> Tensor:
+        return self._reducible(values, factors).sum()
 
     def _reducible(self, values: Tensor, factors: Tensor | None) -> Tensor:
-        if self._sequences.kept is not None and self._term.scope == "token":
-            values = torch.where(self._sequences.kept, values, 0.0)
+        if self._term.scope == "token":
+            values = self._selected(self._sequences.selection, values)
         return values if factors is None else values * factors
 
+    def _selected(self, entries: Selection | None, values: Tensor, otherwise: float = 0) -> Tensor:
+        if entries is None:
+            return values
+        if self._graph:
+            return entries.of(values, otherwise)
+        return entries.of_plain(values, otherwise)
+
     def _gradient(self, scale: float, factors: Tensor | None) -> Tensor:
-        derivative = self._derivative
+        derivative = self._selected(self._seen, self._derivative)
         if self._term.scope == "sequence" and factors is not None:
             factors = self._sequences.spread(factors)
-        if self._seen is not None:
-            derivative = torch.where(self._seen, derivative, 0.0)
         for each in (self._entries(self._weights), self._reading.entries(factors)):
             if each is not None:
                 derivative = derivative * each
@@ -143,13 +139,13 @@ class TermOnBatch:
 
     @lazy
     def _weighing(self) -> Weighing | None:
-        if not self._importance:
+        if not self._given.importance:
             return None
-        flat = self._reading.masked(self._logprobs.flat.detach())
-        old = flat if self._ratio is None else self._columns[self._ratio]
-        assert old is not None
+        old = self._reading.logprobs(self._logprobs.flat.detach(), graph=self._graph)
+        if self._term.ratio is not None:
+            old = self._reading.column(self._given.keys[self._term.ratio])
         per_datum = self._term.scope == "sequence"
-        return self._importance.weigh(old - self._sampler, self._sequences, per_datum)
+        return self._given.importance.weigh(old - self._sampler, self._sequences, per_datum)
 
     @property
     def _weights(self) -> Tensor | None:
@@ -167,12 +163,13 @@ class TermOnBatch:
         return self._sequences.spread(weights)
 
     @lazy
-    def _seen(self) -> Tensor | None:
+    def _seen(self) -> Selection | None:
         """The entries that have a part in the loss; None: all."""
         kept, weights = self._reading.kept, self._entries(self._weights)
         if weights is None:
             return kept
-        return weights != 0 if kept is None else kept & (weights != 0)
+        weighty = weights != 0
+        return Selection(weighty if kept is None else kept.flags & weighty)
 
     @property
     def _importance_metrics(self) -> dict[str, Tensor]:
@@ -182,7 +179,7 @@ class TermOnBatch:
         weight, cut = self._weighing.weight, self._weighing.cut.to(self._weighing.weight.dtype)
         if self._term.scope == "sequence":
             weight, cut = (x * self._sequences.lengths for x in (weight, cut))
-        did = "masked" if self._importance.masks else "truncated"
+        did = "masked" if self._given.importance.masks else "truncated"
         return {"importance_weight": weight, f"importance_{did}": cut}
 
     # --- What the function, and its derivative, make of the batch
@@ -243,16 +240,20 @@ class TermOnBatch:
 
     @lazy
     def _blocks(self) -> list[_Block]:
-        tensors = [self._reading.masked(self._logprobs.flat), *self._columns]
-        if self._weighing is not None and self._seen is not None:
-            tensors = [x if x is None else torch.where(self._seen, x, MASKED) for x in tensors]
+        logprobs = self._reading.logprobs(self._logprobs.flat, graph=self._graph)
+        tensors = [logprobs, *self._columns]
+        if self._weighing is not None:
+            tensors = [
+                None if x is None else self._selected(self._seen, x, MASKED) for x in tensors
+            ]
         if not self._term.alternatives:
             return [_Block(tensors)]
-        return [*_by_rank(tensors, self._logprobs)]
+        if self._reading.kind is not None:
+            return [_Block([_rows(x, self._reading.kind) for x in tensors])]
+        return [*_by_rank(tensors, self._logprobs, self._reading.kinds)]
 
 
-@dataclass(frozen=True)
-class _Block:
+class _Block(NamedTuple):
     """Tensors of one shape, and where their positions and entries stand in the whole batch."""
 
     tensors: Sequence[Any]
@@ -275,12 +276,10 @@ def _values_and_metrics(returned: object) -> tuple[Any, Mapping[str, Any]]:
     return values, metrics
 
 
-def _by_rank(tensors: Sequence[Tensor | None], logprobs: TensorBatch) -> Iterator[_Block]:
+def _by_rank(
+    tensors: Sequence[Tensor | None], logprobs: TensorBatch, kinds: Sequence[int]
+) -> Iterator[_Block]:
     """The datums of [T] together as [N], and those of each [T,K] as [N,K]."""
-    kinds = [shape[1] if len(shape) == 2 else 0 for shape in logprobs.shapes]
-    if len(set(kinds)) == 1:
-        yield _Block([_rows(x, kinds[0]) for x in tensors])
-        return
     device = logprobs.flat.device
     of_entry = torch.tensor(kinds, device=device).repeat_interleave(
         torch.tensor(logprobs.sizes, device=device)

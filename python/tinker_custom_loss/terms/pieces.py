@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,9 +32,11 @@ def p_times(logprob: Tensor, factor: Tensor) -> Tensor:
     return torch.where(possible, safe.exp() * torch.where(possible, factor, 0.0), 0.0)
 
 
-def straight_through(value: Tensor, surrogate: Tensor) -> Tensor:
-    """``value`` with the gradient of ``surrogate``, also where both are infinite."""
-    result: Tensor = _StraightThrough.apply(value, surrogate)  # type: ignore[no-untyped-call]
+def straight_through(value: Tensor, surrogate: Callable[[], Tensor]) -> Tensor:
+    """``value`` with the gradient of ``surrogate()``, also where both are infinite."""
+    if not torch.is_grad_enabled():
+        return value
+    result: Tensor = _StraightThrough.apply(value, surrogate())  # type: ignore[no-untyped-call]
     return result
 
 

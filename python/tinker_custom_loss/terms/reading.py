@@ -13,6 +13,7 @@ from ..tensors.batch import TensorBatch
 from .columns import read, read_weights
 from .lazy import lazy
 from .reduction import Sequences
+from .selection import Selection
 
 __all__ = ["MASKED", "Reading", "reading"]
 
@@ -28,13 +29,16 @@ def reading(
 
     The same object for all terms that ask alike, where the batch is one that is shared.
     """
-    positions = positions and any(len(shape) == 2 for shape in logprobs.shapes)  # else the same
-    new = Reading(data, logprobs, weights, positions)
-    if logprobs.shared is None:
-        return new
+    shared = {} if logprobs.shared is None else logprobs.shared
     flat = logprobs.flat
     alike = (id(data), weights, positions, flat.dtype, flat.device)
-    found: Reading = logprobs.shared.setdefault(alike, new)  # which keeps data, and so its id
+    found: Reading | None = shared.get(alike)
+    if found is None:
+        if positions and all(len(shape) == 1 for shape in logprobs.shapes):  # then it is the same
+            found = reading(data, logprobs, weights, positions=False)
+        else:
+            found = Reading(data, logprobs, weights, positions)
+        found = shared.setdefault(alike, found)  # which keeps data, and so its id
     return found
 
 
@@ -48,7 +52,7 @@ class Reading:
         self, data: Sequence[Any], logprobs: TensorBatch, weights: str | None, positions: bool
     ) -> None:
         self._data, self._weights, self._positions = data, weights, positions
-        self._logprobs = logprobs.with_flat(logprobs.flat.detach())
+        self._logprobs = logprobs.detached().alone()  # what is shared holds this
         self._lock = threading.RLock()
         self._sequences: Sequences | None = None
         self._columns: dict[str, Tensor] = {}
@@ -56,10 +60,11 @@ class Reading:
     @property
     def sequences(self) -> Sequences:
         """The datums' sizes and weights."""
-        with self._lock, torch.inference_mode(False), torch.no_grad():
-            if self._sequences is None:
-                self._sequences = self._read_sequences()
-            return self._sequences
+        if self._sequences is None:
+            with self._lock, torch.inference_mode(False), torch.no_grad():
+                if self._sequences is None:
+                    self._sequences = self._read_sequences()
+        return self._sequences
 
     def _read_sequences(self) -> Sequences:
         logprobs, shapes = self._logprobs, self._logprobs.shapes
@@ -71,27 +76,54 @@ class Reading:
 
     def column(self, key: str) -> Tensor:
         """The array of every datum under a key, [N], aligned with the logprobs."""
-        with self._lock, torch.inference_mode(False), torch.no_grad():
-            if key not in self._columns:
-                # a sampled token's logprob says nothing of alternatives
-                column = read(key, self._data, self._logprobs, repeat=not self._positions)
-                self._columns[key] = self.masked(column)
-            return self._columns[key]
+        column = self._columns.get(key)
+        if column is None:
+            with self._lock, torch.inference_mode(False), torch.no_grad():
+                column = self._columns.get(key)
+                if column is None:
+                    # a sampled token's logprob says nothing of alternatives
+                    column = read(key, self._data, self._logprobs, repeat=not self._positions)
+                    column = self._columns[key] = self._masked(column)
+        return column
 
-    def masked(self, tensor: Tensor) -> Tensor:
-        """An array [N] as a function is to see it."""
-        return tensor if self.kept is None else torch.where(self.kept, tensor, MASKED)
+    def logprobs(self, flat: Tensor, *, graph: bool) -> Tensor:
+        """The logprobs [N] as a function is to see them."""
+        if self.kept is None:
+            return flat
+        if graph:
+            return self.kept.of(flat, MASKED)
+        return self._seen if flat is self._logprobs.flat else self._masked(flat)
 
     @lazy
-    def kept(self) -> Tensor | None:
-        """Whether every entry has a weight, [N]; None if all have."""
-        return self.entries(self.sequences.kept)
+    def _seen(self) -> Tensor:
+        return self._masked(self._logprobs.flat)
+
+    def _masked(self, plain: Tensor) -> Tensor:
+        return plain if self.kept is None else self.kept.of_plain(plain, MASKED)
+
+    @lazy
+    def kept(self) -> Selection | None:
+        """The entries with a weight; None if all have."""
+        if not self._positions:
+            return self.sequences.selection
+        flags = self.entries(self.sequences.kept)
+        return None if flags is None else Selection(flags)
 
     def entries(self, per_value: Tensor | None) -> Tensor | None:
         """What is known of every position, for each of its alternatives."""
         if per_value is None or not self._positions:
             return per_value
         return torch.repeat_interleave(per_value, _alternatives(self._logprobs))
+
+    @lazy
+    def kinds(self) -> list[int]:
+        """Of every datum K where its logprobs are [T,K], 0 where they are [T]."""
+        return [shape[1] if len(shape) == 2 else 0 for shape in self._logprobs.shapes]
+
+    @lazy
+    def kind(self) -> int | None:
+        """That of all; None if there are several."""
+        return self.kinds[0] if len(set(self.kinds)) == 1 else None
 
 
 def _alternatives(logprobs: TensorBatch) -> int | Tensor:

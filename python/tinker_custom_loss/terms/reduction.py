@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from ..tensors.flags import are_not, count
 from .lazy import lazy
+from .selection import Selection
 
 __all__ = ["REDUCTIONS", "Reduction", "ReductionName", "Sequences"]
 
@@ -42,21 +43,26 @@ class Sequences:
         """Whether every token has a weight, [N]; None if all have."""
         if self.mask is None:
             return None
-        kept = self.mask != 0
-        return None if _count(kept) == kept.numel() else kept
+        kept = are_not(self.mask, 0.0)
+        return None if count(kept) == kept.numel() else kept
+
+    @lazy
+    def selection(self) -> Selection | None:
+        """The tokens with a weight; None if all have."""
+        return None if self.kept is None else Selection(self.kept)
 
     @lazy
     def factors(self) -> Tensor | None:
         """The weights of the tokens that are kept, [N]; None if all of these are 1."""
         if self.mask is None:
             return None
-        flags = self.mask != 0 if self.kept is None else self.kept
-        return None if torch.equal(self.mask, flags.to(self.mask.dtype)) else self.mask
+        ones = self.mask.numel() - count(are_not(self.mask, 1.0))
+        return None if ones == self.tokens else self.mask
 
     @lazy
     def tokens(self) -> int:
         """How many tokens have a weight."""
-        return sum(self.sizes) if self.kept is None else _count(self.kept)
+        return sum(self.sizes) if self.kept is None else count(self.kept)
 
     @lazy
     def weight(self) -> float:
@@ -183,8 +189,3 @@ class Reduction:
 
 def _never_zero(lengths: Tensor) -> Tensor:
     return lengths.masked_fill(lengths == 0, 1.0)
-
-
-def _count(flags: Tensor) -> int:
-    # torch adds up booleans one by one
-    return int(np.count_nonzero(flags.numpy())) if flags.device.type == "cpu" else int(flags.sum())

@@ -18,15 +18,15 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import torch
 from torch import Tensor
 
-from ..regularizer import nearest
-from ..tensors import gradients as grad
+from ..fast_paths import fast
 from ..tensors.batch import TensorBatch
 from .columns import read_groups
-from .importance import Importance, ImportanceKind
+from .given import OF_IMPORTANCE, Given, check_params
+from .importance import ImportanceKind
 from .lazy import lazy
 from .on_batch import Evaluated, TermOnBatch
 from .ranges import Positive, Range, Ranged, range_of
-from .reduction import Reduction, ReductionName
+from .reduction import ReductionName
 
 __all__ = ["Evaluated", "Scope", "Term", "ValueFn", "term"]
 
@@ -36,8 +36,9 @@ ValueFn = Callable[..., Tensor | tuple[Tensor, Mapping[str, Tensor]]]
 
 _SEEN_BY = {"token": (), "sequence": ("sequences",), "group": ("groups",)}
 _OF_ALL = ("data", "logprobs", "weights", "reduction", "normalizer")
-_OF_IMPORTANCE = ("importance", "importance_cap", "importance_floor")
 _SAMPLER = "logprobs"  # Tinker's key of them
+_PLAIN = {type(None), bool, int, float, str}
+_MOST_GIVEN = 64
 
 
 class Term:
@@ -74,6 +75,7 @@ class Term:
         self.scope: Scope = scope
         self.alternatives = alternatives
         self._derivative: Callable[..., Tensor] | None = None
+        self._given: dict[tuple[Any, ...], Given] = {}
         parameters = [*inspect.signature(fn).parameters.values()]
         _check_names(fn.__name__, scope, parameters, importance)
         positional = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
@@ -134,9 +136,7 @@ class Term:
         self, data: Sequence[Any], logprobs: Sequence[Tensor], **params: Any
     ) -> tuple[Tensor, dict[str, float]]:
         """Differentiated by autograd: as often as you like, and under ``torch.func``."""
-        batch = TensorBatch.from_tensors(logprobs)
-        evaluated = TermOnBatch(self, data, batch, params).reduced(gradient=False)
-        return evaluated.loss, evaluated.metrics
+        return self.evaluate_flat(data, TensorBatch.from_tensors(logprobs), **params)
 
     def evaluate_flat(
         self,
@@ -146,17 +146,9 @@ class Term:
         /,
         **params: Any,
     ) -> tuple[Tensor, dict[str, float]]:
-        """The same over the batch as one buffer, with the gradient in closed form if there is one.
-        The composer calls this form, with the ``totals`` of the step where it is split."""
-        wanted = torch.is_grad_enabled() and logprobs.flat.requires_grad
-        if not wanted or self._derivative is None:
-            evaluated = TermOnBatch(self, data, logprobs, params, totals).reduced(gradient=False)
-            return evaluated.loss, evaluated.metrics
-        evaluated = self.value_and_gradient(data, logprobs, totals=totals, **params)
-        assert evaluated.gradient is not None
-        return grad.surrogate(
-            float(evaluated.loss), [evaluated.gradient], [logprobs.flat]
-        ), evaluated.metrics
+        """The same over the batch as one buffer, with the ``totals`` of a step that is split."""
+        loss, metrics, _ = TermOnBatch(self.given(params), data, logprobs, totals).reduced()
+        return loss, metrics
 
     def value_and_gradient(
         self,
@@ -164,24 +156,28 @@ class Term:
         logprobs: TensorBatch,
         *,
         totals: Mapping[str, float] | None = None,
+        gradient: bool = True,
         **params: Any,
     ) -> Evaluated:
         """Loss, metrics and ``∂loss/∂logprobs`` [N], without a graph where the derivative is known.
 
         ``totals`` has the denominators of a whole step, of which ``data`` is a part. The gradient
-        is None if the loss does not depend on the logprobs.
+        is None if the loss does not depend on the logprobs, or if it is not wanted. It may be the
+        memory of an input: it is only to be read.
         """
-        if self._derivative is not None:
+        given = self.given(params)
+        if self._derivative is not None and fast():
             with torch.no_grad():
-                batch = logprobs.with_flat(logprobs.flat.detach())
-                return TermOnBatch(self, data, batch, params, totals).reduced(gradient=True)
+                batch = logprobs.detached()
+                term = TermOnBatch(given, data, batch, totals, graph=False)
+                return term.reduced(gradient=gradient)
         with torch.enable_grad():
             leaf = logprobs.with_flat(logprobs.flat.detach().requires_grad_())
-            evaluated = TermOnBatch(self, data, leaf, params, totals).reduced(gradient=False)
-            if not evaluated.loss.requires_grad:
-                return evaluated
-            (gradient,) = torch.autograd.grad(evaluated.loss, leaf.flat, allow_unused=True)
-        return Evaluated(evaluated.loss.detach(), evaluated.metrics, gradient)
+            loss, metrics, _ = TermOnBatch(given, data, leaf, totals).reduced()
+            taken = None
+            if gradient and loss.requires_grad:
+                (taken,) = torch.autograd.grad(loss, leaf.flat, allow_unused=True)
+        return Evaluated(loss.detach(), metrics, taken)
 
     def contributions(
         self, data: Sequence[Any], logprobs: Sequence[Tensor] | TensorBatch, **params: Any
@@ -194,7 +190,7 @@ class Term:
         if not isinstance(logprobs, TensorBatch):
             logprobs = TensorBatch.from_tensors(logprobs)
         with torch.no_grad():
-            return TermOnBatch(self, data, logprobs, params).contributions()
+            return TermOnBatch(self.given(params), data, logprobs).contributions()
 
     def totals(
         self, data: Sequence[Any], logprobs: Sequence[Tensor] | TensorBatch, **params: Any
@@ -206,7 +202,7 @@ class Term:
         if not isinstance(logprobs, TensorBatch):
             logprobs = TensorBatch.from_tensors(logprobs)
         with torch.no_grad():
-            return dict(TermOnBatch(self, data, logprobs, params).totals)
+            return dict(TermOnBatch(self.given(params), data, logprobs).totals)
 
     def group_sizes(self, data: Sequence[Any], **params: Any) -> dict[str, int]:
         """The number of datums in each group, by its index as text; {} unless the scope is
@@ -224,41 +220,23 @@ class Term:
             ValueError: one has a value that it cannot have.
             TypeError: there is no such parameter.
         """
-        defaults = self._defaults
-        for name in params:
-            if name not in defaults:
-                raise TypeError(
-                    f'the term {self.__name__} has no parameter "{name}"; '
-                    f"{nearest(name, [*defaults])}"
-                )
-        for name, allowed in self.choices.items():
-            if name in params and params[name] not in allowed:
-                known = ", ".join(map(str, allowed))
-                raise ValueError(
-                    f"unknown {name} {params[name]!r} of the term {self.__name__}; expected one of "
-                    f"{known}"
-                )
-        values = {**defaults, **params}
-        for name, ranged in self.ranges.items():
-            expected = ranged.refusal(values[name], values)
-            if expected is not None:
-                raise ValueError(
-                    f'the parameter "{name}" of the term {self.__name__} must be {expected}, got '
-                    f"{values[name]!r}"
-                )
-        Reduction(values["reduction"], values["normalizer"])
-        if self.has_importance:
-            keys = ("" if self.ratio is None else values["old"], values[self.sampler])
-            Importance.check(self.__name__, self.scope, params, keys)
+        check_params(self, params)
 
-    def importance_of(self, values: Mapping[str, Any]) -> Importance:
-        """The importance weights that these parameters ask for."""
-        if not self.has_importance:
-            return Importance()
-        return Importance(*(values[name] for name in _OF_IMPORTANCE))
+    def given(self, params: Mapping[str, Any]) -> Given:
+        """The term with these parameters. What was given last is found again: steps repeat it."""
+        key = tuple((name, type(value), value) for name, value in params.items())
+        if not all(kind in _PLAIN for _, kind, _ in key):
+            return Given(self, params)
+        found = self._given.get(key)
+        if found is None:
+            if len(self._given) >= _MOST_GIVEN:
+                self._given.clear()
+            found = self._given[key] = Given(self, params)
+        return found
 
     @lazy
-    def _defaults(self) -> dict[str, Any]:
+    def defaults(self) -> dict[str, Any]:
+        """The parameters' values where none are given; ``Parameter.empty`` where one must be."""
         parameters = [*self.__signature__.parameters.values()][2:]  # data and logprobs
         return {parameter.name: parameter.default for parameter in parameters}
 
@@ -337,7 +315,7 @@ def _check_names(
             raise TypeError(f"the term {name} takes {parameter}; name its arguments one by one")
     taken = (*_OF_ALL, "group", "chosen") if scope == "group" else _OF_ALL
     if importance:
-        taken = (*taken, *_OF_IMPORTANCE, "old")
+        taken = (*taken, *OF_IMPORTANCE, "old")
     for parameter in parameters[1:]:
         if parameter.name in taken:
             raise TypeError(

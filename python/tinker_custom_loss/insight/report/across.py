@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from ..diagnosis import diagnose
-from ..recorder import Run
+from ..run import Run
 from ..series import BASE, JUDGED
 from .axes import LEFT
 from .buckets import Bucketed, Range, bucket, edges_by_step

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from ..recorder import Run
+from ..run import Run
 
 __all__ = ["composition"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from ..recorder import Run
+from ..run import Run
 from ..series import BASE, key_prefix
 from .axes import LEFT
 from .buckets import Bucketed, Steps, bucket, edges

@@ -12,7 +12,7 @@ from importlib import resources
 
 from ...errors import RequestError
 from ..diagnosis import diagnose
-from ..recorder import Run
+from ..run import Run, kept_steps
 from ..series import BASE, JUDGED, key_prefix
 from ..tokenizing import decoder
 from .across import comparison_figures, comparison_tables, term_figures, titles
@@ -21,7 +21,6 @@ from .buckets import Bucketed
 from .composition import composition
 from .figures import Figure, figures, term_key, term_names
 from .svg import COLORS, STYLE
-from .tokens import tokens_section
 
 __all__ = ["report_page"]
 
@@ -55,9 +54,13 @@ def report_page(
     if len(runs) > 1:
         page.compare(runs)
     for index, run in enumerate(runs):
-        texts = tokens_section(run, page.colors, load=load, decode=decode)
-        page.show(run, index, texts.html)
-        pulls += texts.pulls
+        text = ""
+        if kept_steps(run.directory):  # only to compute them again is torch needed, and a second
+            from .tokens import tokens_section
+
+            texts = tokens_section(run, page.colors, load=load, decode=decode)
+            text, pulls = texts.html, [*pulls, *texts.pulls]
+        page.show(run, index, text)
     title = ", ".join(names)
     numbers = _json({key: _numbers(figure) for key, figure in page.charts.items()})
     policy = (

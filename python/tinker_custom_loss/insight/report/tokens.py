@@ -14,10 +14,9 @@ from torch import Tensor
 
 from ...errors import RequestError
 from ...terms.registry import LoadError
-from ..flight import kept_steps
 from ..kept import KeptStep, read_step
-from ..recorder import Run
-from ..replay import Replay, replay
+from ..replaying import Replay, replay
+from ..run import Run, kept_steps
 from ..series import BASE
 from ..tokenizing import Decode, texts_of
 from .svg import COLORS

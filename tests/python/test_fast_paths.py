@@ -1,0 +1,267 @@
+"""Whatever the composition: the fast paths give what the general one gives.
+
+The same examples in every run of the tests; `make properties` draws thousands of new ones.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from naive_terms import ALTERNATIVES, CASES, CHOSEN, GROUPS, MIXED, PAIRED, TOKENS
+from tinker_custom_loss import Composer, CustomLossError, TensorBatch, term
+from tinker_custom_loss.fast_paths import fast
+from tinker_custom_loss.port.data import Column, WireData
+from tinker_custom_loss.terms import CATALOGUE
+from tinker_custom_loss.terms.reduction import REDUCTIONS
+from tinker_custom_loss.testing import without_fast_paths
+
+KINDS = ("ones", "mask", "any", "negative")
+KEYS = ("reference_logprobs", "teacher_logprobs", "logprobs", "old_logprobs", "advantages")
+
+
+@term(scope="token", inputs=("reference_logprobs",))
+def drift(logprob, reference, *, power: float = 2.0):
+    return (logprob - reference).abs() ** power, {"far": (logprob - reference).abs()}
+
+
+@drift.derivative
+def _(logprob, reference, *, power: float = 2.0):
+    d = logprob - reference
+    return power * d.abs() ** (power - 1) * d.sign()
+
+
+@term(scope="sequence")
+def peak(logprob, *, sequences):
+    return sequences.mean(logprob).square()
+
+
+@peak.derivative
+def _(logprob, *, sequences):
+    return 2 * sequences.shares * sequences.spread(sequences.mean(logprob))
+
+
+def plain(data, logprobs):
+    return sum(x.square().sum() for x in logprobs), {"n": len(logprobs)}
+
+
+def weights(kind, shape, generator):
+    picked = torch.randint(0, 3, shape[:1], generator=generator)
+    return torch.tensor(
+        {"ones": [1, 1, 1], "mask": [0, 1, 1], "any": [0, 1, 0.5], "negative": [-1, 1, 0]}[kind]
+    )[picked].float()
+
+
+def batch(shapes, kind, poison, dtype, seed):
+    """Logprobs, and the columns of the data; where a token has weight 0 they hold ``poison``."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def logprobs(shape):
+        values = torch.randn(shape, generator=generator)
+        if len(shape) == 1:
+            return -values.abs() - 0.1
+        return torch.log_softmax(2 * values, -1) - 0.1
+
+    rows = []
+    for index, shape in enumerate(shapes):
+        row = {key: logprobs(shape) for key in (*KEYS[:-1], "now")}
+        row["advantages"] = torch.randn(shape, generator=generator).round(decimals=1)
+        row["weights"] = weights(kind, shape, generator)
+        for key in (*KEYS, "now"):
+            row[key][row["weights"] == 0] = poison
+        row["group"], row["chosen"] = torch.tensor(GROUPS[index]), torch.tensor(CHOSEN[index])
+        rows.append(row)
+    return [row.pop("now").to(dtype) for row in rows], rows
+
+
+def datums(rows):
+    return [SimpleNamespace(loss_fn_inputs=row) for row in rows]
+
+
+def on_the_wire(rows):
+    def column(key):
+        tensors = [row[key] for row in rows]
+        return Column(torch.cat([x.reshape(-1) for x in tensors]), tuple(x.shape for x in tensors))
+
+    return WireData(len(rows), {key: column(key) for key in rows[0]})
+
+
+def composer(cases, weighting, options, base):
+    terms = [
+        {
+            "fn": CATALOGUE.get(case.name) if hasattr(case, "name") else case,
+            "name": f"term {index}",
+            "weight": weight,
+            "params": {**getattr(case, "params", {}), **({} if case is plain else params)},
+            **also,
+        }
+        for index, (case, weight, (params, also)) in enumerate(
+            zip(cases, weighting, options, strict=True)
+        )
+    ]
+    return Composer("nll" if base else None, terms)
+
+
+def outcome(composer, data, logprobs):
+    try:
+        return composer.compute(data, logprobs, term_gradients=True), composer.compute_loss(
+            data, logprobs
+        )
+    except CustomLossError as error:
+        return type(error), str(error)
+
+
+def assert_same(fast, general, path=""):
+    """Of records: the keys in the same order, text and truth the same, numbers close."""
+    if isinstance(general, dict):
+        assert [*fast] == [*general], path
+        for key in general:
+            if "seconds" not in key:
+                assert_same(fast[key], general[key], f"{path}/{key}")
+    elif isinstance(general, float):
+        assert fast == pytest.approx(general, rel=1e-5, abs=1e-5, nan_ok=True), path
+    else:
+        assert fast == general, path
+
+
+def assert_close(fast, general):
+    assert (fast.shapes, fast.flat.dtype) == (general.shapes, general.flat.dtype)
+    ours, theirs = fast.flat.double(), general.flat.double()
+    assert float((ours - theirs).norm()) <= 1e-6 * (1 + float(theirs.norm()))
+
+
+layouts = st.sampled_from([TOKENS, ALTERNATIVES, PAIRED, MIXED])
+options = st.tuples(
+    st.fixed_dictionaries({}, optional={"reduction": st.sampled_from(REDUCTIONS)}),
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "on_non_finite": st.sampled_from(["raise", "skip", "zero"]),
+            "run_in_executor": st.booleans(),
+        },
+    ),
+)
+
+
+@st.composite
+def compositions(draw):
+    shapes = draw(layouts)
+    fitting = [case for case in CASES if case.shapes in (shapes, MIXED)]
+    cases = draw(st.lists(st.sampled_from([*fitting, drift, peak, plain]), min_size=1, max_size=4))
+    n = len(cases)
+    return composer(
+        cases,
+        draw(st.lists(st.floats(-2, 2, width=16), min_size=n, max_size=n)),
+        draw(st.lists(options, min_size=n, max_size=n)),
+        draw(st.booleans()),
+    ), shapes
+
+
+def check(composer, data, logprobs):
+    """Fast and general give the same, and leave what they are given as it is."""
+    flat = (
+        logprobs.flat
+        if isinstance(logprobs, TensorBatch)
+        else torch.cat([x.reshape(-1) for x in logprobs])
+    )
+    before = flat.clone()
+    found = outcome(composer, data, logprobs)
+    with without_fast_paths():
+        wanted = outcome(composer, data, logprobs)
+    if isinstance(wanted[0], type):
+        # Of several terms in threads any may be the first to fail.
+        threads = any(term.run_in_executor for term in composer.regularizers)
+        assert isinstance(found[0], type) if threads else found == wanted
+        return
+    assert not isinstance(found[0], type), found
+    assert_close(found[0].gradient, wanted[0].gradient)
+    for name, theirs in wanted[0].term_gradients.items():
+        assert_close(found[0].term_gradients[name], theirs)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert_same(ours.record, theirs.record)
+    torch.testing.assert_close(flat, before, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_of_every_term_they_agree(case, kind):
+    logprobs, rows = batch(case.shapes, kind, math.nan, torch.float32, seed=1)
+    check(composer([case], [1.0], [({}, {})], False), datums(rows), logprobs)
+
+
+@given(
+    compositions(),
+    st.sampled_from(KINDS),
+    st.sampled_from([math.nan, -math.inf, math.inf, -1.0]),
+    st.sampled_from([torch.float32, torch.float64]),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 2**16),
+)
+def test_of_whatever_composition_they_agree(
+    composed, kind, poison, dtype, impossible, wire, flat, seed
+):
+    composer, shapes = composed
+    logprobs, rows = batch(shapes, kind, poison, dtype, seed)
+    if impossible:
+        logprobs[0].view(-1)[0] = -math.inf
+    data = on_the_wire(rows) if wire else datums(rows)
+    check(composer, data, TensorBatch.from_tensors(logprobs) if flat else logprobs)
+
+
+def test_the_switch_holds_for_the_threads_that_terms_run_on():
+    seen = []
+
+    def looks(data, logprobs):
+        seen.append(fast())
+        return logprobs[0].sum(), {}
+
+    composer = Composer(looks, [{"fn": looks, "weight": 1.0, "name": "b", "run_in_executor": True}])
+    with without_fast_paths():
+        composer.compute([None], [torch.zeros(2)])
+    composer.compute([None], [torch.zeros(2)])
+    assert sorted(seen) == [False, False, True, True]
+
+
+def test_the_environment_turns_it_off():
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "TINKER_CUSTOM_LOSS_FAST": "0",
+    }
+    code = "from tinker_custom_loss.fast_paths import fast; print(fast())"
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
+    assert run.stdout.strip() == "False"
+
+
+def test_what_is_in_the_gradient_is_nobody_elses_memory():
+    """The entropy's derivative is the logprob itself, and that of a term of one's own may be its
+    input."""
+
+    @term(scope="token", inputs=("advantages",))
+    def pull(logprob, advantage):
+        return logprob * advantage
+
+    pull.derivative(lambda logprob, advantage: advantage)
+    logprobs = TensorBatch.from_tensors([torch.tensor([-1.0, -2.0])])
+    advantages = np.array([3.0, 4.0], np.float32)
+    column = Column(torch.from_numpy(advantages), ((2,),))
+    data = WireData(1, {"advantages": column})
+    for fn in ("entropy", pull):
+        composition = Composer(fn).compute(data, logprobs, term_gradients=True)
+        composition.gradient.flat.zero_()
+        composition.term_gradients["base_loss"].flat.zero_()
+    assert logprobs.flat.tolist() == [-1.0, -2.0]
+    assert advantages.tolist() == [3.0, 4.0]
