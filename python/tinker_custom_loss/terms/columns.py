@@ -40,6 +40,8 @@ def is_present(key: str, data: Sequence[Any]) -> bool:
     """Whether every datum has the key."""
     if _batch_column(key, data) is not None:
         return True
+    if key not in getattr(data, "input_names", (key,)):  # of data that came over the port
+        return False
     return all(key in _inputs(datum) for datum in data)
 
 
