@@ -182,6 +182,21 @@ def test_a_refused_linear_pass_leaves_the_base_and_says_so(caplog):
             assert server.parameters(client.model_id).equal(other.parameters(bare.model_id))
 
 
+def test_of_a_loss_that_is_refused_in_part_nothing_wrong_is_said(caplog):
+    """The SDK sends a call in several chunks: those that were taken are accumulated."""
+    refused = tinker.Datum(
+        model_input=tinker.ModelInput.from_ints([1, 2]),
+        loss_fn_inputs={"target_tokens": [1, 10**6], "weights": [1.0, 1.0]},
+    )
+    with training(client_config={"fwdbwd_max_chunk_len": 2}) as (server, client):
+        step = client.forward_backward([*datums(alternatives=False)[:2], refused], "cross_entropy")
+        with pytest.raises(tinker.RequestFailedError, match="vocabulary"):
+            step.result(60)
+        assert server.model(client.model_id).gradient_flat().any()
+        (line,) = caplog.messages
+        assert line.startswith("the regularization of step 0, whose own loss the server refused, c")
+
+
 def test_a_service_that_stays_away_ends_in_an_error_and_not_in_silence(caplog):
     """What was accumulated is said; the client is not to go on as if nothing had been."""
     with training() as (server, client):
@@ -190,7 +205,7 @@ def test_a_service_that_stays_away_ends_in_an_error_and_not_in_silence(caplog):
         step = client.forward_backward(datums(), "cross_entropy")
         with pytest.raises(tinker.TinkerError, match="there is no model"):
             step.result(60)
-        assert "step 0, which the server refused, contributes nothing" in caplog.text
+        assert "of step 0, whose own loss the server refused, contributes nothing" in caplog.text
 
 
 def test_a_refused_loss_is_the_users_error_and_the_client_goes_on():
