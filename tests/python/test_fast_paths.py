@@ -265,3 +265,15 @@ def test_what_is_in_the_gradient_is_nobody_elses_memory():
         composition.term_gradients["base_loss"].flat.zero_()
     assert logprobs.flat.tolist() == [-1.0, -2.0]
     assert advantages.tolist() == [3.0, 4.0]
+
+
+def test_the_record_is_the_same_wherever_in_memory_the_logprobs_begin():
+    """A dot product's last bits are not, and the entropy's gradient is the logprobs themselves."""
+    values = -torch.rand(1000, generator=torch.Generator().manual_seed(0))
+    norms = set()
+    for start in range(16):
+        memory = torch.zeros(1016)
+        memory[start : start + 1000] = values
+        batch = TensorBatch(memory[start : start + 1000], ((1000,),))
+        norms.add(Composer("entropy").compute([None], batch).record["total_grad_norm"])
+    assert len(norms) == 1

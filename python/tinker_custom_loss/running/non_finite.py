@@ -47,7 +47,7 @@ def check_finite(
     gradient = result.gradient
     norm = 0.0
     if gradient is not None:
-        gradient = gradient.contiguous()
+        gradient = grad.aligned(gradient)
         norm = grad.norm(gradient)
     parameters = result.parameter_gradients
     finite = all(part.is_finite() for part in parameters)
