@@ -53,12 +53,11 @@ def dot(a: Tensor, b: Tensor) -> float:
     """
     if a.numel() <= _BLOCK:
         return float(torch.dot(a, b))
-    parts = [torch.dot(x, y) for x, y in zip(_blocks(a), _blocks(b), strict=True)]
+    blocks = zip(torch.split(a, _BLOCK), torch.split(b, _BLOCK), strict=True)
+    parts = [torch.dot(x, y) for x, y in blocks]
+    if a.device.type == "cpu":
+        return sum(map(float, parts))
     return float(torch.stack(parts).sum(dtype=torch.float64))
-
-
-def _blocks(a: Tensor) -> tuple[Tensor, ...]:
-    return torch.split(a, _BLOCK)
 
 
 def norm(a: Tensor) -> float:
