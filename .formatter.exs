@@ -1,3 +1,8 @@
 [
-  inputs: ["{mix,.formatter}.exs", "elixir/**/*.{ex,exs}", "tests/**/*.{ex,exs}", "docs/**/*.exs"]
+  inputs: [
+    "{mix,.formatter}.exs",
+    "elixir/**/*.{ex,exs}",
+    "tests/**/*.{ex,exs}",
+    "{docs,scripts}/**/*.exs"
+  ]
 ]

@@ -50,6 +50,12 @@ test-sdk-lowest: setup ## run the tests of the training client with the oldest t
 	PYTHONPATH=.venv/tinker-lowest $(BIN)/pytest --no-header -q $(addprefix tests/python/test_, \
 		call_queue.py client_defaults.py failed_steps.py linear.py sdk.py training_client.py)
 
+# W&B and Trackio bring other versions of what the tests have; theirs lie apart.
+.PHONY: test-loggers
+test-loggers: setup ## run the tests of the sinks with the real W&B and Trackio
+	@$(BIN)/python -m pip install --quiet --upgrade --target .make/loggers wandb trackio
+	PYTHONPATH=.make/loggers $(BIN)/pytest --no-header -q tests/python/test_adapters.py
+
 .PHONY: chaos fuzz soak
 chaos: setup ## make ten thousand calls under faults of every kind (CHAOS_SEED repeats a run)
 	@MIX_ENV=test mix do compile, run tests/bridge/chaos.exs
@@ -69,8 +75,9 @@ properties: setup ## draw 3000 new compositions for each property (EXAMPLES=n fo
 		$(BIN)/pytest -m hypothesis --hypothesis-profile=new --hypothesis-seed=$$seed
 
 .PHONY: replays
-replays: setup ## keep 200 random compositions and replay them (REPLAYS=n for another number)
+replays: setup ## keep 200 random compositions of each language and replay them (REPLAYS=n for another number)
 	@REPLAYS=$(or $(REPLAYS),200) $(BIN)/pytest -q tests/python/test_replay.py -k bit_equal
+	@REPLAYS=$(or $(REPLAYS),200) mix test tests/bridge/record_test.exs --only replays
 
 .PHONY: lint lint-elixir lint-python lint-tree
 lint: setup ## check formatting, types, warnings, links of the docs
@@ -112,10 +119,11 @@ pictures: setup ## make the pictures of docs/ from the run in docs/runs/demo
 	@$(BIN)/python -m tinker_custom_loss report docs/runs/demo -o .make/report.html --svg .make/pictures
 	@for picture in docs/pictures/*.svg; do cp .make/pictures/$${picture##*/} $$picture; done
 
-# A link that leads nowhere is an error.
+# A link that leads nowhere is an error, and so is a page that the navigation lacks.
 .PHONY: site
 site: setup ## build docs/ as a site in .make/site, with search, that asks no other host for anything
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@mix run --no-start -r scripts/elixir_reference.exs -e 'ElixirReference.write(".make/reference-elixir.md")'
+	@scripts/site.sh $(BIN)/python
 
 .PHONY: clean
 clean: ## remove all that make made

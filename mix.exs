@@ -94,11 +94,14 @@ defmodule TinkexCustomLoss.MixProject do
     ]
   end
 
+  # The reference of the Python names is made by the site alone.
   defp docs do
     [
       main: "Tinkex.CustomLoss",
       source_ref: "v#{@version}",
-      extras: ["README.md", "CHANGELOG.md"] ++ Path.wildcard("docs/*.{md,livemd}")
+      extras:
+        ["README.md", "CHANGELOG.md", "LICENSE"] ++
+          (Path.wildcard("docs/**/*.{md,livemd}") -- ["docs/reference.md"])
     ]
   end
 end

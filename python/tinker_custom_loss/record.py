@@ -171,21 +171,21 @@ def flatten(record: Mapping[str, Any], *, prefix: str = "") -> dict[str, float]:
         RequestError: two keys of the record are the same in the flat form.
     """
     flat: dict[str, float] = {}
-    for key, value in _leaves(record, f"{prefix.rstrip('/')}/" if prefix else ""):
-        name = key.replace(":", ".")
-        if name in flat:
-            raise RequestError(f'two keys of the record are "{name}" in the flat form', path=key)
-        flat[name] = float(value)
+    _gather(record, f"{prefix.rstrip('/')}/" if prefix else "", flat)
     return flat
 
 
-def _leaves(value: Any, key: str) -> Iterable[tuple[str, float]]:
-    if isinstance(value, Mapping):
-        start = f"{key}/" if key and not key.endswith("/") else key
-        for inner_key, inner in value.items():
-            yield from _leaves(inner, f"{start}{inner_key}")
-    elif isinstance(value, (int, float)):
-        yield key, value
+def _gather(record: Mapping[str, Any], start: str, flat: dict[str, float]) -> None:
+    for key, value in record.items():
+        if isinstance(value, (int, float)):
+            name = f"{start}{key}".replace(":", ".")
+            if name in flat:
+                raise RequestError(
+                    f'two keys of the record are "{name}" in the flat form', path=f"{start}{key}"
+                )
+            flat[name] = float(value)
+        elif isinstance(value, Mapping):
+            _gather(value, f"{start}{key}/", flat)
 
 
 def merge(records: Sequence[StepRecord]) -> StepRecord:

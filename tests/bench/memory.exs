@@ -7,7 +7,7 @@
 #                                   which are eight payloads on the BEAM, in either direction
 #     memory_..._kept               what of that is still there a second after the answer, when
 #                                   batch and answer are dropped
-#     memory_..._shared             files in shared memory at that time, which nobody is charged for
+#     memory_..._shared             what they share at that time and neither's resident memory has
 #
 #     mix run tests/bench/memory.exs work|lists
 

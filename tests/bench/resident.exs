@@ -24,16 +24,18 @@ defmodule Bench.Resident do
     now(pids)
   end
 
-  @doc "Bytes of files in shared memory, which nobody's resident memory has: each file once."
+  @doc "Bytes of the files that they share in memory, less those that the worker's has already."
   def shared(pids) do
     files =
       for {_name, pid} <- pids,
           descriptor <- Path.wildcard("/proc/#{pid}/fd/*"),
-          match?({:ok, "/dev/shm/" <> _}, File.read_link(descriptor)),
+          match?({:ok, "/memfd:tinker_custom_loss" <> _}, File.read_link(descriptor)),
           {:ok, %{inode: inode, size: size}} <- [File.stat(descriptor)],
+          uniq: true,
           do: {inode, size}
 
-    for({_inode, size} <- Enum.uniq(files), do: size) |> Enum.sum()
+    size = for({_inode, size} <- files, do: size) |> Enum.sum()
+    max(size - read(pids, "RssShmem")[:python], 0)
   end
 
   defp read(pids, key) do

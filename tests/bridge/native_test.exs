@@ -21,6 +21,21 @@ defmodule Tinkex.CustomLoss.NativeTest do
     end
   end
 
+  defmodule Faulty do
+    # The sandbox on a bad day: `fault` is made of the answer to a server's own loss.
+
+    def forward({pid, _fault}, data, loss_fn, opts), do: Sandbox.forward(pid, data, loss_fn, opts)
+
+    def forward_backward({pid, _fault}, data, :cross_entropy, opts),
+      do: Sandbox.forward_backward(pid, data, :cross_entropy, opts)
+
+    def forward_backward({pid, fault}, data, loss_fn, opts) do
+      {:ok, task} = Sandbox.forward_backward(pid, data, loss_fn, opts)
+      {:ok, output} = Task.await(task, 60_000)
+      {:ok, Task.async(fn -> fault.(output) end)}
+    end
+  end
+
   @regularizers [
     %{name: "squares", fn: "pathological:squares", weight: 0.01},
     %{name: "kl", fn: :kl, weight: 0.3}
@@ -41,6 +56,12 @@ defmodule Tinkex.CustomLoss.NativeTest do
       pool: start_pool!(load: [fixture("pathological.py")], await_ready: true),
       model: start_supervised!({Sandbox, seed: 1, load: [fixture("pathological.py")]})
     }
+  end
+
+  # Whatever the test before has left.
+  setup %{model: model} do
+    gradient(model)
+    :ok
   end
 
   # What is accumulated is taken away by a step that goes nowhere.
@@ -155,5 +176,49 @@ defmodule Tinkex.CustomLoss.NativeTest do
     assert {:ok, output} = step.(skips)
     assert output.metrics["regularizers"]["bad"]["skipped"]
     assert gradient(model) == alone
+  end
+
+  test "a NaN among the server's logprobs names term, datum and token", %{
+    pool: pool,
+    model: model
+  } do
+    data = data(model)
+
+    nan = fn output ->
+      put = &List.replace_at(&1, 3, :nan)
+      {:ok, update_in(output.loss_fn_outputs, &List.update_at(&1, 1, fn o -> nan(o, put) end))}
+    end
+
+    step = fn regularizers ->
+      await(
+        CustomLoss.forward_backward(pool, {Faulty, {model, nan}}, data, :ppo,
+          regularizers: regularizers
+        )
+      )
+    end
+
+    assert {:error, %TermError{term: "squares"} = error} = step.(@regularizers)
+    assert Exception.message(error) =~ "datum 1, token 3"
+    alone = gradient(model)
+    skipped = for each <- @regularizers, do: Map.put(each, :on_non_finite, :skip)
+    assert {:ok, output} = step.(skipped)
+    assert output.metrics["regularizers"]["kl"]["skipped"]
+    # What was skipped adds nothing to the server's loss.
+    assert gradient(model) == alone
+  end
+
+  defp nan(output, put), do: update_in(output["logprobs"]["data"], put)
+
+  test "an answer without logprobs is an error that says so", %{pool: pool, model: model} do
+    for {fault, sentence} <- [
+          {fn output -> {:ok, %{output | loss_fn_outputs: []}} end, "data has 2 datums"},
+          {fn output -> {:ok, %{output | loss_fn_outputs: [%{}, %{}]}} end, "logprobs[0]"}
+        ] do
+      opts = [regularizers: @regularizers]
+      client = {Faulty, {model, fault}}
+      step = CustomLoss.forward_backward(pool, client, data(model), :ppo, opts)
+      assert {:error, %ArgumentError{} = error} = await(step)
+      assert Exception.message(error) =~ sentence
+    end
   end
 end

@@ -339,6 +339,146 @@ defmodule Tinkex.CustomLoss.TinkexTest do
     assert log =~ ~r/\[warning\] Tinkex.CustomLoss #PID<.*>: no loss after/
   end
 
+  # The losses of the service, and the terms of the catalogue that are the same.
+  @native [
+    {:cross_entropy, nil, :nll, %{}},
+    {:importance_sampling, nil, :importance_sampling, %{}},
+    {:ppo, %{"clip_low_threshold" => 0.9}, :ppo, %{clip_low: 0.1}},
+    {:cispo, %{"clip_high_threshold" => 1.05}, :cispo, %{low: 0.0, high: 1.05}},
+    {:dro, %{"beta" => 0.5}, :dro, %{beta: 0.5}}
+  ]
+
+  # The datums of a policy loss: of cross_entropy with the weights that it reads.
+  defp native_data(client, loss_fn) do
+    for {datum, logprobs} <- Enum.zip(data(), logprobs(client, data())) do
+      wave = for i <- 1..length(logprobs), do: :math.sin(i)
+      tensor = &%TensorData{data: &1, dtype: :float32, shape: [length(&1)]}
+      old = tensor.(Enum.zip_with(logprobs, wave, &(&1 + 0.2 * &2)))
+
+      policy = %{
+        "logprobs" => old,
+        "advantages" => tensor.(Enum.map(wave, &(0.3 - &1))),
+        "reference_logprobs" => old
+      }
+
+      inputs = Map.merge(datum.loss_fn_inputs, policy)
+      inputs = if loss_fn == :cross_entropy, do: inputs, else: Map.delete(inputs, "weights")
+      %{datum | loss_fn_inputs: inputs}
+    end
+  end
+
+  @regularizers [
+    %{name: "kl", fn: :kl, weight: 0.3},
+    %{name: "smoothness", fn: "demo_terms:smoothness", weight: 0.5}
+  ]
+
+  defp native(pool, {_module, client}, data, loss_fn, config \\ nil) do
+    client_opts = if config, do: [loss_fn_config: config], else: []
+    opts = [regularizers: @regularizers, client_opts: client_opts]
+    await(CustomLoss.forward_backward(pool, client, data, loss_fn, opts))
+  end
+
+  @tag :tinkex
+  test "the server's own losses with regularizers have the gradient of the whole, without a forward",
+       %{pool: pool} = context do
+    context = Map.merge(context, SandboxServer.start!())
+    me = self()
+
+    sent = fn _event, _measurements, %{path: path}, _config -> send(me, {:sent, path}) end
+    start = [[:tinkex, :http, :request, :start]]
+
+    for {loss_fn, config, term, params} <- @native do
+      [one, other] = for _ <- 1..2, do: client!(context)
+      data = native_data(one, loss_fn)
+      base = %{fn: term, params: params, reduction: :token_sum}
+      {:ok, whole} = ours(pool, one, data, base_loss: base, regularizers: @regularizers)
+
+      stop = handle_telemetry(start, sent)
+      {:ok, output} = native(pool, other, data, loss_fn, config)
+      stop.()
+
+      assert [difference] = SandboxServer.figures(context.sandbox, "gradients")
+      assert difference < 1.0e-6
+      assert_in_delta output.metrics["loss_total"], whole.metrics["loss_total"], 1.0e-3
+
+      paths = received([])
+      assert Enum.count(paths, &(&1 =~ ~r{/forward_backward$})) == 2
+      refute Enum.any?(paths, &(&1 =~ ~r{/forward$}))
+    end
+  end
+
+  defp received(paths) do
+    receive do
+      {:sent, path} -> received([path | paths])
+    after
+      0 -> paths
+    end
+  end
+
+  # Tinkex itself sends again what was answered with a status, and not what a connection has lost.
+  for {name, faults} <- [
+        {"429", ~s({"rate_limits": 1.0, "at_most": 1})},
+        {"5xx", ~s({"server_errors": 1.0, "at_most": 1})},
+        {"slow futures", ~s({"slow_futures": 0.5, "slow_seconds": 0.2, "seed": 1})}
+      ] do
+    @tag :tinkex
+    test "a step of the server's own loss survives #{name}", %{pool: pool} = context do
+      data = native_data(client!(context), :ppo)
+      context = Map.merge(context, SandboxServer.start!(unquote(faults)))
+      [one, other] = for _ <- 1..2, do: client!(context)
+
+      for client <- [one, other] do
+        assert {:ok, output} = native(pool, client, data, :ppo)
+        assert output.metrics["regularizers"]["kl"]["value"] > 0
+      end
+
+      # The one that was struck, and the one that was not.
+      assert [+0.0] = SandboxServer.figures(context.sandbox, "gradients")
+    end
+  end
+
+  for {name, faults, expected} <- [
+        {"429 without end", ~s({"rate_limits": 1.0}),
+         quote(do: %{type: :api_status, status: 429})},
+        {"a lost request", ~s({"lost_requests": 1.0, "at_most": 1}),
+         quote(do: %{type: :api_connection})}
+      ] do
+    @tag :tinkex
+    test "#{name} is Tinkex's error, and nothing is trained",
+         %{pool: pool} = context do
+      data = native_data(client!(context), :ppo)
+      context = Map.merge(context, SandboxServer.start!(unquote(faults)))
+      client = client!(context)
+      assert {:error, %{__struct__: Tinkex.Error} = error} = native(pool, client, data, :ppo)
+      assert unquote(expected) = error
+      assert SandboxServer.figures(context.sandbox, "norms") == [0.0]
+    end
+  end
+
+  @tag :tinkex
+  test "a NaN among the server's logprobs is Tinkex's error, since JSON has none", context do
+    data = native_data(client!(context), :ppo)
+    faults = ~s({"nan_logprobs": 1.0, "at_most": 1})
+    client = context |> Map.merge(SandboxServer.start!(faults)) |> client!()
+
+    assert {:error, %{__struct__: Tinkex.Error} = error} =
+             native(context.pool, client, data, :ppo)
+
+    assert error.message =~ "NaN"
+    assert {:ok, _output} = native(context.pool, client, data, :ppo)
+  end
+
+  @tag :tinkex
+  test "a loss that the server refuses is Tinkex's error", %{pool: pool} = context do
+    context = Map.merge(context, SandboxServer.start!(~s({"refused_losses": ["ppo"]})))
+    client = client!(context)
+    data = native_data(client, :ppo)
+    assert {:error, %{__struct__: Tinkex.Error} = error} = native(pool, client, data, :ppo)
+    assert error.message =~ "ppo"
+    assert SandboxServer.figures(context.sandbox, "norms") == [0.0]
+    assert {:ok, _output} = native(pool, client, data, :dro)
+  end
+
   @tag :tinkex
   test "20 steps end where the Python SDK ends, both ways", %{pool: pool} = context do
     # A sandbox of its own, so that these are its models.

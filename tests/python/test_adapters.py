@@ -29,7 +29,7 @@ def test_tensorboard(tmp_path):
 
 
 def test_wandb(tmp_path):
-    wandb = pytest.importorskip("wandb", reason="wandb is not installed")
+    wandb = pytest.importorskip("wandb", reason="wandb is not installed: make test-loggers")
     run = wandb.init(mode="offline", dir=tmp_path, project="test")
     sink = adapters.WandB(run)
     sink.log(METRICS, 4)
@@ -44,7 +44,7 @@ def test_wandb(tmp_path):
 
 def test_trackio(tmp_path, monkeypatch):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
-    trackio = pytest.importorskip("trackio", reason="trackio is not installed")
+    trackio = pytest.importorskip("trackio", reason="trackio is not installed: make test-loggers")
     from trackio.sqlite_storage import SQLiteStorage
 
     run = trackio.init(project="test", name="first")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 
 import numpy as np
 import pytest
@@ -186,22 +187,25 @@ class TestEveryLossOfTheServers:
     def test_the_gradient_is_that_of_the_whole_loss(self, new_client, sandbox, counting, loss_fn):
         data = datums(alternatives=False) if loss_fn == "cross_entropy" else policy_data()
         native = with_regularizers(counting, regularizers=[SQUARES, SPREAD])
-        step = native.forward_backward(data, loss_fn)
+        # Two calls, whose gradients add up, and nothing is waited for before the end.
+        parts = data[:2], data[2:]
+        steps = [native.forward_backward(part, loss_fn) for part in parts]
         native.optim_step(ALONG_THE_GRADIENT).result(60)
         whole = with_regularizers(new_client(), regularizers=[SQUARES, SPREAD])
         if loss_fn == "cross_entropy":
             same = Composer(weighted_nll, [SQUARES, SPREAD])
         else:  # the server's have no mask: its dro tethers the prompt, too
             same = Composer(loss_fn, [SQUARES, SPREAD], base_params={"weights": None})
-        want = whole.forward_backward_custom(data, same)
+        wants = [whole.forward_backward_custom(part, same) for part in parts]
         whole.optim_step(ALONG_THE_GRADIENT).result(60)
         assert_same_parameters(
             sandbox.parameters(native.model_id), sandbox.parameters(whole.model_id)
         )
-        assert [loss for loss, _ in counting.passes] == [loss_fn, "cross_entropy"]
-        assert step.result(60).record["base_loss"]["value"] == pytest.approx(
-            want.result(60).record["base_loss"]["value"], rel=1e-4
-        )
+        assert [loss for loss, _ in counting.passes] == [loss_fn, "cross_entropy"] * 2  # no forward
+        for step, want in zip(steps, wants, strict=True):
+            assert step.result(60).record["base_loss"]["value"] == pytest.approx(
+                want.result(60).record["base_loss"]["value"], rel=1e-4
+            )
 
 
 class TestOptimStep:
@@ -268,6 +272,61 @@ class TestOrder:
         got = waits.result(60)
         assert len(got.loss_fn_outputs) == len(bare.loss_fn_outputs)
         assert got.metrics["loss:sum"] == pytest.approx(bare.metrics["loss:sum"])
+
+    @pytest.mark.parametrize("seed", range(3))
+    def test_what_is_pipelined_comes_to_what_is_awaited_one_by_one(self, new_client, sandbox, seed):
+        """Bases of both kinds, failing terms, refused calls, saves and steps, in any order."""
+        kinds = ["native", "ppo", "custom", "fails", "alone", "refused", "saves", "optim", "optim"]
+
+        def ended(await_each):
+            late = {**SPREAD, "weight": lambda step: 0.1 * (step + 1)}
+            client = with_regularizers(
+                new_client(), regularizers=[SQUARES, late], flat_metrics=True
+            )
+            rng, futures, outcomes = random.Random(seed), [], []
+            for i in range(20):
+                kind, data = rng.choice(kinds), datums(rng.randint(2, 4))
+                futures.append(
+                    {
+                        "native": lambda data: client.forward_backward(data, "cross_entropy"),
+                        "ppo": lambda _: client.forward_backward(policy_data(), "ppo"),
+                        "custom": lambda data: client.forward_backward_custom(data, weighted_nll),
+                        "fails": lambda data: client.forward_backward_custom(data, fails),
+                        "alone": lambda data: client.forward_backward(
+                            data, "cross_entropy", regularizers=[]
+                        ),
+                        "refused": lambda data: client.forward_backward(data, "no_such_loss"),
+                        "saves": lambda _, i=i: client.save_state(f"at-{i}"),
+                        "optim": lambda _: client.optim_step(ADAM),
+                    }[kind](data)
+                )
+                if await_each:
+                    futures[-1].future().exception(60)
+            for future in futures:
+                error = future.future().exception(60)
+                metrics = None if error else getattr(future.result(), "metrics", None)
+                total = (metrics or {}).get("loss_total")
+                outcomes.append((type(error), total))
+            return outcomes, sandbox.parameters(client.model_id)
+
+        (outcomes, parameters), (same, as_awaited) = ended(False), ended(True)
+        assert outcomes == same
+        assert torch.equal(parameters, as_awaited)
+
+    def test_another_wrapper_of_the_client_has_the_same_order(self, new_client, sandbox):
+        """As where a notebook wraps it anew while a step is under way."""
+        data, bare, gate = datums(), new_client(), Gate()
+        first = with_regularizers(bare, regularizers=[gate.term()])
+        second = with_regularizers(bare, regularizers=[SPREAD])
+        first.forward_backward(data, "cross_entropy")
+        optim = second.optim_step(ADAM)
+        assert gate.reached.wait(60)
+        gate.open.set()
+        optim.result(60)
+        same = with_regularizers(new_client(), regularizers=[{**gate.term(), "fn": squares}])
+        same.forward_backward(data, "cross_entropy").result(60)
+        same.optim_step(ADAM).result(60)
+        assert torch.equal(sandbox.parameters(bare.model_id), sandbox.parameters(same.model_id))
 
 
 class TestFailures:

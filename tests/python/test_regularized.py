@@ -69,6 +69,43 @@ class TestAServiceClient:
         client = asyncio.run(wrapped.create_lora_training_client_async("any-model"))
         assert terms_of(client) == ["squares"]
 
+    @pytest.mark.filterwarnings("ignore:DEPRECATED:FutureWarning")
+    @pytest.mark.parametrize("form", ["", "_async"])
+    @pytest.mark.parametrize("optimizer", ["", "_with_optimizer"])
+    def test_those_of_a_checkpoint_too(self, service, sandbox, optimizer, form):
+        """They go on from it: their step is that of ``first_step``."""
+        saved = client_of(service.create_lora_training_client("any-model", rank=4))
+        saved.forward_backward(datums(), "cross_entropy")
+        saved.optim_step(ADAM)
+        path = saved.save_state("saved").result(60).path
+        wrapped = regularized(service, regularizers=[SQUARES], first_step=1)
+        create = getattr(wrapped, f"create_training_client_from_state{optimizer}{form}")
+        created = asyncio.run(create(path)) if form else create(path)
+        client = client_of(created)
+        assert isinstance(client, RegularizedTrainingClient)
+        before = sandbox.parameters(client.model_id)
+        assert before.equal(sandbox.parameters(saved.model_id))
+        record = client.forward_backward(datums(), "cross_entropy").result(60).record
+        assert record["schedule_step"] == 1
+        assert list(record["regularizers"]) == ["squares"]
+        with regularized(regularizers=[SQUARES]):
+            create = getattr(service, f"create_training_client_from_state{optimizer}{form}")
+            created = asyncio.run(create(path)) if form else create(path)
+            assert terms_of(client_of(created)) == ["squares"]
+
+    def test_a_schedule_that_begins_anew_in_a_run_that_goes_on_is_said(self, service, caplog):
+        saved = client_of(service.create_lora_training_client("any-model", rank=4))
+        path = saved.save_state("saved").result(60).path
+        late = {**SQUARES, "weight": lambda step: 0.1 * step}
+        for options in ({}, {"first_step": 5}):
+            wrapped = regularized(
+                service, regularizers=[late, SQUARES | {"name": "other"}], **options
+            )
+            client_of(wrapped.create_training_client_from_state(path))
+            client_of(wrapped.create_training_client_from_state_with_optimizer(path))
+        (line,) = caplog.messages
+        assert 'the schedule of the weight of regularizer "squares" begins at step 0' in line
+
     @pytest.mark.parametrize("value", ["service", tinker.ServiceClient, object()])
     def test_anything_else_is_refused(self, value):
         with pytest.raises(RequestError, match=r"expected a tinker\.ServiceClient, got"):

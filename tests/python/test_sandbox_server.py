@@ -3,9 +3,11 @@
 import http.client
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -16,7 +18,7 @@ from tinker import types
 from tinker.proto import tinker_public_pb2 as pb
 
 from tinker_custom_loss import RequestError
-from tinker_custom_loss.sandbox import SandboxServer
+from tinker_custom_loss.sandbox import SandboxServer, api
 from tinker_custom_loss.sandbox.errors import ClosedError
 from tinker_custom_loss.sandbox.trainer import Trainer
 
@@ -230,6 +232,14 @@ class Json:
         self._connection.request("POST", f"/api/v1/{endpoint}", body, headers)
         response = self._connection.getresponse()
         return response.status, json.loads(response.read())
+
+    def ask(self, method, endpoint):
+        """The answer, of which a detail ends with "there is no X" where there is no such."""
+        self._connection.request(method, f"/api/v1/{endpoint}", "{}", self._headers)
+        answer = json.loads(self._connection.getresponse().read())
+        if "detail" in answer:
+            answer["detail"] = answer["detail"].partition(" here: docs/")[0]
+        return answer
 
     def ok(self, endpoint, **body):
         status, answer = self.post(endpoint, **body)
@@ -484,6 +494,8 @@ def test_closing_fails_what_waits():
 
 def test_the_command_serves_until_interrupted():
     command = [sys.executable, "-m", "tinker_custom_loss.sandbox", "--port", "0", "--seed", "4"]
+    command += ["--fault", "rate_limits=1", "--fault", "endpoints=optim_step"]
+    command += ["--fault", "endpoints=asample", "--session-seconds", "600"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         try:
@@ -491,6 +503,8 @@ def test_the_command_serves_until_interrupted():
             assert f'base_url="{url}"' in process.stdout.readline() + process.stdout.readline()
             client = Json(url)
             client.create_model()
+            for struck in ("optim_step", "asample"):
+                assert client.post(struck)[0] == 429
             client.close()
         finally:
             process.send_signal(signal.SIGINT)
@@ -505,6 +519,12 @@ def test_the_command_serves_until_interrupted():
         (["--threads", "0"], "expected at least 1"),
         (["--port", "99999"], "--port"),
         (["--load", "x"], "only an Erlang port names terms"),
+        (["--session-seconds", "0"], "--session-seconds: expected more than 0 seconds"),
+        (["--fault", "lost_answer=1"], "--fault lost_answer: there is no such fault; of 13, the"),
+        (["--fault", "lost_answers"], "expected lost_answers=NUMBER, got 'lost_answers'"),
+        (["--fault", "lost_answers=2"], "--fault lost_answers: expected a share from 0 to 1"),
+        (["--fault", "refused_losses=pppo"], "--fault refused_losses: expected some of cross_ent"),
+        (["--erlang-port", "--fault", "latency=1"], "over HTTP only"),
     ],
 )
 def test_the_command_refuses_what_cannot_work(arguments, says, capsys):
@@ -516,3 +536,22 @@ def test_the_command_refuses_what_cannot_work(arguments, says, capsys):
         code = exited.code
     assert code == 2
     assert says in capsys.readouterr().err
+
+
+def test_the_page_lists_the_endpoints_that_there_are(sandbox):
+    page = (Path(__file__).parents[2] / "docs" / "sandbox.md").read_text(encoding="utf-8")
+    table = page.partition("| endpoints |")[2].partition("\n\n")[0]
+    cells = [row.split("|")[1] for row in table.splitlines()[2:]]
+    listed = {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
+    client = Json(sandbox.url)
+
+    def is_there(endpoint):
+        path = endpoint.replace("ID", "x").replace("KIND", "weights").replace("NAME", "x")
+        answers = [client.ask(method, path) for method in ("GET", "POST", "PUT", "DELETE")]
+        return any(answer.get("detail") != f"there is no {path}" for answer in answers)
+
+    assert {name for name in listed if not is_there(name)} == set()
+    assert not is_there("no_such_endpoint")
+    client.close()
+    known = sandbox._http.api._endpoints.keys() | {*api._TRAINING_CALLS, *api._STATE_CALLS}
+    assert known - listed == {"save_weights_external"}  # which says that it is not there

@@ -185,3 +185,22 @@ def test_an_expired_session_is_gone_for_its_client(connect):
     for wrong in (0, -1, True, "10"):
         with pytest.raises(RequestError, match="more than 0 seconds"):
             SandboxServer(session_seconds=wrong)
+
+
+@pytest.mark.filterwarnings("ignore:DEPRECATED:FutureWarning")  # create_rest_client
+def test_lists_come_in_pages(sandbox, connect):
+    service = connect(sandbox)
+    clients = [service.create_lora_training_client("any", rank=4).result() for _ in range(3)]
+    rest = service.create_rest_client()
+    runs = rest.list_training_runs(limit=2, offset=1).result()
+    assert [run.training_run_id for run in runs.training_runs] == [
+        client.model_id for client in reversed(clients[:2])
+    ]
+    assert rest.list_training_runs(project_id="somewhere-else").result().training_runs == []
+    sessions = [service.holder.get_session_id()]
+    for _ in range(2):
+        another = connect(sandbox)
+        another.create_lora_training_client("any", rank=4).result()
+        sessions.insert(0, another.holder.get_session_id())
+    assert list(rest.list_sessions(limit=2).result().sessions) == sessions[:2]
+    assert list(rest.list_sessions(limit=2, offset=2).result().sessions) == sessions[2:]

@@ -365,8 +365,9 @@ defmodule Tinkex.CustomLoss do
   loss. Its gradient with respect to the logprobs is not known here, nor what depends on it: the
   total norm and the cosines to the total are nil.
 
-  Or it comes to `{:error, exception}`. If a term failed, the server's own loss is accumulated
-  nevertheless. Await the task before the next call to the training client.
+  Or it comes to `{:error, exception}`, the training client's error as it is. If a term failed, or the
+  linear pass, the server's own loss is accumulated nevertheless, and the next `optim_step` trains on
+  it. Await the task before the next call to the training client.
 
   ## Options
 

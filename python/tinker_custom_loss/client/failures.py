@@ -43,9 +43,11 @@ class Failures:
         """That of a call which is made now."""
         return self._era
 
-    def report(self, what: str, error: BaseException, era: int) -> None:
+    def report(
+        self, what: str, error: BaseException, era: int, how: str = "contributes nothing"
+    ) -> None:
         """Log that a step failed, and stop the client if that is asked for."""
-        logger.error("%s contributes nothing: %s", what, error or type(error).__name__)
+        logger.error("%s %s: %s", what, how, error or type(error).__name__)
         if self._stops and not isinstance(error, CancelledError):  # its caller withdrew that one
             with self._lock:
                 self._failed.setdefault(era, (what, error))

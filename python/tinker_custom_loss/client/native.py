@@ -45,7 +45,11 @@ class NativeStep(Step):
         try:
             output = self._call().result()
         except BaseException as error:
-            self._report(f"step {self._step}, which the server refused,", error)
+            # Nothing is said of the loss: of a call in several chunks, some may be accumulated.
+            self._report(
+                f"the regularization of step {self._step}, whose own loss the server refused,",
+                error,
+            )
             raise
         seconds = time.perf_counter() - started
         try:
@@ -65,7 +69,7 @@ class NativeStep(Step):
             try:
                 surrogate = backward.result().metrics.get("loss:sum")
             except BaseException as error:
-                raise self._without_regularizers(error) from error.__cause__
+                raise self._without_regularizers(error, " wholly") from error.__cause__
             return self._output(output, record, surrogate)
 
         backward.add_done_callback(lambda _: settle(outer, outcome))
@@ -81,10 +85,10 @@ class NativeStep(Step):
         kind, outputs = output.loss_fn_output_type, output.loss_fn_outputs
         return StepOutput(kind, outputs, metrics, record=record)
 
-    def _without_regularizers(self, error: BaseException) -> BaseException:
+    def _without_regularizers(self, error: BaseException, how: str = "") -> BaseException:
         error.add_note(
             f"The server's own loss of step {self._step} was computed, and its gradient is "
-            "accumulated; the regularizers' is not."
+            f"accumulated; the regularizers' is not{how}."
         )
         self._report(
             f"the regularization of step {self._step}, whose own loss is accumulated,", error

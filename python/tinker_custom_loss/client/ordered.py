@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -26,13 +28,23 @@ else:
     _Proxy = Proxy
 
 
+_queues: weakref.WeakKeyDictionary[TrainingClient, CallQueue] = weakref.WeakKeyDictionary()
+_queues_lock = threading.Lock()
+
+
+def _queue_of(training_client: TrainingClient) -> CallQueue:
+    """The one of all wrappers of a client: a notebook wraps it anew while steps are under way."""
+    with _queues_lock:
+        return _queues.setdefault(training_client, CallQueue())
+
+
 class OrderedClient(_Proxy):
     """Every method of a ``tinker.TrainingClient``, in the order of one queue."""
 
     def __init__(self, training_client: TrainingClient, failures: Failures) -> None:
         self._client = training_client
         self._failures = failures
-        self._queue = CallQueue()
+        self._queue = _queue_of(training_client)
 
     if not TYPE_CHECKING:  # a type checker would let every name pass
 

@@ -15,7 +15,7 @@ from tinker import APIFuture, ServiceClient, TrainingClient
 
 from ..errors import RequestError
 from ..observer import StepObserver, checked_observer
-from ..regularizer import show
+from ..regularizer import regularizers_from, show
 from . import sdk
 from .arguments import BaseLoss, Regularizers, checked_defaults, checked_first_step
 from .failures import Failures, OnFailure
@@ -27,7 +27,7 @@ __all__ = ["RegularizedServiceClient", "regularized"]
 
 logger = logging.getLogger(__name__)
 
-Wrap = Callable[[TrainingClient], RegularizedTrainingClient]
+Wrap = Callable[[TrainingClient, bool], RegularizedTrainingClient]
 
 if TYPE_CHECKING:
 
@@ -99,15 +99,25 @@ def regularized(
     Failures(on_failure)
     checked_observer(recorder)
     checked_first_step(first_step)
-    wrap = functools.partial(
-        with_regularizers,
-        base_loss=base_loss,
-        regularizers=regularizers,
-        flat_metrics=flat_metrics,
-        on_failure=on_failure,
-        recorder=recorder,
-        first_step=first_step,
-    )
+    scheduled = [term.title for term in regularizers_from(regularizers) if callable(term.weight)]
+
+    def wrap(client: TrainingClient, resumed: bool) -> RegularizedTrainingClient:
+        if resumed and scheduled and first_step == 0:
+            logger.warning(
+                "a training client goes on from a checkpoint with its optimizer, but the schedule "
+                "of the weight of %s begins at step 0: first_step= says with which it goes on",
+                " and ".join(scheduled),
+            )
+        return with_regularizers(
+            client,
+            base_loss=base_loss,
+            regularizers=regularizers,
+            flat_metrics=flat_metrics,
+            on_failure=on_failure,
+            recorder=recorder,
+            first_step=first_step,
+        )
+
     if service_client is None:
         return _everywhere(wrap)
     if isinstance(service_client, RegularizedServiceClient):
@@ -155,9 +165,11 @@ class RegularizedServiceClient(_Proxy):
 def _creating(method: Callable[..., Any], wrap: Wrap) -> Callable[..., Any]:
     """``method``, which creates a training client or the future of one, with that one wrapped."""
 
+    resumed = "with_optimizer" in method.__name__
+
     def wrapped(client: TrainingClient) -> RegularizedTrainingClient:
         # One method of the SDK may have called another, which has wrapped it.
-        return client if isinstance(client, RegularizedTrainingClient) else wrap(client)
+        return client if isinstance(client, RegularizedTrainingClient) else wrap(client, resumed)
 
     if method.__name__.endswith("_async") or inspect.iscoroutinefunction(method):
 

@@ -145,9 +145,9 @@ class Step(abc.ABC):
                 self._composer, self._data, output, self._step, self._totals, self._cancelled
             )
 
-    def _report(self, what: str, error: BaseException) -> None:
+    def _report(self, what: str, error: BaseException, *how: str) -> None:
         if not THREADS.ending:
-            self._failures.report(what, error, self._era)
+            self._failures.report(what, error, self._era, *how)
 
 
 class CustomStep(Step):
@@ -180,7 +180,11 @@ class CustomStep(Step):
             try:
                 output = backward.result()
             except BaseException as error:
-                self._report(f"step {self._step}, whose backward pass the server refused,", error)
+                self._report(
+                    f"step {self._step}, whose backward pass the server refused,",
+                    error,
+                    "contributes nothing, or some of the chunks that the SDK sent it in",
+                )
                 raise
             assert record is not None
             return step_output(output, record, self._flat)

@@ -9,12 +9,15 @@ import contextlib
 import io
 import json
 import logging
+import math
 import operator
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
+
+import msgspec
 
 from ..errors import RequestError
 from ..observer import ObservedStep
@@ -214,19 +217,33 @@ class Recorder:
 def _line(metrics: Mapping[str, float], step: int) -> bytes:
     if isinstance(step, bool) or not isinstance(step, int):
         raise RequestError(f"step must be an int, got {show(step)}", path="step")
-    entry: dict[str, float] = {"step": step}
-    for key, value in metrics.items():
-        if key == "step":
-            raise RequestError('a metric is named "step", which is the step\'s own key', path=key)
-        try:
-            entry[key] = float(value)
-        except (TypeError, ValueError):
-            raise RequestError(
-                f'the metric "{key}" is {show(value)}; expected a number: pass the record of a '
-                "step through flatten() first",
-                path=key,
-            ) from None
-    return json.dumps(entry).encode() + b"\n"
+    try:
+        entry = {key: float(value) for key, value in metrics.items()}
+    except (TypeError, ValueError, OverflowError):
+        raise _no_number(metrics) from None
+    if "step" in entry:
+        raise RequestError('a metric is named "step", which is the step\'s own key', path="step")
+    told = {"step": step} | entry
+    if all(map(math.isfinite, entry.values())):
+        return msgspec.json.encode(told) + b"\n"
+    return json.dumps(told).encode() + b"\n"  # which has words for nan and infinity
+
+
+def _no_number(metrics: Mapping[str, Any]) -> RequestError:
+    key = next(key for key, value in metrics.items() if not _is_number(value))
+    return RequestError(
+        f'the metric "{key}" is {show(metrics[key])}; expected a number: pass the record of a '
+        "step through flatten() first",
+        path=key,
+    )
+
+
+def _is_number(value: object) -> bool:
+    try:
+        float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        return False
+    return True
 
 
 def _end_torn_line(path: Path, descriptor: int) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import signal
 import sys
 import threading
+from typing import Any
 
 import torch
 
 from ..errors import RequestError
+from ..regularizer import nearest
+from .faults import Faults
 
 _SNIPPET = """\
   service = tinker.ServiceClient(base_url="{url}", api_key="tml-sandbox")
@@ -32,6 +36,20 @@ def main(arguments: list[str] | None = None) -> int:
         "--state", metavar="DIR", help="where checkpoints live across restarts (else in memory)"
     )
     parser.add_argument(
+        "--session-seconds",
+        type=float,
+        metavar="N",
+        help="forget a session of which nothing was heard for so long (else never)",
+    )
+    parser.add_argument(
+        "--fault",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="what goes wrong, such as lost_answers=0.2, refused_losses=ppo, at_most=5 or seed=3: "
+        "the options of Faults in docs/sandbox.md (repeatable)",
+    )
+    parser.add_argument(
         "--erlang-port",
         action="store_true",
         help="serve an Erlang port on file descriptors 3 and 4 instead (docs/sandbox.md)",
@@ -49,6 +67,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--port: expected 0 to 65535, got {options.port}")
     if options.threads < 1:
         parser.error(f"--threads: expected at least 1, got {options.threads}")
+    if options.erlang_port and (options.fault or options.session_seconds is not None):
+        parser.error("--fault and --session-seconds: over HTTP only; an Erlang port has neither")
     if options.erlang_port:
         return _serve_port(options)
     if options.load:
@@ -72,6 +92,38 @@ def _serve_port(options: argparse.Namespace) -> int:
     return erlang_port.serve(options.load, options.state)
 
 
+def _faults(given: list[str]) -> Faults | None:
+    """The faults of ``NAME=VALUE``; a name of which there may be several is given several times.
+
+    :raises RequestError: there is no such name, or the value is none of its kind.
+    """
+    if not given:
+        return None
+    kinds: dict[str, Any] = {
+        field.name: type(field.default) for field in dataclasses.fields(Faults)
+    }
+    kinds["at_most"] = int  # whose default is None
+    options: dict[str, Any] = {}
+    for each in given:
+        name, _, text = each.partition("=")
+        kind = kinds.get(name)
+        if kind is None:
+            raise RequestError(
+                f"there is no such fault; {nearest(name, list(kinds))}",
+                path=f"faults.{name}",
+            )
+        if kind is tuple:
+            options[name] = (*options.get(name, ()), text)
+            continue
+        try:
+            options[name] = kind(text)
+        except ValueError:
+            raise RequestError(
+                f"expected {name}=NUMBER, got {each!r}", path=f"faults.{name}"
+            ) from None
+    return Faults(**options)
+
+
 def _serve_http(options: argparse.Namespace) -> int:
     from .server import SandboxServer
 
@@ -80,10 +132,19 @@ def _serve_http(options: argparse.Namespace) -> int:
         signal.signal(number, lambda *_: interrupted.set())
     try:
         server = SandboxServer(
-            seed=options.seed, host=options.host, port=options.port, state=options.state
+            seed=options.seed,
+            host=options.host,
+            port=options.port,
+            state=options.state,
+            faults=_faults(options.fault),
+            session_seconds=options.session_seconds,
         )
     except RequestError as error:
-        print(f"--{error.path}: {error}", file=sys.stderr)
+        option, _, name = (error.path or "").replace("_", "-").partition(".")
+        print(
+            f"--fault {name.replace('-', '_')}: {error}" if name else f"--{option}: {error}",
+            file=sys.stderr,
+        )
         return 2
     except OSError as error:
         print(f"--port: cannot listen on {options.host}:{options.port}: {error}", file=sys.stderr)

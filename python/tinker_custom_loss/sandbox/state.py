@@ -174,7 +174,8 @@ class State:
             case "GET", ["checkpoints"]:
                 return _page("checkpoints", [_json(c) for c in self._checkpoints.list()], query)
             case "GET", ["training_runs"]:
-                return _page("training_runs", self._training_runs(), query)
+                runs = [] if "project_id" in query else self._training_runs()  # there is none
+                return _page("training_runs", runs, query)
             case "GET", ["training_runs", run_id]:
                 for run in self._training_runs():
                     if run["training_run_id"] == run_id:
@@ -190,7 +191,8 @@ class State:
                 self._checkpoints.set_ttl(path, body.get("ttl_seconds"))
                 return {}
             case "GET", ["sessions"]:
-                return {"sessions": list(self._trainer.sessions)}
+                sessions = list(reversed(self._trainer.sessions))  # the newest first, as runs
+                return {"sessions": _page("sessions", sessions, query)["sessions"]}
             case "GET", ["sessions", session_id]:
                 self._trainer.check_session(session_id)
                 models = self._trainer.model_ids
@@ -260,7 +262,7 @@ def _time(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat()
 
 
-def _page(key: str, items: list[dict[str, Any]], query: Mapping[str, str]) -> dict[str, Any]:
+def _page(key: str, items: list[Any], query: Mapping[str, str]) -> dict[str, Any]:
     try:
         offset, limit = int(query.get("offset", 0)), int(query.get("limit", 100))
     except ValueError as error:

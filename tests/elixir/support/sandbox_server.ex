@@ -10,8 +10,8 @@ defmodule Tinkex.CustomLoss.Test.SandboxServer do
   alias Tinkex.CustomLoss.Bridge
   alias Tinkex.CustomLoss.Pool.Python
 
-  @doc "Starts one; it ends with the calling process."
-  def start! do
+  @doc "Starts one, with faults as JSON; it ends with the calling process."
+  def start!(faults \\ "{}") do
     {:ok, python} = Python.find(nil)
     sources = Path.expand("../../../python", __DIR__)
 
@@ -19,7 +19,7 @@ defmodule Tinkex.CustomLoss.Test.SandboxServer do
       Port.open({:spawn_executable, python}, [
         :binary,
         {:line, 65_536},
-        args: [Bridge.fixture("sandbox.py")],
+        args: [Bridge.fixture("sandbox.py"), faults],
         env: [{~c"PYTHONPATH", to_charlist(sources)}, {~c"TINKER_TELEMETRY", ~c"0"}]
       ])
 

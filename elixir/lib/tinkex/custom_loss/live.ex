@@ -19,6 +19,9 @@ defmodule Tinkex.CustomLoss.Live do
       base_loss  1.557            1.557  ██████      0.03125  +0.92  █▇▅▅▃▂▁▁
       kl         0.083     0.1   0.0083             0.002551  -0.31  ▁▁▂▃▃▅▆█
 
+  What else is written to the terminal meanwhile, such as a line of the log, is drawn over: have the log
+  in a file, or give `ansi: false`.
+
   Elsewhere it is a plain line of at most 80 columns for some of the steps, and the table once at the
   end. Norms and cosines are with respect to the logprobs; `share` is the part of all contributions,
   each without its sign.
