@@ -277,3 +277,12 @@ def test_the_record_is_the_same_wherever_in_memory_the_logprobs_begin():
         batch = TensorBatch(memory[start : start + 1000], ((1000,),))
         norms.add(Composer("entropy").compute([None], batch).record["total_grad_norm"])
     assert len(norms) == 1
+
+
+def test_no_datum_is_built_to_find_that_none_has_an_optional_array():
+    """The kl looks for the sampler's logprobs. Eight datums take longer than the composition."""
+    flat = torch.full((4,), -1.0)
+    column = Column(flat, ((2,), (2,)))
+    data = WireData(2, {"weights": column, "reference_logprobs": column})
+    Composer("kl").compute(data, TensorBatch(flat, ((2,), (2,))))
+    assert data._built is None

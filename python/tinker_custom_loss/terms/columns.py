@@ -40,8 +40,8 @@ def read(key: str, data: Sequence[Any], logprobs: TensorBatch, *, repeat: bool =
 
 def is_present(key: str, data: Sequence[Any]) -> bool:
     """Whether every datum has the key."""
-    if _batch_column(key, data) is not None:
-        return True
+    if hasattr(data, "column"):
+        return data.column(key) is not None
     return all(key in _inputs(datum) for datum in data)
 
 
