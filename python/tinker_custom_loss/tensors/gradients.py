@@ -53,8 +53,8 @@ def dot(a: Tensor, b: Tensor) -> float:
     """
     if a.numel() <= _BLOCK:
         return float(torch.dot(a, b))
-    blocks = zip(torch.split(a, _BLOCK), torch.split(b, _BLOCK), strict=True)
-    parts = [torch.dot(x, y) for x, y in blocks]
+    blocks = math.ceil(a.numel() / _BLOCK)
+    parts = [torch.dot(x, y) for x, y in zip(a.chunk(blocks), b.chunk(blocks), strict=True)]
     if a.device.type == "cpu":
         return sum(map(float, parts))
     return float(torch.stack(parts).sum(dtype=torch.float64))
