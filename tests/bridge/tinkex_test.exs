@@ -33,13 +33,16 @@ defmodule Tinkex.CustomLoss.TinkexTest do
     if @real, do: Map.put(SandboxServer.start!(), :pool, pool), else: %{pool: pool}
   end
 
-  defp client!(%{url: url}) do
+  defp service!(url) do
     config = apply(Tinkex.Config, :new, [[base_url: url, api_key: "tml-sandbox"]])
     {:ok, service} = apply(Tinkex.ServiceClient, :start_link, [[config: config]])
+    service
+  end
 
+  defp client!(%{url: url}) do
     {:ok, client} =
       apply(Tinkex.ServiceClient, :create_lora_training_client, [
-        service,
+        service!(url),
         "sandbox",
         [call_timeout: 60_000]
       ])
@@ -478,6 +481,69 @@ defmodule Tinkex.CustomLoss.TinkexTest do
     assert SandboxServer.figures(context.sandbox, "norms") == [0.0]
     assert {:ok, _output} = native(pool, client, data, :dro)
   end
+
+  # The loop of docs/examples/grpo.exs with Tinkex's clients.
+  @tag :tinkex
+  test "samples of the model that is trained, the server's loss on them, and a checkpoint",
+       %{pool: pool} = context do
+    service = service!(context.url)
+    client = client!(context)
+    prompt = ~c"Sing: "
+    params = struct!(Tinkex.Types.SamplingParams, max_tokens: 8, seed: 1)
+    tensor = &%TensorData{data: &1, dtype: &2, shape: [length(&1)]}
+
+    for step <- 1..3 do
+      {:ok, %{"path" => path}} = training(client, :save_weights_for_sampler, ["step-#{step}"])
+      # Not by the training client, which would take a number that it does not send.
+      make = [service, [model_path: path]]
+      {:ok, sampler} = apply(Tinkex.ServiceClient, :create_sampling_client, make)
+      input = ModelInput.from_ints(prompt)
+      sample = [sampler, input, params, [num_samples: 4]]
+      {:ok, drawn} = await(apply(Tinkex.SamplingClient, :sample, sample))
+      assert length(drawn.sequences) == 4
+
+      data =
+        for %{tokens: tokens, logprobs: logprobs} <- drawn.sequences do
+          whole = ModelInput.from_ints(prompt ++ tokens)
+          logprobs_of = apply(Tinkex.SamplingClient, :compute_logprobs, [sampler, whole])
+          {:ok, [nil | told]} = await(logprobs_of)
+          # The sampler says of its own text what it drew it with.
+          for {a, b} <- Enum.zip(Enum.drop(told, 5), logprobs), do: assert_in_delta(a, b, 1.0e-4)
+          zeros = List.duplicate(0.0, length(prompt) - 1)
+          advantages = for token <- tokens, do: if(token in ~c"aeiou", do: 1.0, else: -0.1)
+
+          %Datum{
+            model_input: ModelInput.from_ints(prompt ++ Enum.drop(tokens, -1)),
+            loss_fn_inputs: %{
+              "target_tokens" => tensor.(tl(prompt) ++ tokens, :int64),
+              "logprobs" => tensor.(zeros ++ logprobs, :float32),
+              "advantages" => tensor.(zeros ++ advantages, :float32),
+              "reference_logprobs" => tensor.(told, :float32),
+              "mask" => tensor.(zeros ++ Enum.map(tokens, fn _ -> 1.0 end), :float32)
+            }
+          }
+        end
+
+      opts = [regularizers: [%{name: "kl", fn: :kl, weight: 0.1}], step: step]
+      step = CustomLoss.forward_backward(pool, elem(client, 1), data, :importance_sampling, opts)
+      assert {:ok, output} = await(step)
+      # ρ is 1, and the reference is the model itself.
+      assert_in_delta output.metrics["regularizers"]["kl"]["value"], 0.0, 1.0e-6
+
+      optim_step(client)
+    end
+
+    before = logprobs(client, data())
+    {:ok, %{path: path}} = training(client, :save_state, ["after-three"])
+    {:ok, _} = ours(pool, client, data(), @loss)
+    optim_step(client)
+    assert logprobs(client, data()) != before
+    {:ok, _} = training(client, :load_state_with_optimizer, [path])
+    assert logprobs(client, data()) == before
+  end
+
+  defp training({module, client}, function, args),
+    do: await(apply(module, function, [client | args]))
 
   @tag :tinkex
   test "20 steps end where the Python SDK ends, both ways", %{pool: pool} = context do
