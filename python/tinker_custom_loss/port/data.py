@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, cast, overload
 
 import torch
 from torch import Tensor
@@ -35,8 +35,9 @@ class Column:
     @cached_property
     def batch(self) -> TensorBatch | None:
         """The whole column; None if some datum has no such tensor."""
-        shapes = tuple(shape for shape in self.shapes if shape is not None)
-        return TensorBatch(self.normal, shapes) if len(shapes) == len(self.shapes) else None
+        if None in self.shapes:
+            return None
+        return TensorBatch(self.normal, cast(tuple[Shape, ...], self.shapes))
 
     def arrays(self) -> Iterator[Any]:
         """A numpy view a datum, of its own shape, or None."""
