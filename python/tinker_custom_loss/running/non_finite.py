@@ -80,7 +80,7 @@ def _non_finite_error(
 ) -> NonFiniteError:
     """Says whether the input, the loss or only the gradient went wrong, and where."""
     inputs = torch.isfinite(batch.flat).logical_not().nonzero()
-    upstream = ""
+    upstream, datum, token = "", None, None
     if len(inputs):
         datum, token = batch.locate(int(inputs[0]))
         others = f" (and {len(inputs) - 1} more)" if len(inputs) > 1 else ""
@@ -107,10 +107,14 @@ def _non_finite_error(
                 f"{list(part.parameter.shape)} is not finite; its loss is {evaluation.value}"
                 f"{upstream}",
                 term=name,
+                datum=datum,
+                token=token,
             )
     return NonFiniteError(
         f'the loss of the term "{name}" is {evaluation.value}, not a finite number{upstream}',
         term=name,
+        datum=datum,
+        token=token,
     )
 
 
