@@ -10,10 +10,8 @@ in another process, and each term's own gradient is there to be measured.
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import contextlib
 import copy
-import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -23,36 +21,29 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from .base_loss import base_loss_from
 from .composition import ComposedLoss, Composition, Step
 from .description import describe_terms
-from .errors import CancelledError, ChangedLogprobsError, RequestError, TermError
+from .errors import RequestError
 from .observer import ObservedStep, StepObserver, checked_observer
 from .record import metrics_of
 from .regularizer import (
-    BASE_LOSS,
     LossFn,
     Regularizer,
     check_step,
-    nearest,
     regularizers_from,
-    show,
 )
 from .running import lifetimes, places, processes
-from .running.differentiation import Evaluation
 from .running.evaluation import Call
 from .running.event_loop import CallersLoop
 from .running.shipping import ShippedCall
 from .running.threads import THREADS, on_this_thread
+from .running.together import Together
 from .tensors.batch import TensorBatch, checked_batch
 from .tensors.gradients import surrogate
 from .totals import denominators, shapes_of_targets, totals_of
 
 __all__ = ["Composer"]
-
-logger = logging.getLogger(__name__)
-
-_CANCEL_POLL_SECONDS = 0.02
-_BASE_OPTIONS = ("fn", "params", "reduction")
 
 
 class Composer:
@@ -88,7 +79,7 @@ class Composer:
     ) -> None:
         _check_no_composer(base_loss_fn)
         self.regularizers = regularizers_from(regularizers)
-        self._base = _base_from(base_loss_fn, base_params)
+        self._base = base_loss_from(base_loss_fn, base_params)
         enabled = [term for term in self.regularizers if term.enabled]
         self._terms = ([self._base] if self._base else []) + enabled
         if not self._terms:
@@ -106,7 +97,9 @@ class Composer:
                 where = f"regularizers[{index}]"
                 raise RequestError(f"{where}: {error}", path=f"{where}.{error.path}") from error
         self._calls = [Call(term.name, term.fn, term.params) for term in self._terms]
-        self._inline_lock = inline_lock or contextlib.nullcontext()
+        self._together = Together(
+            self._terms, self._shipped, inline_lock or contextlib.nullcontext()
+        )
         self._recorder = checked_observer(recorder)
         own_processes = sum(term.run_in_executor == "process" for term in enabled)
         if own_processes:
@@ -168,7 +161,7 @@ class Composer:
             composing = self._begin(data, logprobs, step)
             calls = self._parts(data, composing.batch, totals)
             batch = composing.batch.sharing()
-            results = self._evaluate(calls, data, batch, False, cancelled, here)
+            results = self._together.evaluate(calls, data, batch, False, cancelled, here)
             return composing.composed_loss(results)
 
     async def compute_async(
@@ -229,7 +222,7 @@ class Composer:
             composing = self._begin(data, logprobs, step)
             calls = self._parts(data, composing.batch, totals)
             batch = composing.batch.sharing()
-            results = self._evaluate(calls, data, batch, True, cancelled, surroundings)
+            results = self._together.evaluate(calls, data, batch, True, cancelled, surroundings)
             return composing.composition(results, term_gradients)
 
     def totals(self, data: Sequence[Any]) -> dict[str, dict[str, Any]]:
@@ -374,112 +367,6 @@ class Composer:
         names = ", ".join(term.name for term in self._terms)
         return f"Composer({names})"
 
-    def _evaluate(
-        self,
-        calls: Sequence[Call],
-        data: Sequence[Any],
-        batch: TensorBatch,
-        gradients: bool,
-        cancelled: threading.Event | None,
-        surroundings: places.Surroundings,
-    ) -> list[Evaluation | TermError]:
-        """Every term's evaluation, in order; an error only where the term may be skipped."""
-        results: dict[int, Evaluation | TermError] = {}
-        pending: dict[int, places.Started] = {}
-        try:
-            for index, term in enumerate(self._terms):
-                if not places.runs_inline(term):
-                    with _skipping(term, index, results):
-                        pending[index] = places.start(
-                            term,
-                            calls[index],
-                            self._shipped.get(term.name),
-                            data,
-                            batch,
-                            gradients,
-                            surroundings,
-                        )
-            inline = [i for i, term in enumerate(self._terms) if places.runs_inline(term)]
-            with self._inline_lock if inline else contextlib.nullcontext():
-                for index in inline:
-                    _check_cancelled(cancelled)
-                    with _skipping(self._terms[index], index, results):
-                        results[index] = places.run_inline(
-                            calls[index], data, batch, gradients, surroundings
-                        )
-            self._collect(pending, results, cancelled)
-        finally:
-            for started in pending.values():
-                started.abandon()
-        return [results[index] for index in range(len(self._terms))]
-
-    def _collect(
-        self,
-        pending: dict[int, places.Started],
-        results: dict[int, Evaluation | TermError],
-        cancelled: threading.Event | None,
-    ) -> None:
-        """Wait for the started terms; the first one that fails ends the wait."""
-        while pending:
-            _check_cancelled(cancelled)
-            patience = min(started.expires for started in pending.values()) - time.monotonic()
-            if cancelled is not None:
-                patience = min(patience, _CANCEL_POLL_SECONDS)
-            concurrent.futures.wait(
-                [started.future for started in pending.values()],
-                timeout=max(0.0, min(patience, threading.TIMEOUT_MAX)),
-                return_when=concurrent.futures.FIRST_COMPLETED,
-            )
-            for index, started in sorted(pending.items()):
-                term = self._terms[index]
-                if started.late:
-                    del pending[index]
-                    with _skipping(term, index, results):
-                        raise started.time_out(term.name, term.timeout or 0.0)
-                elif started.future.done():
-                    del pending[index]
-                    with _skipping(term, index, results):
-                        results[index] = started.evaluation(term.name)
-
-
-def _base_from(
-    base_loss_fn: LossFn | str | Mapping[str, Any] | None, params: Mapping[str, Any] | None
-) -> Regularizer | None:
-    if base_loss_fn is None:
-        return None
-    options: dict[str, Any] = {"fn": base_loss_fn}
-    if isinstance(base_loss_fn, Mapping):
-        options = dict(base_loss_fn)
-        _check_base_options(options, params)
-    elif isinstance(base_loss_fn, (list, tuple)):
-        raise RequestError(
-            "base_loss_fn must be a function of (data, logprobs), the name of a term or a dict of "
-            f"its options, got {type(base_loss_fn).__name__}; regularizers are the second argument",
-            path=BASE_LOSS,
-        )
-    options.setdefault("params", params or {})
-    try:
-        return Regularizer(weight=1.0, name=BASE_LOSS, **options)
-    except RequestError as error:
-        raise RequestError(str(error), path=f"{BASE_LOSS}.{error.path}") from error
-
-
-def _check_base_options(options: dict[str, Any], params: Mapping[str, Any] | None) -> None:
-    for option in options:
-        if option not in _BASE_OPTIONS:
-            raise RequestError(
-                f"unknown option {show(option)} of the base loss; "
-                f"{nearest(str(option), _BASE_OPTIONS)}",
-                path=f"{BASE_LOSS}.{option}",
-            )
-    if "fn" not in options:
-        raise RequestError('the base loss has no "fn"', path=f"{BASE_LOSS}.fn")
-    if params is not None and "params" in options:
-        raise RequestError(
-            "give the params of the base loss in its dict or as base_params, not both",
-            path="base_params",
-        )
-
 
 def _check_no_composer(fn: object) -> None:
     if isinstance(fn, Composer):
@@ -493,19 +380,3 @@ def _check_no_composer(fn: object) -> None:
 def _accumulate(composition: Composition) -> None:
     for gradient in composition.parameter_gradients:
         gradient.accumulate()
-
-
-@contextlib.contextmanager
-def _skipping(term: Regularizer, index: int, results: dict[int, Evaluation | TermError]) -> Any:
-    try:
-        yield
-    except TermError as error:
-        if term.on_error == "raise" or isinstance(error, ChangedLogprobsError):
-            raise
-        logger.warning("%s; it is skipped, and contributes 0 to this step", error)
-        results[index] = error
-
-
-def _check_cancelled(cancelled: threading.Event | None) -> None:
-    if cancelled is not None and cancelled.is_set():
-        raise CancelledError("the computation was cancelled by its caller")

@@ -14,9 +14,10 @@ from torch import Tensor
 from .errors import NonFiniteError, TermError
 from .record import RegularizerRecord, StepRecord, flatten, step_record
 from .regularizer import BASE_LOSS, Regularizer
+from .running.cosines import Cosines
 from .running.differentiation import Evaluation
 from .running.evaluation import is_of_catalogue
-from .running.non_finite import CheckedEvaluation, check_finite, record_of, weighted_cosine
+from .running.non_finite import CheckedEvaluation, check_finite, record_of
 from .tensors import gradients as grad
 from .tensors.batch import TensorBatch
 from .tensors.gradients import ParameterGradient
@@ -170,11 +171,21 @@ class Step:
         total: Tensor | None,
         total_norm: float | None,
     ) -> tuple[float, StepRecord]:
-        alone = sum(part.gradient is not None for part in checked) == 1
         size = self.batch.flat.numel()
+        cosines = None
+        if total is not None and total_norm is not None:
+            cosines = Cosines(self.weights, checked, total, total_norm)
         records = {
-            term.name: record_of(part, weight, total, total_norm, alone, size)
-            for term, part, weight in zip(self.terms, checked, self.weights, strict=True)
+            term.name: record_of(
+                part,
+                weight,
+                None if cosines is None else cosines.with_total(index),
+                size,
+                total is not None,
+            )
+            for index, (term, part, weight) in enumerate(
+                zip(self.terms, checked, self.weights, strict=True)
+            )
         }
         loss_total = self._sum_of_contributions(records)
         base_loss = records.pop(BASE_LOSS, None)
@@ -184,24 +195,18 @@ class Step:
             base_loss=base_loss,
             regularizers=records,
             total_grad_norm=total_norm,
-            cosines=None if total is None else self._cosines(checked),
+            cosines=None if cosines is None else self._of_pairs(cosines),
             size=size,
             datums=len(self.batch),
             schedule_step=self.schedule_step,
             compute_seconds=time.perf_counter() - self.started,
         )
 
-    def _cosines(self, checked: Sequence[CheckedEvaluation]) -> dict[str, dict[str, float]]:
-        """Of each pair of weighted gradients; 0 where one of the two is zero, or not there."""
-        weighted = list(zip(self.terms, self.weights, checked, strict=True))
+    def _of_pairs(self, cosines: Cosines) -> dict[str, dict[str, float]]:
+        names = [term.name for term in self.terms]
         return {
-            term.name: {
-                other.name: weighted_cosine(
-                    part, weight, their_part.gradient, their_part.norm, their_weight
-                )
-                for other, their_weight, their_part in weighted[index:]
-            }
-            for index, (term, weight, part) in enumerate(weighted[:-1], start=1)
+            name: {names[j]: cosines.of_pair(i, j) for j in range(i + 1, len(names))}
+            for i, name in enumerate(names[:-1])
         }
 
     def _warn_of_zero_gradients(self, record: StepRecord) -> None:

@@ -121,8 +121,9 @@ def _own_frames(error: BaseException) -> TracebackType | None:
 class NonFiniteError(TermError):
     """A loss or gradient is nan or infinite.
 
-    ``datum`` and ``token`` locate the first such gradient entry (``token`` is a tuple of indices
-    into that datum's [T] or [T,K] logprobs); both are None when the loss itself is not finite.
+    ``datum`` and ``token`` locate the first such entry of the gradient, or else of the logprobs
+    (``token`` is a tuple of indices into that datum's [T] or [T,K] logprobs); both are None where
+    only the loss is not finite, or a sum.
     """
 
     def __init__(

@@ -25,6 +25,11 @@ defmodule Tinkex.CustomLoss.SharedMemoryTest do
     CustomLoss.compute(pool, data, [floats(value)], opts)
   end
 
+  defp held_by(process) do
+    {:binary, binaries} = Process.info(process, :binary)
+    for({_address, size, _count} <- binaries, do: size) |> Enum.sum()
+  end
+
   # What each shared file of a process has, in bytes, by its inode.
   defp shared_files(os_pid) do
     for path <- Path.wildcard("/proc/#{os_pid}/fd/*"),
@@ -206,6 +211,19 @@ defmodule Tinkex.CustomLoss.SharedMemoryTest do
   end
 
   describe "nothing is left" do
+    test "of a large call in the BEAM's processes, before any ping" do
+      pool = start_pool!(shared_memory: true, await_ready: true, ping_interval: 60_000)
+
+      logprobs = [floats(-1.0, 500_000)]
+      # What the caller has ends with it.
+      call =
+        Task.async(fn -> {:ok, _} = CustomLoss.compute(pool, nil, logprobs, base_loss: :l2) end)
+
+      Task.await(call)
+
+      eventually(fn -> Enum.all?(processes(pool), &(held_by(&1) < 100_000)) end)
+    end
+
     test "of a worker that is killed, or ended by its pool" do
       name = __MODULE__.Killed
       pool = start_pool!(name: name, shared_memory: true, await_ready: true, backoff: {10, 200})

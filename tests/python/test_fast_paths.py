@@ -230,7 +230,7 @@ def test_the_switch_holds_for_the_threads_that_terms_run_on():
     with without_fast_paths():
         composer.compute([None], [torch.zeros(2)])
     composer.compute([None], [torch.zeros(2)])
-    assert sorted(seen) == [False, False, True, True]
+    assert seen == [False, False, fast(), fast()]
 
 
 def test_the_environment_turns_it_off():
@@ -265,3 +265,48 @@ def test_what_is_in_the_gradient_is_nobody_elses_memory():
         composition.term_gradients["base_loss"].flat.zero_()
     assert logprobs.flat.tolist() == [-1.0, -2.0]
     assert advantages.tolist() == [3.0, 4.0]
+
+
+def test_the_record_is_the_same_wherever_in_memory_the_logprobs_begin():
+    """A dot product's last bits are not, and the entropy's gradient is the logprobs themselves."""
+    values = -torch.rand(1000, generator=torch.Generator().manual_seed(0))
+    norms = set()
+    for start in range(16):
+        memory = torch.zeros(1016)
+        memory[start : start + 1000] = values
+        batch = TensorBatch(memory[start : start + 1000], ((1000,),))
+        norms.add(Composer("entropy").compute([None], batch).record["total_grad_norm"])
+    assert len(norms) == 1
+
+
+def test_no_datum_is_built_to_find_that_none_has_an_optional_array():
+    """The kl looks for the sampler's logprobs. Eight datums take longer than the composition."""
+    flat = torch.full((4,), -1.0)
+    column = Column(flat, ((2,), (2,)))
+    data = WireData(2, {"weights": column, "reference_logprobs": column})
+    Composer("kl").compute(data, TensorBatch(flat, ((2,), (2,))))
+    assert data._built is None
+
+
+@pytest.mark.parametrize("gap", [1.0, 0.1, 1e-3, 1e-5, 0.0])
+def test_cosines_to_a_total_that_all_but_cancels_are_not_taken_from_those_of_pairs(gap):
+    """The gradient of l2 is twice that of the entropy."""
+    generator = torch.Generator().manual_seed(3)
+    logprobs = [-torch.rand(300, generator=generator) - 0.1]
+    data = datums([{"advantages": torch.randn(300, generator=generator)}])
+
+    def push(data, logprobs):
+        return (logprobs[0] * data[0].loss_fn_inputs["advantages"]).sum(), {}
+
+    terms = [
+        {"fn": "l2", "weight": 1.0},
+        {"fn": "entropy", "weight": -2.0 + gap},
+        {"fn": push, "weight": 1e-3 * gap},
+    ]
+    composition = Composer(None, terms).compute(data, logprobs, term_gradients=True)
+    total = composition.gradient.flat.double()
+    for name, gradient in composition.term_gradients.items():
+        record = composition.record["regularizers"][name]
+        weighted = record["weight"] * gradient.flat.double()
+        expected = float(torch.cosine_similarity(weighted, total, 0)) if total.any() else 0.0
+        assert record["cosine_to_total"] == pytest.approx(expected, abs=2e-6)

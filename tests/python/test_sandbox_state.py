@@ -174,6 +174,9 @@ def test_a_session_of_which_nothing_is_heard_expires_with_its_models():
             trainer.run(models[0])
     assert trainer.run(models[1]).model_id == models[1]
     assert list(trainer.sessions) == [heard]
+    now = 80.0  # of neither anything is heard, and nobody names them
+    trainer.check_session(trainer.create_session())
+    assert trainer.model_ids == []
     trainer.close()
 
 

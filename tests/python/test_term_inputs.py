@@ -258,8 +258,10 @@ import torch
 
 from tinker_custom_loss import Composer
 from tinker_custom_loss.port.data import Column, WireData
+from tinker_custom_loss.port.shapes import pack_shapes, read_shapes
 
-column = Column(torch.tensor([0.0, -1.0, -1.0]), ((2,), (1,)))
+shapes = read_shapes(pack_shapes([(2,), (1,)]), "shapes")
+column = Column(torch.tensor([0.0, -1.0, -1.0]), shapes)
 data = WireData(2, dict.fromkeys({names}, column))
 composition = Composer("nll").compute(data, [torch.tensor([-5.0, -2.0]), torch.tensor([-1.0])])
 print(composition.loss_total, "tinker" in sys.modules)

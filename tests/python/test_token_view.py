@@ -47,6 +47,10 @@ def marked(page):
     return re.findall(r'<span class="([^"]*)">([^<]*)</span>', page[page.index('"tokens"') :])
 
 
+def pulls_of(page):
+    return json.loads(re.search(r'id="pulls">(.*?)</script>', page).group(1))
+
+
 def test_each_token_is_marked_by_the_term_and_the_regularizer_that_pull_hardest(run):
     page = report_page([run], tokenizer="bytes", load=["replayed_terms"])
     assert [text for _, text in marked(page)] == ["a", "b", "c", "&lt;"]
@@ -57,7 +61,7 @@ def test_each_token_is_marked_by_the_term_and_the_regularizer_that_pull_hardest(
         "c1 p4 u1 q4",
         "c1 p3 u1 q3",
     ]
-    (pulled,) = json.loads(re.search(r'id="pulls">(.*?)</script>', page).group(1))
+    (pulled,) = pulls_of(page)
     assert pulled["terms"] == ["base_loss", "l2", "towards"]
     assert pulled["pulls"][6:9] == [-1.0, -4.0, 0.0]
 
@@ -73,6 +77,21 @@ def test_tokens_without_weight_are_set_apart_which_the_legend_says(run):
     page = report_page([run], tokenizer="bytes", load=["replayed_terms"])
     assert marked(page)[0] == ("prompt", "a")
     assert "weight 0, as a prompt has</li>" in page
+
+
+@pytest.mark.parametrize(("shape", "directed"), [((3,), True), ((3, 2), False)])
+def test_a_pull_at_several_alternatives_is_not_said_to_have_a_direction(tmp_path, shape, directed):
+    datum = tinker.Datum(
+        model_input=tinker.ModelInput.from_ints([1, 2, 3]),
+        loss_fn_inputs={"target_tokens": torch.ones(shape, dtype=torch.int64)},
+    )
+    with Recorder(tmp_path, keep="all") as recorder:
+        composer = Composer(None, [{"fn": "l2", "weight": 1.0}], recorder=recorder)
+        composition = composer.compute([datum], [torch.full(shape, -1.0)], step=0)
+        recorder.log(flatten(composition.record), 0)
+    (pulled,) = pulls_of(report_page([read_run(tmp_path)]))
+    assert pulled["directed"] is directed
+    assert len(pulled["pulls"]) == 3
 
 
 def test_a_term_that_cannot_be_had_is_left_out_which_the_section_says(run):

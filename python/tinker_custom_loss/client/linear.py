@@ -9,6 +9,7 @@ logprobs, although the server never sees it.
 from __future__ import annotations
 
 import dataclasses
+import math
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -16,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from tinker import Datum, ForwardBackwardOutput, TensorData
-from torch import Tensor
 
 from ..composer import Composer
 from ..composition import Composition
@@ -89,8 +89,12 @@ def linearize_with(
 
 def linear_data(data: Sequence[Datum], gradient: TensorBatch) -> list[Datum]:
     """The datums that make the server's backward pass follow ``gradient``."""
-    weights = gradient.with_flat(torch.neg(gradient.flat)).tensors()
-    return [_sent(datum, _tensor_data(weight)) for datum, weight in zip(data, weights, strict=True)]
+    flat, start = torch.neg(gradient.flat).numpy(), 0
+    linear = []
+    for datum, shape, size in zip(data, gradient.shapes, gradient.sizes, strict=True):
+        linear.append(_sent(datum, _tensor_data(flat[start : start + size], shape)))
+        start += size
+    return linear
 
 
 def forward_data(data: Sequence[Datum]) -> list[Datum]:
@@ -117,12 +121,11 @@ def _logprobs(data: Sequence[Datum], output: ForwardBackwardOutput) -> TensorBat
         )
     arrays: list[np.ndarray[Any, Any]] = []
     for index, (datum, record) in enumerate(zip(data, output.loss_fn_outputs, strict=True)):
-        where = f"forward_output.loss_fn_outputs[{index}]"
         if "logprobs" not in record:
             raise RequestError(
                 f'the output of datum {index} has no "logprobs"; it has: '
                 f"{', '.join(sorted(record)) or 'nothing'}",
-                path=where,
+                path=f"forward_output.loss_fn_outputs[{index}]",
             )
         array = record["logprobs"].to_numpy()
         shape = _shape(datum.loss_fn_inputs["target_tokens"])
@@ -130,7 +133,7 @@ def _logprobs(data: Sequence[Datum], output: ForwardBackwardOutput) -> TensorBat
             raise RequestError(
                 f"the logprobs of datum {index} have shape {list(array.shape)}, its target_tokens "
                 f"shape {list(shape)}; is this the output of these datums?",
-                path=f"{where}.logprobs",
+                path=f"forward_output.loss_fn_outputs[{index}].logprobs",
             )
         arrays.append(array)
     flat = np.concatenate([array.reshape(-1) for array in arrays], dtype=np.float32)
@@ -143,15 +146,16 @@ def _sent(datum: Datum, weights: TensorData) -> Datum:
     return dataclasses.replace(datum, loss_fn_inputs=inputs)
 
 
-def _tensor_data(weight: Tensor) -> TensorData:
+def _tensor_data(weights: np.ndarray[Any, Any], shape: Shape) -> TensorData:
     """Wrapped without a copy; [T,K] that is mostly zeros as CSR, as the SDK itself sends it."""
-    if weight.ndim == 2:
-        return TensorData.from_torch_sparse(weight)
-    return TensorData(data=weight.numpy(), dtype="float32", shape=list(weight.shape))
+    if len(shape) == 2:
+        return TensorData.from_torch_sparse(torch.from_numpy(weights).view(shape))
+    return TensorData(data=weights, dtype="float32", shape=list(shape))
 
 
 def _zeros(datum: Datum) -> TensorData:
-    return _tensor_data(torch.zeros(_shape(datum.loss_fn_inputs["target_tokens"]), device="cpu"))
+    shape = _shape(datum.loss_fn_inputs["target_tokens"])
+    return _tensor_data(np.zeros(math.prod(shape), np.float32), shape)
 
 
 def _shape(tensor: TensorData) -> Shape:

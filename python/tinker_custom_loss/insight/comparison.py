@@ -39,8 +39,8 @@ def comparison(replay: Replay) -> Iterator[str]:
         yield f"now:  {_said(now.error) if now.error else f'loss {short(now.loss_total)}'}"
     if not replay.changes:
         yield from _reasons(step)
-    assert was.record is not None or was.error is not None
-    yield from _table(was.record, now.record)
+    if was.record is not None or now.record is not None:
+        yield from _table(was.record, now.record)
     if (change := replay.gradient_change) is not None:
         before, after, cosine = change
         yield (
@@ -80,9 +80,11 @@ def _table(was: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> Iter
     for name in ("value", "weight", "w·value", "w·|∇|", "cos"):
         table.add_column(name, justify="right", no_wrap=True)
     before, after = _terms(was), _terms(now)
-    for name in dict.fromkeys([*before, *after]):
-        table.add_row(name, "then", *_cells(before.get(name)))
-        table.add_row("", "now", *_cells(after.get(name)))
+    names = dict.fromkeys([*before, *after])
+    rows = [(name, before.get(name), after.get(name)) for name in names]
+    for name, then, again in [*rows, ("total", _total(was), _total(now))]:
+        table.add_row(name, "then", *_cells(then))
+        table.add_row("", "now", *_cells(again))
     text = io.StringIO()
     Console(file=text, width=_WIDTH, color_system=None).print(table)
     yield from (line.rstrip() for line in text.getvalue().splitlines())
@@ -93,12 +95,13 @@ def _terms(record: Mapping[str, Any] | None) -> dict[str, Mapping[str, Any]]:
         return {}
     base = record["base_loss"]
     terms: dict[str, Mapping[str, Any]] = {BASE: base} if base else {}
-    total = {
-        "value": record["loss_total"],
-        "contribution": record["loss_total"],
-        "grad_norm": record["total_grad_norm"],
-    }
-    return {**terms, **record["regularizers"], "total": total}
+    return {**terms, **record["regularizers"]}
+
+
+def _total(record: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    if record is None:
+        return None
+    return {"value": record["loss_total"], "grad_norm": record["total_grad_norm"]}
 
 
 def _cells(term: Mapping[str, Any] | None) -> list[str]:

@@ -18,7 +18,7 @@ from ..tensors.batch import TensorBatch
 from ..tensors.gradients import ParameterGradient
 from .differentiation import Evaluation
 
-__all__ = ["CheckedEvaluation", "check_finite", "record_of", "weighted_cosine"]
+__all__ = ["CheckedEvaluation", "check_finite", "record_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def check_finite(
     gradient = result.gradient
     norm = 0.0
     if gradient is not None:
-        gradient = gradient.contiguous()
+        gradient = grad.aligned(gradient)
         norm = grad.norm(gradient)
     parameters = result.parameter_gradients
     finite = all(part.is_finite() for part in parameters)
@@ -80,7 +80,7 @@ def _non_finite_error(
 ) -> NonFiniteError:
     """Says whether the input, the loss or only the gradient went wrong, and where."""
     inputs = torch.isfinite(batch.flat).logical_not().nonzero()
-    upstream = ""
+    upstream, datum, token = "", None, None
     if len(inputs):
         datum, token = batch.locate(int(inputs[0]))
         others = f" (and {len(inputs) - 1} more)" if len(inputs) > 1 else ""
@@ -107,24 +107,23 @@ def _non_finite_error(
                 f"{list(part.parameter.shape)} is not finite; its loss is {evaluation.value}"
                 f"{upstream}",
                 term=name,
+                datum=datum,
+                token=token,
             )
     return NonFiniteError(
         f'the loss of the term "{name}" is {evaluation.value}, not a finite number{upstream}',
         term=name,
+        datum=datum,
+        token=token,
     )
 
 
 def record_of(
-    part: CheckedEvaluation,
-    weight: float,
-    total: Tensor | None,
-    total_norm: float | None,
-    alone: bool,
-    size: int,
+    part: CheckedEvaluation, weight: float, cosine: float | None, size: int, differentiated: bool
 ) -> RegularizerRecord:
-    """What is recorded of one term. ``alone``: its gradient is the only one in ``total``."""
+    """What is recorded of one term, with the cosine to the total gradient."""
     evaluation = part.evaluation
-    norm = None if total is None else part.norm
+    norm = part.norm if differentiated else None
     value = None if evaluation is None else evaluation.value
     return {
         "value": value,
@@ -133,9 +132,9 @@ def record_of(
         "grad_norm": norm,
         "grad_norm_weighted": None if norm is None else abs(weight) * norm,
         "grad_rms": root_mean_square(norm, size),
-        "cosine_to_total": _cosine_to_total(part, weight, total, total_norm, alone),
+        "cosine_to_total": cosine,
         "differentiable": evaluation is not None and evaluation.differentiable,
-        "zero_gradient": None if total is None else _is_zero(part, size),
+        "zero_gradient": _is_zero(part, size) if differentiated else None,
         "seconds": None if evaluation is None else evaluation.seconds,
         "skipped": part.error is not None,
         "error": part.error,
@@ -152,34 +151,6 @@ def _is_zero(part: CheckedEvaluation, size: int) -> bool:
     if part.evaluation is None or part.gradient is None or part.norm != 0.0 or part.zeroed:
         return False
     return part.evaluation.metrics.get("tokens", size) != 0
-
-
-def _cosine_to_total(
-    part: CheckedEvaluation,
-    weight: float,
-    total: Tensor | None,
-    total_norm: float | None,
-    alone: bool,
-) -> float | None:
-    if total is None or total_norm is None:
-        return None
-    if alone and part.gradient is not None and weight != 0.0 and part.norm != 0.0:
-        return 1.0
-    return weighted_cosine(part, weight, total, total_norm)
-
-
-def weighted_cosine(
-    part: CheckedEvaluation,
-    weight: float,
-    other: Tensor | None,
-    other_norm: float,
-    other_weight: float = 1.0,
-) -> float:
-    """Cosine of a term's weighted gradient and another; 0 where either is zero or not there."""
-    if part.gradient is None or other is None or weight == 0.0 or other_weight == 0.0:
-        return 0.0
-    sign = math.copysign(1.0, weight) * math.copysign(1.0, other_weight)
-    return sign * grad.cosine(part.gradient, other, part.norm, other_norm)
 
 
 def _index(token: tuple[int, ...]) -> str:

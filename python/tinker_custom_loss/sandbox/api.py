@@ -92,6 +92,7 @@ class Api:
 
         :raises RequestError: the caller is at fault.
         """
+        self._trainer.forget_silent()
         path, _, query = target.partition("?")
         endpoint = path.removeprefix("/api/v1/").strip("/")
         if endpoint in _TRAINING_CALLS:

@@ -124,7 +124,7 @@ class Trainer:
     """Everything that clients of one server have created.
 
     ``seed`` initializes the models of clients that name none. A session of which nothing was heard
-    for ``session_seconds`` by ``clock`` is forgotten with its models when next it is named.
+    for ``session_seconds`` by ``clock`` is forgotten with its models, at the next request of any.
     """
 
     def __init__(
@@ -157,26 +157,35 @@ class Trainer:
         :raises UnknownError: there is no such session.
         :raises ExpiredError: too late.
         """
-        self._expire(session_id)
+        self._hear_of(session_id)
         if not isinstance(session_id, str) or session_id not in self._sessions:
             raise UnknownError(
                 f"there is no session {session_id!r} here; sandboxes forget theirs when they end",
                 path="session_id",
             )
 
-    def _expire(self, session_id: object) -> None:
-        """Note that the session was named, or forget it."""
-        if self._session_seconds is None or not isinstance(session_id, str):
+    def forget_silent(self) -> None:
+        """Forget the sessions of which nothing was heard for too long."""
+        if self._session_seconds is None:
+            return
+        now = self._clock()
+        with self._lock:
+            silent = [i for i, at in self._heard.items() if now - at > self._session_seconds]
+            self._expired.update(silent)
+        for session_id in silent:
+            self._forget(session_id)
+
+    def _hear_of(self, session_id: object) -> None:
+        """Something names this session.
+
+        :raises ExpiredError: too late.
+        """
+        self.forget_silent()
+        if not isinstance(session_id, str):
             return
         with self._lock:
-            if session_id in self._sessions:
-                now = self._clock()
-                if now - self._heard[session_id] <= self._session_seconds:
-                    self._heard[session_id] = now
-                    return
-                self._expired.add(session_id)
-        if session_id in self._sessions:
-            self._forget(session_id)
+            if session_id in self._heard:
+                self._heard[session_id] = self._clock()
         if session_id in self._expired:
             raise ExpiredError(
                 f"the session {session_id!r} has expired with its models: nothing was heard of it "
@@ -214,7 +223,7 @@ class Trainer:
         :raises ExpiredError: its session has expired.
         """
         if isinstance(model_id, str):
-            self._expire(model_id.partition(":")[0])
+            self._hear_of(model_id.partition(":")[0])
         run = self._runs.get(model_id) if isinstance(model_id, str) else None
         if run is None:
             known = ", ".join(self._runs) or "none yet"

@@ -49,7 +49,7 @@ class TensorBatch:
         shapes = tuple(tuple(t.shape) for t in tensors)
         if not tensors:
             return cls(torch.empty(0, device="cpu"), shapes)
-        return cls(torch.cat([t.reshape(-1) for t in tensors]), shapes)
+        return cls(torch.cat([t if t.ndim == 1 else t.reshape(-1) for t in tensors]), shapes)
 
     @classmethod
     def known(cls, flat: Tensor, shapes: tuple[Shape, ...], sizes: tuple[int, ...]) -> TensorBatch:
@@ -61,7 +61,7 @@ class TensorBatch:
     @cached_property
     def sizes(self) -> tuple[int, ...]:
         """Number of values of each tensor."""
-        return tuple(math.prod(shape) for shape in self.shapes)
+        return tuple(map(math.prod, self.shapes))
 
     def __len__(self) -> int:
         return len(self.shapes)
@@ -171,6 +171,10 @@ def _common_buffer(logprobs: Sequence[Tensor]) -> TensorBatch:
     The buffer is float64 if any tensor is, else float32 (half precision is widened); it lies on
     the device of the first tensor.
     """
-    dtype = torch.float64 if any(t.dtype == torch.float64 for t in logprobs) else torch.float32
+    kinds = {(t.dtype, t.device) for t in logprobs}
+    dtype = torch.float64 if any(kind == torch.float64 for kind, _ in kinds) else torch.float32
     device = logprobs[0].device
-    return TensorBatch.from_tensors([t.detach().to(device, dtype) for t in logprobs])
+    with torch.no_grad():
+        if kinds != {(dtype, device)}:
+            logprobs = [t.to(device, dtype) for t in logprobs]
+        return TensorBatch.from_tensors(logprobs)

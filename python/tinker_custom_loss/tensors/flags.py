@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..fast_paths import fast
 
-__all__ = ["are_not", "count", "same_bits"]
+__all__ = ["are_not", "count", "known_finite", "same_bits"]
 
 
 def are_not(tensor: Tensor, value: float) -> Tensor:
@@ -36,9 +36,15 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return a.data_ptr() == b.data_ptr() or np.array_equal(array, other)
 
 
+def known_finite(tensor: Tensor) -> bool:
+    """Whether every entry is finite; False also where it would take torch to say so."""
+    array = _array(tensor)
+    return array is not None and bool(np.isfinite(array).all())
+
+
 def _array(tensor: Tensor) -> np.ndarray[Any, Any] | None:
     """The tensor's memory; None where there is none for numpy: on a GPU, of a type that it does
-    not know, or in ``torch.func``."""
+    not know, in a graph or in ``torch.func``."""
     if tensor.device.type != "cpu" or not fast():
         return None
     try:

@@ -18,6 +18,7 @@ from ..errors import RequestError
 
 __all__ = [
     "ParameterGradient",
+    "aligned",
     "cosine",
     "dot",
     "norm",
@@ -27,10 +28,21 @@ __all__ = [
 ]
 
 _BLOCK = 1 << 16
+_ALIGNMENT = 64  # bytes
 _PRODUCT_MIN, _PRODUCT_MAX = (
     1e-25,
     1e300,
 )  # of two norms: in between, no product that counts is lost
+
+
+def aligned(a: Tensor) -> Tensor:
+    """``a``, contiguous and where torch itself would allocate it; a copy if it is not.
+
+    The last bits of a dot product depend on where its arguments begin, and the same step must give
+    the same record.
+    """
+    a = a.contiguous()
+    return a if a.data_ptr() % _ALIGNMENT == 0 else a.clone()
 
 
 def dot(a: Tensor, b: Tensor) -> float:
@@ -41,12 +53,11 @@ def dot(a: Tensor, b: Tensor) -> float:
     """
     if a.numel() <= _BLOCK:
         return float(torch.dot(a, b))
-    parts = [torch.dot(x, y) for x, y in zip(_blocks(a), _blocks(b), strict=True)]
+    blocks = math.ceil(a.numel() / _BLOCK)
+    parts = [torch.dot(x, y) for x, y in zip(a.chunk(blocks), b.chunk(blocks), strict=True)]
+    if a.device.type == "cpu":
+        return sum(map(float, parts))
     return float(torch.stack(parts).sum(dtype=torch.float64))
-
-
-def _blocks(a: Tensor) -> tuple[Tensor, ...]:
-    return torch.split(a, _BLOCK)
 
 
 def norm(a: Tensor) -> float:

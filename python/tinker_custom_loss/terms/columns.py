@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..fast_paths import fast
 from ..tensors.batch import Shape, TensorBatch
 from ..tensors.flags import are_not, count
 
@@ -19,6 +20,7 @@ __all__ = ["is_present", "read", "read_chosen", "read_groups", "read_weights"]
 
 _LOG = logging.getLogger(__name__)
 _SAMPLED = {"logprobs", "advantages"}
+_DTYPES = {np.dtype(np.float32), np.dtype(np.int64)}
 
 
 def read(key: str, data: Sequence[Any], logprobs: TensorBatch, *, repeat: bool = True) -> Tensor:
@@ -38,10 +40,8 @@ def read(key: str, data: Sequence[Any], logprobs: TensorBatch, *, repeat: bool =
 
 def is_present(key: str, data: Sequence[Any]) -> bool:
     """Whether every datum has the key."""
-    if _batch_column(key, data) is not None:
-        return True
-    if key not in getattr(data, "input_names", (key,)):  # of data that came over the port
-        return False
+    if hasattr(data, "column"):
+        return data.column(key) is not None
     return all(key in _inputs(datum) for datum in data)
 
 
@@ -114,14 +114,25 @@ def _column(key: str, data: Sequence[Any]) -> TensorBatch:
     column = _batch_column(key, data)
     if column is not None:
         return column
-    tensors = []
+    values = []
     for index, datum in enumerate(data):
         inputs = _inputs(datum)
         if key not in inputs:
             has = ", ".join(sorted(inputs)) or "nothing"
             raise ValueError(f'datum {index} has no "{key}" in its loss_fn_inputs; it has: {has}')
-        tensors.append(_tensor(key, index, inputs[key]))
-    return _joined(tensors)
+        values.append(inputs[key])
+    return _read(key, values)
+
+
+def _read(key: str, values: Sequence[Any]) -> TensorBatch:
+    """What the datums have under a key, in one piece."""
+    if fast() and all(hasattr(value, "to_numpy") for value in values):  # TensorData
+        arrays = [value.to_numpy() for value in values]
+        if {array.dtype for array in arrays} <= _DTYPES:
+            shapes = tuple(array.shape for array in arrays)
+            flat = np.concatenate([array.reshape(-1) for array in arrays])
+            return TensorBatch(torch.from_numpy(flat), shapes)
+    return _joined([_tensor(key, index, value) for index, value in enumerate(values)])
 
 
 def _auto_weights(data: Sequence[Any], shapes: tuple[Shape, ...]) -> TensorBatch | None:
@@ -141,6 +152,8 @@ def _auto_weights(data: Sequence[Any], shapes: tuple[Shape, ...]) -> TensorBatch
         if all(columns):
             parts = zip(*(column.tensors() for column in columns if column), strict=True)
             return _joined([_sampled(index, *pair) for index, pair in enumerate(parts)])
+    if all("weights" in _inputs(datum) for datum in data):
+        return _column("weights", data)
     tensors, without, unsaid = [], 0, False
     for index, (datum, shape) in enumerate(zip(data, shapes, strict=True)):
         inputs = _inputs(datum)

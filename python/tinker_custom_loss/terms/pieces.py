@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..tensors.flags import known_finite
+
 __all__ = [
     "advantage_times",
     "at_label",
@@ -27,6 +29,10 @@ def is_sampled(logprob: Tensor) -> bool:
 
 def p_times(logprob: Tensor, factor: Tensor) -> Tensor:
     """``exp(ℓ)·factor``; where ℓ = -inf it is 0, value and gradient, whatever the factor."""
+    if not torch.is_grad_enabled():
+        product = logprob.exp() * factor
+        if known_finite(product):
+            return product
     possible = logprob != -torch.inf
     safe = torch.where(possible, logprob, 0.0)
     return torch.where(possible, safe.exp() * torch.where(possible, factor, 0.0), 0.0)
@@ -58,6 +64,10 @@ class _StraightThrough(torch.autograd.Function):
 
 def advantage_times(advantage: Tensor, factor: Tensor) -> Tensor:
     """``A·factor``; 0 where A = 0, also where the factor is infinite."""
+    if not torch.is_grad_enabled():
+        product = advantage * factor
+        if known_finite(product):
+            return product
     return advantage * torch.where(advantage != 0, factor, 0.0)
 
 

@@ -34,7 +34,7 @@ def reading(
     alike = (id(data), weights, positions, flat.dtype, flat.device)
     found: Reading | None = shared.get(alike)
     if found is None:
-        if positions and all(len(shape) == 1 for shape in logprobs.shapes):  # then it is the same
+        if positions and set(map(len, logprobs.shapes)) == {1}:  # then it is the same
             found = reading(data, logprobs, weights, positions=False)
         else:
             found = Reading(data, logprobs, weights, positions)
@@ -123,6 +123,8 @@ class Reading:
     @lazy
     def kind(self) -> int | None:
         """That of all; None if there are several."""
+        if set(map(len, self._logprobs.shapes)) == {1}:
+            return 0
         return self.kinds[0] if len(set(self.kinds)) == 1 else None
 
 

@@ -6,7 +6,7 @@ defmodule Tinkex.CustomLoss.TermError do
     * `:type` - the Python type of what it raised, or nil
     * `:reason` - Python's message
     * `:traceback` - Python's traceback as text, or nil
-    * `:datum`, `:token` - where the first non-finite gradient is, or nil
+    * `:datum`, `:token` - where the gradient, or else the logprobs, are first not finite, or nil
     * `:timed_out` - whether the term outlived its own `timeout`
 
   Only this call is affected: the worker goes on.

@@ -43,6 +43,9 @@ defmodule Tinkex.CustomLoss.Pool do
           deadline: integer() | :infinity
         }
 
+  # Bytes of a request.
+  @large 1_048_576
+
   def start_link({supervisor, config}), do: GenServer.start_link(__MODULE__, {supervisor, config})
 
   @doc """
@@ -148,12 +151,25 @@ defmodule Tinkex.CustomLoss.Pool do
     end
   end
 
-  def handle_cast({:done, id}, state), do: state |> release(id) |> settled()
+  def handle_cast({:done, id}, state) do
+    {:noreply, next} = state |> release(id) |> settled()
+
+    if large?(state.requests[id]),
+      do: {:noreply, next, {:continue, :collect}},
+      else: {:noreply, next}
+  end
 
   def handle_cast({:worker, index, pid, news}, state),
     do: state |> know(index, pid) |> news(index, news) |> settled()
 
   def handle_cast(other, state), do: stray(other, state)
+
+  # A large request that is over would else be kept until the next ping.
+  @impl true
+  def handle_continue(:collect, state) do
+    :erlang.garbage_collect()
+    {:noreply, state}
+  end
 
   @impl true
   def handle_info({{:gone, id}, _monitor, :process, _pid, _reason}, state),
@@ -201,6 +217,9 @@ defmodule Tinkex.CustomLoss.Pool do
     requests = Map.put(state.requests, request.id, {request, index})
     %{state | requests: requests, slots: Slots.take(state.slots, index, request.losses)}
   end
+
+  defp large?(nil), do: false
+  defp large?({request, _index}), do: IO.iodata_length(request.frame) >= @large
 
   # In order, even if a later one would find room where the first does not: it would never be its turn.
   defp serve(state) do

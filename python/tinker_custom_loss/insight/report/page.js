@@ -46,12 +46,13 @@ for (const [id, chart] of Object.entries(numbers)) {
 // The pulls at a token under the pointer, and of one term alone where its name is chosen.
 const pulls = JSON.parse(document.getElementById("pulls").textContent);
 document.querySelectorAll(".text").forEach((block, number) => {
-  const { terms, pulls: values } = pulls[number];
+  const { terms, pulls: values, directed } = pulls[number];
   const tokens = [...block.querySelectorAll(".tokens span")];
   const readout = block.querySelector(".readout");
   const marks = [...block.querySelectorAll(".legend .mark:not(.prompt)")];
   const at = (token, term) => values[token * terms.length + term];
-  const pull = (value) => Math.abs(value) + (value > 0 ? "↓" : value < 0 ? "↑" : "");
+  const arrow = (value) => (!directed || value === 0 ? "" : value > 0 ? "↓" : "↑");
+  const pull = (value) => Math.abs(value) + arrow(value);
   const tell = (event) => {
     const token = tokens.indexOf(event.target);
     if (token < 0) return;

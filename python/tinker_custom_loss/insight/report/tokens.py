@@ -135,7 +135,9 @@ class _Block:
             return []
         columns = [self._table(index, ids).T.tolist() for index, ids in self._datums]
         numbers = [float(f"{x:.2g}") for column in columns for token in column for x in token]
-        return [{"terms": [*self._terms], "pulls": numbers}]
+        # A sum of sizes over alternatives has no direction.
+        directed = all(x.ndim == 1 for x in self._step.logprobs)
+        return [{"terms": [*self._terms], "pulls": numbers, "directed": directed}]
 
     def _text(self, index: int, ids: Sequence[int], masked: Sequence[bool]) -> str:
         names = [*self._terms]
