@@ -32,6 +32,10 @@ class Column:
     flat: Tensor
     shapes: Shapes
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.shapes, Shapes):  # they did not come over a wire
+            object.__setattr__(self, "shapes", Shapes.known(self.shapes))
+
     @cached_property
     def normal(self) -> Tensor:
         """``flat`` in the type that a ``tinker.TensorData`` has: float32 or int64."""

@@ -41,6 +41,11 @@ class Shapes(tuple[Shape | None, ...]):
         self.sizes, self.wire, self.whole = tuple(sizes), wire, None not in self
         return self
 
+    @classmethod
+    def known(cls, shapes: Sequence[Shape | None]) -> Shapes:
+        """Of shapes that are not written yet."""
+        return _read(pack_shapes(shapes))
+
 
 def pack_shapes(shapes: Sequence[Shape | None]) -> bytes:
     """Shapes as they are written."""
