@@ -200,10 +200,10 @@ def test_of_every_term_they_agree(case, kind):
 
 @given(
     compositions(),
-    st.sampled_from(KINDS),
+    st.sampled_from([*KINDS, *KINDS[:3]]),  # what is refused with negative weights is much
     st.sampled_from([math.nan, -math.inf, math.inf, -1.0]),
     st.sampled_from([torch.float32, torch.float64]),
-    st.booleans(),
+    st.sampled_from([False, False, False, True]),
     st.booleans(),
     st.booleans(),
     st.integers(0, 2**16),
@@ -230,7 +230,7 @@ def test_the_switch_holds_for_the_threads_that_terms_run_on():
     with without_fast_paths():
         composer.compute([None], [torch.zeros(2)])
     composer.compute([None], [torch.zeros(2)])
-    assert sorted(seen) == [False, False, True, True]
+    assert seen == [False, False, fast(), fast()]
 
 
 def test_the_environment_turns_it_off():

@@ -58,7 +58,7 @@ class Checkpoint:
 class Checkpoints:
     """All checkpoints of a server, by path; with a ``directory``, also those of servers before it.
 
-    :raises RequestError: the directory cannot be made, or a file in it is no checkpoint of a sandbox.
+    :raises RequestError: the directory cannot be made, or has a file that is no checkpoint.
     """
 
     def __init__(self, directory: Path | None = None) -> None:
