@@ -200,10 +200,10 @@ def test_of_every_term_they_agree(case, kind):
 
 @given(
     compositions(),
-    st.sampled_from(KINDS),
+    st.sampled_from([*KINDS, *KINDS[:3]]),  # what is refused with negative weights is much
     st.sampled_from([math.nan, -math.inf, math.inf, -1.0]),
     st.sampled_from([torch.float32, torch.float64]),
-    st.booleans(),
+    st.sampled_from([False, False, False, True]),
     st.booleans(),
     st.booleans(),
     st.integers(0, 2**16),
