@@ -105,6 +105,7 @@ def main() -> int:
             service.create_lora_training_client("sandbox").result(),
             base_loss=BASE,
             regularizers=[ENTROPY],
+            recorder=recorder,
         )
         with live(recorder, total=options.steps):
             for step in range(options.steps):

@@ -116,6 +116,7 @@ def main() -> int:
             service.create_lora_training_client("sandbox").result(),
             base_loss=DPO,
             regularizers=REGULARIZERS,
+            recorder=recorder,
         )
         training = Pairs(client, [word for i, word in enumerate(WORDS) if i % 3])
         held_out = Pairs(client, WORDS[::3])

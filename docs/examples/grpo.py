@@ -159,7 +159,7 @@ def main() -> int:
 
         service = tinker.ServiceClient(base_url=sandbox.url, api_key="tml-sandbox")
         bare = service.create_lora_training_client("sandbox").result()
-        client = with_regularizers(bare, regularizers=regularizers)
+        client = with_regularizers(bare, regularizers=regularizers, recorder=recorder)
         start = client.save_weights_and_get_sampling_client().result()
         train(client, start, seeds[:half], log)
         checkpoint = client.save_state("half-way").result().path

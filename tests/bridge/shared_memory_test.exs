@@ -5,6 +5,7 @@ defmodule Tinkex.CustomLoss.SharedMemoryTest do
   import Tinkex.CustomLoss.Bridge
 
   alias Tinkex.CustomLoss
+  alias Tinkex.CustomLoss.Pool.{Memory, Outbox}
   alias Tinkex.CustomLoss.WorkerError
 
   @moduletag timeout: 120_000
@@ -185,6 +186,25 @@ defmodule Tinkex.CustomLoss.SharedMemoryTest do
                CustomLoss.start_link([shared_memory: true] ++ opts)
 
       assert sentence =~ "is not the worker's"
+    end
+
+    @tag :tmp_dir
+    test "that was killed before its files were opened is replaced", %{tmp_dir: dir} do
+      env = %{"DIES_ONCE" => Path.join(dir, "died")}
+      pool = start_peers!("dies_when_ready.py", shared_memory: true, env: env)
+      assert {:ok, %{loss_total: 5.0}} = compute(pool, -1.0, %{name: "l2", fn: :l2}, step: 5)
+    end
+
+    test "whose files the writer cannot open is sent by the pipe what they would hold" do
+      port = Port.open({:spawn_executable, "/bin/cat"}, [{:packet, 4}, :binary])
+      ready = %{pid: System.pid(), shared_memory: %{descriptors: [999_999], token: "token"}}
+      outbox = port |> Outbox.open() |> Outbox.share(ready)
+      frame = [<<0xC6, 4 * @values::32>>, elem(floats(-1.0), 0), <<0x80>>]
+      {placed, _memory} = Memory.place(%Memory{free: [0]}, 7, frame)
+      assert {:shared, 0, _frame} = placed
+      Outbox.put(outbox, 7, placed)
+      assert_receive {^port, {:data, echoed}}, 10_000
+      assert echoed == IO.iodata_to_binary(frame)
     end
 
     test "that says its answer is where it cannot be is replaced, with a sentence" do

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import functools
 import math
 import threading
 
@@ -21,6 +22,7 @@ from tinker_custom_loss import (
     TensorBatch,
     TermError,
 )
+from tinker_custom_loss.terms import l2
 
 DATA = ["datum"]
 
@@ -293,6 +295,15 @@ class TestChangedLogprobs:
         with pytest.raises(ChangedLogprobsError, match='"changes" changed the logprobs in place'):
             composer.compute(DATA, given)
         assert torch.equal(given.flat if flat else given[0], before)
+
+    def test_under_the_names_of_a_term_of_the_catalogue_too(self, logprobs):
+        @functools.wraps(l2)
+        def changes(data, logprobs):
+            by_numpy(logprobs[0])
+            return logprobs[0].square().sum(), {}
+
+        with pytest.raises(ChangedLogprobsError):
+            Composer(total, [term(changes)]).compute(DATA, logprobs)
 
     def test_async_too(self, logprobs):
         async def changes(data, logprobs):

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tinker_custom_loss.insight import read_run
+
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "docs" / "examples"
 
@@ -33,6 +35,10 @@ def column(output, pattern):
     return [float(value) for value in re.findall(pattern, output)]
 
 
+def composed(run):
+    return [each["name"] for each in read_run(run).composition["regularizers"]]
+
+
 def test_the_page_is_one_program(tmp_path):
     page = (ROOT / "docs" / "api" / "trainingclient.md").read_text(encoding="utf-8")
     lines = [""] * len(page.splitlines())
@@ -50,16 +56,19 @@ def test_the_page_is_one_program(tmp_path):
 def test_grpo(tmp_path):
     output = run(EXAMPLES / "grpo.py", tmp_path, "--steps", "16")
     assert "yes  the resumed run has the same parameters, bit for bit" in output
+    assert composed(tmp_path / "runs" / "grpo") == ["kl", "entropy", "liked"]
 
 
 def test_dpo(tmp_path):
     output = run(EXAMPLES / "dpo.py", tmp_path, "--steps", "12")
     assert "yes  the accuracy of pairs that were held out rises to 100%" in output
+    assert composed(tmp_path / "runs" / "dpo") == ["likelihood", "ratio"]
 
 
 def test_distill(tmp_path):
     output = run(EXAMPLES / "distill.py", tmp_path, "--steps", "16")
     assert "yes  the reverse KL falls to less than half" in output
+    assert composed(tmp_path / "runs" / "distill") == ["entropy"]
 
 
 def test_an_example_that_did_not_learn_fails(tmp_path):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
+import resource
 import struct
 import time
 import weakref
@@ -134,6 +136,34 @@ def test_a_file_has_one_request_at_a_time():
     memory.lend(Place(0, 0, 8))
 
 
+@contextlib.contextmanager
+def limited(limit: int, value: int):
+    """With a limit of this process lowered."""
+    soft, hard = resource.getrlimit(limit)
+    resource.setrlimit(limit, (value, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(limit, (soft, hard))
+
+
+def test_there_are_no_files_where_a_large_one_would_kill_who_writes_it():
+    with limited(resource.RLIMIT_FSIZE, 1 << 20):
+        assert SharedMemory(2).describe() is None
+
+
+def test_there_are_no_files_and_no_descriptors_gone_where_not_all_can_be_made():
+    spare = [os.dup(0) for _ in range(3)]  # the lowest numbers that are free
+    for fd in spare:
+        os.close(fd)
+    with limited(resource.RLIMIT_NOFILE, max(spare) + 1):
+        assert SharedMemory(8).describe() is None
+        again = [os.dup(0) for _ in range(3)]
+    for fd in again:
+        os.close(fd)
+    assert again == spare
+
+
 def test_a_file_that_was_cut_and_written_again_is_read_anew():
     file = SharedFile()
     file.write(0, [b"\x01" * 10_000])
@@ -187,3 +217,24 @@ def test_a_term_of_the_catalogue_neither_keeps_nor_changes_what_it_borrows(name)
         gc.collect()  # of an error and its traceback
         assert mapped() is None
     assert answers == {"result"}
+
+
+@functools.wraps(CATALOGUE["l2"])
+def wraps_l2(data, logprobs):
+    kept.append(logprobs[0].detach())
+    return (logprobs[0] ** 2).sum(), {}
+
+
+kept: list[torch.Tensor] = []
+
+
+def test_a_term_that_wraps_one_of_the_catalogue_is_given_a_copy(monkeypatch):
+    registry = Registry()
+    monkeypatch.setattr(registry, "resolve", lambda _name: wraps_l2)
+    payload, packed = pack_apart(compute("wraps_l2", batch(LARGE)))
+    file = SharedFile()
+    file.write(0, payload.pieces)
+    message = Message(unpack(packed).fields, file.view(0, payload.size), Place(0, 0, payload.size))
+    Service(registry).compute(message)
+    file.write(0, [bytes(payload.size)])  # the next request's
+    assert torch.equal(kept.pop(), LARGE)

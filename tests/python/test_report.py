@@ -218,6 +218,9 @@ def test_what_was_composed_otherwise_is_listed_and_what_was_not_is_not(tmp_path)
     ]
     same = report_page([run("c", 0.1), run("d", 0.1)])
     assert "Nothing differs in what their config.json says." in same
+    mute = report_page([recorded(tmp_path / name, 3) for name in "ef"])
+    assert "f does not say what it was composed of." in mute
+    assert "Nothing differs" not in mute
 
 
 def test_a_run_that_logs_every_hundredth_step_is_a_line_beside_one_that_logs_each(tmp_path):

@@ -519,6 +519,7 @@ def test_the_command_serves_until_interrupted():
         (["--threads", "0"], "expected at least 1"),
         (["--port", "99999"], "--port"),
         (["--load", "x"], "only an Erlang port names terms"),
+        (["--state", f"{__file__}/below"], "--state: cannot make the directory: "),
         (["--session-seconds", "0"], "--session-seconds: expected more than 0 seconds"),
         (["--fault", "lost_answer=1"], "--fault lost_answer: there is no such fault; of 13, the"),
         (["--fault", "lost_answers"], "expected lost_answers=NUMBER, got 'lost_answers'"),

@@ -8,7 +8,6 @@ writes the answer's behind it.
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import os
 import secrets
@@ -17,7 +16,7 @@ from typing import Any
 
 from ..errors import ProtocolError
 from .messagepack import Buffer, Payload, Place
-from .process import point_at_nothing
+from .process import may_write_any_size, point_at_nothing
 
 __all__ = ["LEAST_SHARED", "SharedFile", "SharedMemory"]
 
@@ -67,12 +66,17 @@ class SharedMemory:
 
     def __init__(self, count: int) -> None:
         self._files: list[SharedFile] = []
-        with contextlib.suppress(OSError, AttributeError):
-            self._files = [SharedFile() for _ in range(count)]
         # By which the host knows that it has opened these and no others.
         self._token = secrets.token_hex(16)
-        for file in self._files:
-            file.write(0, [self._token.encode()])
+        try:
+            if may_write_any_size():
+                for _ in range(count):
+                    self._files.append(SharedFile())
+                    self._files[-1].write(0, [self._token.encode()])
+        except (OSError, AttributeError):  # some would leave terms no descriptors: none, then
+            for file in self._files:
+                os.close(file.fd)
+            self._files = []
         descriptors = [file.fd for file in self._files]
         os.register_at_fork(after_in_child=lambda: point_at_nothing(*descriptors))
 

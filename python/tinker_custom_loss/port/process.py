@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import fcntl
 import os
+import resource
 import signal
 import stat
 import sys
@@ -14,7 +15,15 @@ from typing import NoReturn
 
 from .frames import widen_pipe
 
-__all__ = ["attached", "end", "end_if_forked", "point_at_nothing", "resident_bytes", "settle"]
+__all__ = [
+    "attached",
+    "end",
+    "end_if_forked",
+    "may_write_any_size",
+    "point_at_nothing",
+    "resident_bytes",
+    "settle",
+]
 
 _FROM_HOST, _TO_HOST = 3, 4  # as an Erlang port gives them
 _OUT_OF_THE_WAY = 100
@@ -92,6 +101,12 @@ def point_at_nothing(*descriptors: int) -> None:
     for fd in descriptors:
         os.dup2(null, fd, inheritable=False)
     os.close(null)
+
+
+def may_write_any_size() -> bool:
+    """Whether no limit on the size of a file (``ulimit -f``) is on this process, and so, as it
+    inherits that, on its host: one that writes beyond it is killed by the kernel."""
+    return resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
 
 
 def _start_guardian(from_host: int) -> None:

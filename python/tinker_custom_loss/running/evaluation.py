@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import inspect
 import os
+import sys
 import threading
 import time
 import uuid
@@ -41,8 +42,15 @@ __all__ = ["Call", "RemoteCall", "RemoteReply", "evaluate", "is_of_catalogue"]
 
 
 def is_of_catalogue(fn: object) -> bool:
-    """Whether a function is one of this package's own terms, which are known to be right."""
-    return (getattr(fn, "__module__", None) or "").startswith(_CATALOGUE)
+    """Whether a function is one of this package's own terms, which are known to be right.
+
+    The very one that its module has: ``functools.wraps`` gives a user's function the names of the
+    term that it wraps.
+    """
+    home = getattr(fn, "__module__", None) or ""
+    return home.startswith(_CATALOGUE) and (
+        getattr(sys.modules.get(home), getattr(fn, "__name__", ""), None) is fn
+    )
 
 
 @dataclass(frozen=True)

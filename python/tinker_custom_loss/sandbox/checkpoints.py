@@ -58,7 +58,7 @@ class Checkpoint:
 class Checkpoints:
     """All checkpoints of a server, by path; with a ``directory``, also those of servers before it.
 
-    :raises RequestError: a file in the directory is no checkpoint of a sandbox.
+    :raises RequestError: the directory cannot be made, or has a file that is no checkpoint.
     """
 
     def __init__(self, directory: Path | None = None) -> None:
@@ -67,7 +67,10 @@ class Checkpoints:
         self._memory: dict[str, bytes] = {}
         self._lock = threading.RLock()
         if directory is not None:
-            directory.mkdir(parents=True, exist_ok=True)
+            try:
+                directory.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise RequestError(f"cannot make the directory: {error}", path="state") from error
             for file in sorted(directory.glob("*.safetensors"), key=os.path.getmtime):
                 checkpoint = _read_header(file)
                 self._known[checkpoint.path] = checkpoint

@@ -178,12 +178,8 @@ def _differences(runs: Sequence[Run], names: Sequence[str]) -> str:
         for key in every
         if len({each.get(key) for each in told}) > 1 and not _is_beside_the_point(key, told)
     ]
-    body = (
-        _table(names, rows, "words")
-        if rows
-        else '<p class="quiet">Nothing differs in what their config.json says.</p>'
-    )
-    return f"<h3>What differs</h3>{body}{note}"
+    body = '<p class="quiet">Nothing differs in what their config.json says.</p>' if every else ""
+    return f"<h3>What differs</h3>{_table(names, rows, 'words') if rows else body}{note}"
 
 
 def _is_beside_the_point(key: str, told: Sequence[Mapping[str, str]]) -> bool:

@@ -14,7 +14,7 @@ defmodule Tinkex.CustomLoss.Pool.Memory do
 
   # `files`: index => descriptor, `taken`: id => index, `written` and `used`: index => the bytes that a
   # file may have, and those of its largest request since `trim/1`.
-  defstruct paths: [], files: %{}, free: [], taken: %{}, written: %{}, used: %{}
+  defstruct files: %{}, free: [], taken: %{}, written: %{}, used: %{}
 
   @type t :: %__MODULE__{}
   @type file :: :file.fd()
@@ -29,31 +29,34 @@ defmodule Tinkex.CustomLoss.Pool.Memory do
   @doc "The files of a worker that is ready, open in the calling process; or why they are not."
   @spec open(map()) :: {:ok, t()} | {:error, String.t()}
   def open(%{shared_memory: %{descriptors: descriptors, token: token}, pid: pid}) do
-    paths = for descriptor <- descriptors, do: "/proc/#{pid}/fd/#{descriptor}"
-    files = open_paths(paths)
+    opened = for descriptor <- descriptors, do: open("/proc/#{pid}/fd/#{descriptor}", token)
+    files = for {{:ok, file}, index} <- Enum.with_index(opened), into: %{}, do: {index, file}
+    memory = %__MODULE__{files: files, free: Map.keys(files)}
 
-    # Another process's, where the worker counts its processes differently.
-    if Enum.all?(files, fn {_, file} -> :file.pread(file, 0, byte_size(token)) == {:ok, token} end) do
-      {:ok, %__MODULE__{paths: paths, files: files, free: Map.keys(files)}}
-    else
-      close(%__MODULE__{files: files})
-      {:error, "/proc/#{pid} is not the worker's"}
+    with {:error, why} <- Enum.find(opened, {:ok, memory}, &match?({:error, _why}, &1)) do
+      close(memory)
+      {:error, why}
     end
-  catch
-    {:not_opened, path, reason} -> {:error, "#{path} cannot be opened: #{reason}"}
   end
 
-  def open(_ready),
-    do: {:error, "its Python has none to offer, which takes memfd_create(2), of Linux"}
+  def open(_ready) do
+    {:error,
+     "its Python has none to offer, which takes memfd_create(2), of Linux, descriptors to spare, " <>
+       "and no limit on the size of files (ulimit -f)"}
+  end
 
-  @doc "Each path's file, open in the calling process, by its index; throws the one that is not."
-  @spec open_paths([Path.t()]) :: %{non_neg_integer() => file()}
-  def open_paths(paths) do
-    for {path, index} <- Enum.with_index(paths), into: %{} do
-      case :file.open(path, [:raw, :binary, :read, :write]) do
-        {:ok, file} -> {index, file}
-        {:error, reason} -> throw({:not_opened, path, reason})
-      end
+  # It is another process's where the worker counts its processes differently.
+  defp open(path, token) do
+    with {:ok, file} <- :file.open(path, [:raw, :binary, :read, :write]),
+         {:read, _file, {:ok, ^token}} <- {:read, file, :file.pread(file, 0, byte_size(token))} do
+      {:ok, file}
+    else
+      {:error, reason} ->
+        {:error, "#{path} cannot be opened: #{reason}"}
+
+      {:read, file, _other} ->
+        :file.close(file)
+        {:error, "#{path} is not the worker's"}
     end
   end
 
@@ -89,7 +92,7 @@ defmodule Tinkex.CustomLoss.Pool.Memory do
 
   @doc "Writes the payload of a placed frame; what is left to send."
   @spec write(%{non_neg_integer() => file()}, term()) :: iodata()
-  def write(files, {:shared, index, frame}) do
+  def write(files, {:shared, index, frame}) when is_map_key(files, index) do
     {payload, message} = Frame.apart(frame)
 
     case :file.pwrite(files[index], 0, payload) do
@@ -99,6 +102,7 @@ defmodule Tinkex.CustomLoss.Pool.Memory do
     end
   end
 
+  def write(_files, {:shared, _not_opened, frame}), do: frame
   def write(_files, frame), do: frame
 
   @doc "The payload that the answer to `id` is said to have."

@@ -25,9 +25,13 @@ defmodule Tinkex.CustomLoss.Pool.Outbox do
     %__MODULE__{writer: spawn_link(fn -> write(port, owner, %{}) end)}
   end
 
-  @doc "Frames may be placed in the files of these paths from now on, see `Memory.place/3`."
-  def share(outbox, paths) do
-    send(outbox.writer, {:share, paths})
+  @doc """
+  Frames may be placed in the files of a worker that is ready from now on, see `Memory.place/3`.
+
+  Where the writer cannot open them, they take the pipe: descriptors run out, and workers end.
+  """
+  def share(outbox, ready) do
+    send(outbox.writer, {:share, ready})
     outbox
   end
 
@@ -81,8 +85,11 @@ defmodule Tinkex.CustomLoss.Pool.Outbox do
 
   defp write(port, owner, files) do
     receive do
-      {:share, paths} ->
-        write(port, owner, Memory.open_paths(paths))
+      {:share, ready} ->
+        case Memory.open(ready) do
+          {:ok, memory} -> write(port, owner, memory.files)
+          {:error, _why} -> write(port, owner, files)
+        end
 
       {:write, frame} ->
         frame = Memory.write(files, frame)

@@ -224,11 +224,16 @@ defmodule Tinkex.CustomLoss.Pool.Worker do
       }
 
       report(fn -> Telemetry.worker_up(data.config, data.index, up) end)
-      outbox = Outbox.share(data.outbox, memory.paths)
+      outbox = if memory == Memory.none(), do: data.outbox, else: Outbox.share(data.outbox, ready)
       data = %{data | memory: memory, outbox: outbox, ping: nil, missed_pings: 0}
       {:next_state, :ready, data, next_ping(data)}
     else
-      refusal -> ended({:not_started, refusal}, data)
+      # Unless it was killed: its exit status would be a moment away.
+      {:unshared, refusal} ->
+        {:keep_state, data, {{:timeout, :closed}, 200, {:not_started, refusal}}}
+
+      refusal ->
+        ended({:not_started, refusal}, data)
     end
   end
 
@@ -371,8 +376,9 @@ defmodule Tinkex.CustomLoss.Pool.Worker do
   defp share(ready, %{shared_memory: wanted}) do
     case Memory.open(ready) do
       {:error, why} when wanted == true ->
-        "there is no memory to share with the worker, since #{why}; with shared_memory: :auto, " <>
-          "the pipe serves instead"
+        {:unshared,
+         "there is no memory to share with the worker, since #{why}; with shared_memory: :auto, " <>
+           "the pipe serves instead"}
 
       {:error, _why} ->
         {:ok, Memory.none()}
