@@ -48,9 +48,9 @@ defmodule Tinkex.CustomLoss.Wire.Frame do
   defp place(list, payload) when is_list(list), do: Enum.map_reduce(list, payload, &place/2)
   defp place(other, payload), do: {other, payload}
 
-  # Larger ones are left as they are. A piece beyond the second size would be one of those binaries
+  # Larger ones are left as they are, since a copy of them all would be another payload. A piece beyond the second size would be one of those binaries
   # for which the emulator asks the system for fresh memory each time.
-  @small 65_536
+  @small 16_384
   @joined 262_144
 
   @doc "What was encoded in as few pieces as there are large tensors: many small ones are joined."
