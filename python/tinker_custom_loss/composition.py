@@ -147,10 +147,10 @@ class Step:
             for weight, part in zip(self.weights, checked, strict=True)
             if part.gradient is not None
         ]
-        total = grad.weighted_sum(weighted, self.batch.flat)
+        total = self._sum(weighted, results)
         loss_total, record = self._recorded(checked, total, self._total_norm(total, checked))
         self._warn_of_zero_gradients(record)
-        kept = {  # what is known in closed form may be the memory of an input
+        kept = {  # each may be the total, or the memory of an input
             term.name: self.batch.with_flat(part.gradient.clone())
             for term, part in zip(self.terms, checked, strict=True)
             if keep_term_gradients and part.gradient is not None
@@ -158,6 +158,17 @@ class Step:
         gradient, gradients = self._bring_home(total)
         parameters = self._parameter_gradients(checked)
         return Composition(loss_total, record, gradient, kept, parameters, gradients)
+
+    def _sum(
+        self,
+        weighted: Sequence[tuple[float, Tensor]],
+        results: Sequence[Evaluation | TermError],
+    ) -> Tensor:
+        """The total gradient, in memory of its own: that of the only term, if it has it."""
+        borrowed = any(isinstance(each, Evaluation) and each.borrowed for each in results)
+        if len(weighted) == 1 and weighted[0][0] == 1.0 and not borrowed:
+            return weighted[0][1]
+        return grad.weighted_sum(weighted, self.batch.flat)
 
     def _checked(self, results: Sequence[Evaluation | TermError]) -> list[CheckedEvaluation]:
         return [

@@ -353,7 +353,7 @@ defmodule Tinkex.CustomLoss.PoolTest do
     end
 
     test "in our version of the protocol says which side is older" do
-      pool = start_pool!(python: fixture("speaks_version_3.py"), backoff: {60_000, 60_000})
+      pool = start_pool!(python: fixture("speaks_version_4.py"), backoff: {60_000, 60_000})
       assert {:error, %WorkerError{} = error} = ask(pool, 1)
       assert Exception.message(error) =~ "the Elixir package tinkex_custom_loss is older"
     end

@@ -20,10 +20,15 @@ defmodule Tinkex.CustomLoss.ProtocolTest do
     decode(message, Vectors.message(vector).payload)
   end
 
+  defp shapes(shapes) do
+    %{"shapes" => packed} = Batch.to_wire(%Batch{dtype: :float32, shapes: shapes, data: ""}, 0, 0)
+    packed
+  end
+
   defp value(vector), do: Vectors.message(vector).value
 
   test "a result has its gradients as a batch that is a part of the frame" do
-    gradients = %{"data" => [8, 400], "dtype" => "float32", "shapes" => [[50], [1, 50]]}
+    gradients = %{"data" => [8, 400], "dtype" => "float32", "shapes" => shapes([[50], [1, 50]])}
     message = put_in(value("result_compute")["gradients"], gradients)
     frame = Vectors.join(:binary.copy(<<0>>, 408), message)
 
@@ -65,7 +70,7 @@ defmodule Tinkex.CustomLoss.ProtocolTest do
 
   test "a worker of another version is only known by its version" do
     assert Protocol.decode(Vectors.message("ready_of_another_version").frame) ==
-             {:ready, %{protocol: 3}}
+             {:ready, %{protocol: 4}}
   end
 
   test "a malformed answer is told to the one who waits, with its path" do
@@ -79,9 +84,14 @@ defmodule Tinkex.CustomLoss.ProtocolTest do
           {"result_compute", ["gradients"], [1.0], "`gradients` is not a batch"},
           {"result_compute", ["gradients", "dtype"], "float8",
            "`gradients.dtype` is not a dtype of the protocol"},
-          {"result_compute", ["gradients", "shapes"], [[2], [-1]],
-           "`gradients.shapes[1]` is neither nil nor an array of sizes"},
-          {"result_compute", ["gradients", "shapes"], [[2], [3]],
+          {"result_compute", ["gradients", "shapes"], [[2], [1, 2]],
+           "`gradients.shapes` is not a bin"},
+          {"result_compute", ["gradients", "shapes"], {:bin, <<1::32-little, 2::32-little, 9>>},
+           "`gradients.shapes` end within those of datum 1"},
+          {"result_compute", ["gradients", "shapes"],
+           {:bin, <<1::32-little, 2::32-little, 2::32-little, 7::32-little>>},
+           "`gradients.shapes` end within those of datum 1"},
+          {"result_compute", ["gradients", "shapes"], shapes([[2], [3]]),
            "`gradients.data` has 16 bytes; its shapes hold 20"},
           {"result_ping", ["uptime"], true, "expected a float at `uptime`, got a boolean"},
           {"result_terms", ["terms"], [%{}], "expected a string at `terms[0].name`, got nothing"},
@@ -119,7 +129,7 @@ defmodule Tinkex.CustomLoss.ProtocolTest do
            "the worker's result is malformed: expected an integer at `id`, got a string"},
           {%{op: "error", id: nil},
            "the worker's error is malformed: expected a map at `error`, got nothing"},
-          {%{op: "ready", protocol: 2},
+          {%{op: "ready", protocol: 3},
            "the worker's ready is malformed: expected a string at `package`, got nothing"},
           {%{op: "log", level: "loud"},
            "the worker's log is malformed: expected one of debug, info, warning, error, " <>

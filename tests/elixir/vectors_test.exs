@@ -74,7 +74,8 @@ defmodule Tinkex.CustomLoss.VectorsTest do
       end)
 
   defp batches(%{"data" => [at, size], "dtype" => _} = wire, payload) do
-    {:ok, batch} = Batch.from_wire(%{wire | "data" => binary_part(payload, at, size)})
+    wire = %{Vectors.decoded(wire) | "data" => binary_part(payload, at, size)}
+    {:ok, batch} = Batch.from_wire(wire)
     batch
   end
 

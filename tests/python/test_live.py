@@ -46,6 +46,29 @@ def test_without_a_terminal_there_are_plain_lines_and_the_table_at_the_end():
     assert "\x1b" not in out.getvalue()
 
 
+@pytest.mark.parametrize(
+    ("columns", "scale", "shown"),
+    [(80, 1, ["share", "trend"]), (80, 1e-105, ["share"]), (60, 1, ["trend"])],
+)
+def test_what_has_no_room_is_left_out_so_that_no_number_is_cut_short(
+    columns, scale, shown, monkeypatch
+):
+    """Bars and trends, which the report has, too."""
+    monkeypatch.setenv("FORCE_COLOR", "1")  # to rich, a terminal
+    monkeypatch.setenv("COLUMNS", str(columns))
+    term = {"value": 1.234, "weight": 0.1234, "contribution": 0.1234, "grad_norm_weighted": 0.4321}
+    metrics = {f"regularizers/{'n' * 16}/{key}": -scale * x for key, x in term.items()}
+    metrics |= {"loss_total": 1.0, f"regularizers/{'n' * 16}/cosine_to_total": -0.5}
+    out = io.StringIO()
+    with live(file=out) as table:
+        table.log(metrics, 0)
+    heads, row = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue()).splitlines()[-2:]
+    assert len(row) <= columns
+    assert "…" not in heads + row
+    assert [word for word in heads.split() if word in ("share", "trend")] == shown
+    assert float(row.split()[1]) == pytest.approx(-1.234 * scale, rel=0.01)
+
+
 @pytest.mark.parametrize("count", [1, 4, 12])
 def test_no_line_is_longer_than_80_columns_and_what_is_left_out_is_counted(count):
     names = [f"a_regularizer_with_a_long_name_{index}" for index in range(count)]

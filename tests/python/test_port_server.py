@@ -25,8 +25,10 @@ from port_client import (
     l2,
 )
 from tinker_custom_loss.port.messagepack import pack
+from tinker_custom_loss.port.shapes import pack_shapes
 
 HERE = Path(__file__).parent
+ONE_OF_TWO = pack_shapes([(2,)])
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +70,7 @@ class TestReady:
     def test_it_speaks_first_and_says_what_it_is(self, shared):
         ready = shared.ready
         assert ready["op"] == "ready"
-        assert ready["protocol"] == 2
+        assert ready["protocol"] == 3
         assert ready["torch"] == torch.__version__
         assert ready["pid"] == shared.process.pid
         assert ready["rss"] > 50_000_000
@@ -224,23 +226,28 @@ BAD_REQUESTS = [
     ({"base_loss": {"fn": "nl"}}, "request", "base_loss.fn", "the nearest are: nll"),
     ({"base_loss": "nll"}, "protocol", "base_loss", "expected a map"),
     ({"logprobs": None}, "protocol", "logprobs", "expected a map at `logprobs`, got nil"),
-    ({"logprobs": {"dtype": "float32", "shapes": [[2]]}}, "protocol", "logprobs.data", "missing"),
-    ({"logprobs": {"dtype": "float8", "shapes": [[1]], "data": [0, 1]}}, "request",
+    ({"logprobs": {"dtype": "float32", "shapes": ONE_OF_TWO}}, "protocol",
+     "logprobs.data", "missing"),
+    ({"logprobs": {"dtype": "float8", "shapes": ONE_OF_TWO, "data": [0, 1]}}, "request",
      "logprobs.dtype", 'unknown dtype "float8"'),
     ({"logprobs": batch(torch.tensor([1]))}, "request", "logprobs.dtype", "float dtype"),
-    ({"logprobs": {"dtype": "float32", "shapes": [[3]], "data": [0, 8]}}, "request",
+    ({"logprobs": {"dtype": "float32", "shapes": pack_shapes([(3,)]), "data": [0, 8]}}, "request",
      "logprobs.data", "hold 3 values of float32, which is 12 bytes, but `logprobs.data` has 8"),
-    ({"logprobs": {"dtype": "float32", "shapes": [[3]], "data": [8, 12]}}, "protocol",
+    ({"logprobs": {"dtype": "float32", "shapes": pack_shapes([(3,)]), "data": [8, 12]}}, "protocol",
      "logprobs.data", "do not lie in the payload, which has 0"),
-    ({"logprobs": {"dtype": "float32", "shapes": [[-2]], "data": [0, 8]}}, "protocol",
-     "logprobs.shapes[0][0]", "expected an integer >= 0 at"),
-    ({"logprobs": {"dtype": "float32", "shapes": [None], "data": [0, 0]}}, "request",
+    ({"logprobs": {"dtype": "float32", "shapes": [[2]], "data": [0, 8]}}, "protocol",
+     "logprobs.shapes", "expected a bin at"),
+    ({"logprobs": {"dtype": "float32", "shapes": ONE_OF_TWO[:6], "data": [0, 8]}}, "protocol",
+     "logprobs.shapes", "are 6 bytes; expected 4 a number"),
+    ({"logprobs": {"dtype": "float32", "shapes": ONE_OF_TWO[:4], "data": [0, 8]}}, "protocol",
+     "logprobs.shapes", "end within those of datum 0"),
+    ({"logprobs": {"dtype": "float32", "shapes": pack_shapes([None]), "data": [0, 0]}}, "request",
      "logprobs.shapes[0]", "got nil"),
     ({"logprobs": batch(torch.zeros(1, 1, 2))}, "request", "logprobs.shapes[0]", "[T] or [T,K]"),
-    ({"logprobs": {"dtype": "float32", "shapes": [], "data": [0, 0]}}, "request", "data", "empty"),
+    ({"logprobs": {"dtype": "float32", "shapes": b"", "data": [0, 0]}}, "request", "data", "empty"),
     ({"data": {"count": 2}}, "request", "data.count", "there are 1 logprob tensors"),
     ({"data": {"count": 1, "inputs": {"weights": 1}}}, "protocol", "data.inputs.weights", "a map"),
-    ({"data": {"count": 1, "inputs": {"weights": {"dtype": "float32", "shapes": [],
+    ({"data": {"count": 1, "inputs": {"weights": {"dtype": "float32", "shapes": b"",
      "data": [0, 0]}}}}, "request", "data.inputs.weights.shapes", "0 entries for 1 datums"),
     ({"step": "first"}, "protocol", "step", "expected an integer"),
     ({"gradients": 1}, "protocol", "gradients", "expected a bool"),

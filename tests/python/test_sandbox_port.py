@@ -10,12 +10,15 @@ import torch
 
 from port_client import PortClient, batch
 from tinker_custom_loss import TensorBatch
+from tinker_custom_loss.port.shapes import pack_shapes
 from tinker_custom_loss.sandbox import AdamParams, Examples, LanguageModel
 from tinker_custom_loss.sandbox.losses import loss_named
 
 TOKENS = [torch.tensor([72, 101, 108]), torch.tensor([1, 2])]
 TARGETS = [torch.tensor([101, 108, 108]), torch.tensor([[2, 7], [3, 7]])]
 WEIGHTS = [torch.tensor([1.0, 0.5, 0.0]), torch.tensor([[1.0, 2.0], [-1.0, 0.25]])]
+
+ONE_MISSING = pack_shapes([(2,), None])
 
 TERMS = '''
 import torch
@@ -67,7 +70,7 @@ def result(reply):
 
 def test_it_says_what_it_is(sandbox):
     assert sandbox.ready["op"] == "ready"
-    assert sandbox.ready["protocol"] == 2
+    assert sandbox.ready["protocol"] == 3
     assert sandbox.ready["vocabulary"] == 512
 
 
@@ -251,7 +254,11 @@ def test_the_linearized_gradient_is_checked_end_to_end(sandbox):
             {
                 "data": {
                     **data(),
-                    "tokens": {"data": [0, 16], "dtype": "int64", "shapes": [[2], None]},
+                    "tokens": {
+                        "data": [0, 16],
+                        "dtype": "int64",
+                        "shapes": pack_shapes([(2,), None]),
+                    },
                 }
             },
             "request",

@@ -13,9 +13,14 @@ import torch
 
 from tinker_custom_loss import TensorBatch, term
 from tinker_custom_loss.port.data import Column, WireData
+from tinker_custom_loss.port.shapes import pack_shapes, read_shapes
 from tinker_custom_loss.terms import CATALOGUE, bradley_terry, distill, kl, kto, margin, nll, orpo
 
 PAIR = [torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -0.5])]
+
+
+def shapes(*each):
+    return read_shapes(pack_shapes(each), "shapes")
 
 
 def datum(**inputs):
@@ -91,10 +96,10 @@ def test_a_datum_that_came_over_the_wire_is_weighted_as_any_other():
     wire = WireData(
         2,
         {
-            "weights": Column(flat([0.0, 1.0]), ((2,), None)),
-            "mask": Column(flat([1.0, 1.0, 1.0, 0.0]), ((2,), (2,))),
+            "weights": Column(flat([0.0, 1.0]), shapes((2,), None)),
+            "mask": Column(flat([1.0, 1.0, 1.0, 0.0]), shapes((2,), (2,))),
         },
-        Column(torch.zeros(4, dtype=torch.int64), ((2,), (2,))),
+        Column(torch.zeros(4, dtype=torch.int64), shapes((2,), (2,))),
     )
     inputs = [{"weights": flat([0.0, 1.0]), "mask": torch.ones(2)}, {"mask": flat([1.0, 0.0])}]
     local = [SimpleNamespace(loss_fn_inputs=each) for each in inputs]
@@ -253,8 +258,10 @@ import torch
 
 from tinker_custom_loss import Composer
 from tinker_custom_loss.port.data import Column, WireData
+from tinker_custom_loss.port.shapes import pack_shapes, read_shapes
 
-column = Column(torch.tensor([0.0, -1.0, -1.0]), ((2,), (1,)))
+shapes = read_shapes(pack_shapes([(2,), (1,)]), "shapes")
+column = Column(torch.tensor([0.0, -1.0, -1.0]), shapes)
 data = WireData(2, dict.fromkeys({names}, column))
 composition = Composer("nll").compute(data, [torch.tensor([-5.0, -2.0]), torch.tensor([-1.0])])
 print(composition.loss_total, "tinker" in sys.modules)

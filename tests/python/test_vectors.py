@@ -13,6 +13,7 @@ import pytest
 from tinker_custom_loss.errors import ProtocolError
 from tinker_custom_loss.port.messagepack import pack, unpack
 from tinker_custom_loss.port.messages import Terms, decode_compute, decode_totals
+from tinker_custom_loss.port.shapes import pack_shapes
 from tinker_custom_loss.port.typed import read as typed
 
 VECTORS = Path(__file__).parents[1] / "vectors"
@@ -122,7 +123,9 @@ def test_a_request_is_understood(vector: dict[str, Any]) -> None:
     request = decode_compute(message)
     terms = typed(message.fields, Terms)
     written = vector["value"]
-    assert [list(shape) for shape in request.logprobs.shapes] == written["logprobs"]["shapes"]
+    shapes = pack_shapes(request.logprobs.shapes)
+    assert shapes.hex() == written["logprobs"]["shapes"]["$bin"]
+    assert pack_shapes([*request.logprobs.shapes]) == shapes  # written anew
     assert [spec.fn for spec in terms.regularizers] == [r["fn"] for r in written["regularizers"]]
     assert (request.step, request.gradients) == (written["step"], written["gradients"])
     assert request.totals == written.get("totals")

@@ -128,13 +128,15 @@ class Live:
         elif self._history.count:
             plain = Console(file=self._console.file, width=_NARROW, color_system=None)
             plain.print()
-            plain.print(table_of(self._history), *_remarks(self._history), sep="\n")
+            table = table_of(self._history, _NARROW)
+            plain.print(table, *_remarks(self._history), sep="\n")
 
     def _print(self, line: str) -> None:
         print(line, file=self._console.file, flush=True)
 
     def _screen(self) -> RenderableType:
-        return Group(self._heading(), table_of(self._history), *_remarks(self._history))
+        table = table_of(self._history, self._console.width)
+        return Group(self._heading(), table, *_remarks(self._history))
 
     def _heading(self) -> Text:
         history = self._history
@@ -169,27 +171,48 @@ def plain_line(history: History) -> str:
     return line
 
 
-def table_of(history: History) -> Table:
-    """A row a term. Norms and cosines are with respect to the logprobs."""
+def table_of(history: History, width: int) -> Table:
+    """A row a term. Norms and cosines are with respect to the logprobs.
+
+    Where ``width`` columns are too few, the trend is shorter, or missing, or else the share is: no
+    number is cut short.
+    """
+    for share in (_SHARE, 0):
+        room = width - _columns_of(_table(history, share, 0))
+        if room >= 0:
+            break
+    trend = min(_TREND, room - 1)
+    return _table(history, share, trend if trend >= _TREND // 2 else 0)
+
+
+def _columns_of(table: Table) -> int:
+    return Console(width=1_000).measure(table).maximum
+
+
+def _table(history: History, share: int, trend: int) -> Table:
+    """``share`` and ``trend`` columns wide; without those that are 0."""
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), expand=False)
     table.add_column("term", no_wrap=True, overflow="ellipsis", max_width=16)
     for name in ("value", "weight", "w·value"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("share", no_wrap=True, width=_SHARE)
+    if share:
+        table.add_column("share", no_wrap=True, width=share)
     table.add_column("w·|∇|", justify="right", no_wrap=True)
     table.add_column("cos", justify="right", no_wrap=True)
-    table.add_column("trend", no_wrap=True, width=_TREND)
+    if trend:
+        table.add_column("trend", no_wrap=True, width=trend)
     shares = history.shares()
     for name, term in history.terms.items():
+        values = [row.get("value", math.nan) for row in term.taken]
         table.add_row(
             name,
             short(term.get("value")),
             "" if name == BASE else short(term.get("weight")),
             short(term.contribution if term.last else None),
-            bar(shares[name], _SHARE),
+            *([bar(shares[name], share)] if share else []),
             short(term.get("grad_norm" if name == BASE else "grad_norm_weighted")),
             _cosine(term),
-            sparkline([row.get("value", math.nan) for row in term.taken], _TREND),
+            *([sparkline(values, trend)] if trend else []),
         )
     return table
 

@@ -30,7 +30,7 @@ from .service import Service, error_message
 if TYPE_CHECKING:
     from ..insight import Recorder
 
-PROTOCOL = 2
+PROTOCOL = 3
 
 
 class _Arguments(argparse.ArgumentParser):

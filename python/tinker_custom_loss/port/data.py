@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -13,11 +12,17 @@ import torch
 from torch import Tensor
 
 from ..tensors.batch import Shape, TensorBatch
+from .shapes import Shapes
 
 if TYPE_CHECKING:
     import tinker
 
-__all__ = ["Column", "WireData"]
+__all__ = ["Column", "WireData", "whole_batch"]
+
+
+def whole_batch(flat: Tensor, shapes: Shapes) -> TensorBatch:
+    """Tensors of which every datum has one."""
+    return TensorBatch.known(flat, cast(tuple[Shape, ...], shapes), shapes.sizes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +30,11 @@ class Column:
     """A tensor a datum, in one buffer ``flat`` [N]; the shape is None where a datum has none."""
 
     flat: Tensor
-    shapes: tuple[Shape | None, ...]
+    shapes: Shapes
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.shapes, Shapes):  # they did not come over a wire
+            object.__setattr__(self, "shapes", Shapes.known(self.shapes))
 
     @cached_property
     def normal(self) -> Tensor:
@@ -35,18 +44,16 @@ class Column:
     @cached_property
     def batch(self) -> TensorBatch | None:
         """The whole column; None if some datum has no such tensor."""
-        if None in self.shapes:
-            return None
-        return TensorBatch(self.normal, cast(tuple[Shape, ...], self.shapes))
+        return whole_batch(self.normal, self.shapes) if self.shapes.whole else None
 
     def arrays(self) -> Iterator[Any]:
         """A numpy view a datum, of its own shape, or None."""
         flat, start = self.normal.numpy(), 0
-        for shape in self.shapes:
+        for shape, size in zip(self.shapes, self.shapes.sizes, strict=True):
             if shape is None:
                 yield None
             else:
-                end = start + math.prod(shape)
+                end = start + size
                 yield flat[start:end].reshape(shape)
                 start = end
 

@@ -18,6 +18,7 @@ import torch
 
 from ..errors import ProtocolError
 from ..tensors.batch import TensorBatch
+from .shapes import pack_shapes
 
 __all__ = [
     "PAYLOAD_AT",
@@ -144,4 +145,4 @@ class Payload:
         self.pieces += [bytes(padding), data]
         self.size = at + len(data)
         dtype = str(flat.dtype).removeprefix("torch.")
-        return {"data": [at, len(data)], "dtype": dtype, "shapes": value.shapes}
+        return {"data": [at, len(data)], "dtype": dtype, "shapes": pack_shapes(value.shapes)}

@@ -7,7 +7,6 @@ the place, such as ``regularizers[1].weight``.
 
 from __future__ import annotations
 
-import math
 import sys
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -17,9 +16,10 @@ import torch
 from msgspec import Meta, Struct
 
 from ..errors import ProtocolError, RequestError
-from ..tensors.batch import Shape, TensorBatch
-from .data import Column, WireData
+from ..tensors.batch import TensorBatch
+from .data import Column, WireData, whole_batch
 from .messagepack import Message
+from .shapes import Shapes, read_shapes
 from .typed import read
 
 __all__ = [
@@ -48,7 +48,6 @@ DTYPES: dict[str, torch.dtype] = {
     "int64": torch.int64,
     "int32": torch.int32,
 }
-_MAX_RANK = 8
 
 _Size = Annotated[int, Meta(ge=0)]
 
@@ -58,7 +57,7 @@ class Batch(Struct):
 
     data: tuple[_Size, _Size]
     dtype: str
-    shapes: tuple[tuple[_Size, ...] | None, ...]
+    shapes: bytes
 
 
 class _Text(Struct, tag_field="type", tag="encoded_text"):
@@ -168,7 +167,7 @@ def decode_compute(message: Message) -> ComputeRequest:
     request = read(message.fields, _Compute)
     flat, shapes = decode_batch(request.logprobs, message.payload, "logprobs")
     for index, shape in enumerate(shapes):
-        if shape is None or len(shape) not in (1, 2):
+        if shape is None or not 1 <= len(shape) <= 2:
             raise RequestError(
                 f"expected sizes [T] or [T,K] at `logprobs.shapes[{index}]`, got "
                 f"{'nil' if shape is None else list(shape)}",
@@ -177,7 +176,7 @@ def decode_compute(message: Message) -> ComputeRequest:
     if not flat.is_floating_point():
         raise _wrong_dtype("a float", request.logprobs, "logprobs")
     return ComputeRequest(
-        logprobs=TensorBatch(flat, tuple(shape for shape in shapes if shape is not None)),
+        logprobs=whole_batch(flat, shapes),
         data=decode_data(request.data, message.payload, len(shapes)),
         step=request.step,
         gradients=request.gradients,
@@ -185,9 +184,7 @@ def decode_compute(message: Message) -> ComputeRequest:
     )
 
 
-def decode_batch(
-    batch: Batch, payload: memoryview, path: str
-) -> tuple[torch.Tensor, tuple[Shape | None, ...]]:
+def decode_batch(batch: Batch, payload: memoryview, path: str) -> tuple[torch.Tensor, Shapes]:
     """A batch, as one flat tensor that is a view of the payload, and the shape a datum.
 
     Raises:
@@ -199,12 +196,8 @@ def decode_batch(
             f'unknown dtype "{batch.dtype}" at `{path}.dtype`; expected one of {", ".join(DTYPES)}',
             path=f"{path}.dtype",
         )
-    shapes = batch.shapes
-    if max(map(len, filter(None, shapes)), default=0) > _MAX_RANK:
-        raise RequestError(
-            f"expected at most {_MAX_RANK} sizes a tensor at `{path}.shapes`", path=f"{path}.shapes"
-        )
-    count = sum(math.prod(shape) for shape in shapes if shape is not None)
+    shapes = read_shapes(batch.shapes, f"{path}.shapes")
+    count = sum(shapes.sizes)
     at, size = batch.data
     if size != count * dtype.itemsize:
         raise RequestError(

@@ -32,6 +32,7 @@ class Evaluation(NamedTuple):
     gradient: Tensor | None
     seconds: float
     parameter_gradients: Sequence[ParameterGradient] = ()
+    borrowed: bool = False  # the gradient may be the memory of an input
 
 
 # Which step's logprobs a leaf stands for; the attribute lives as long as the graph does.

@@ -129,7 +129,7 @@ def _in_closed_form(
     if not ours:
         loss, metrics = checked(call.name, (loss, metrics))
     seconds = time.perf_counter() - started
-    return Evaluation(float(loss), metrics, True, gradient, seconds)
+    return Evaluation(float(loss), metrics, True, gradient, seconds, borrowed=True)
 
 
 @contextmanager

@@ -40,7 +40,7 @@ from .sampling import SampleRequest, SamplingParams, sample
 
 __all__ = ["Sandbox", "attached", "serve"]
 
-_PROTOCOL = 2
+_PROTOCOL = 3
 _SAMPLERS_KEPT = 128
 
 

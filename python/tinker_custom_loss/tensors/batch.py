@@ -51,6 +51,13 @@ class TensorBatch:
             return cls(torch.empty(0, device="cpu"), shapes)
         return cls(torch.cat([t if t.ndim == 1 else t.reshape(-1) for t in tensors]), shapes)
 
+    @classmethod
+    def known(cls, flat: Tensor, shapes: tuple[Shape, ...], sizes: tuple[int, ...]) -> TensorBatch:
+        """Of shapes with these ``sizes``, which are known to fit the buffer."""
+        batch = object.__new__(cls)
+        batch.__dict__.update(flat=flat, shapes=shapes, sizes=sizes, shared=None)
+        return batch
+
     @cached_property
     def sizes(self) -> tuple[int, ...]:
         """Number of values of each tensor."""

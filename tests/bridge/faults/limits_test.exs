@@ -58,7 +58,7 @@ defmodule Tinkex.CustomLoss.Faults.LimitsTest do
             "logprobs" => %{
               "data" => [0, 0],
               "dtype" => "float32",
-              "shapes" => [[Bitwise.bsl(1, 62)]]
+              "shapes" => {:bin, <<2::32-little, 0x80000000::32-little, 0x80000000::32-little>>}
             },
             "regularizers" => []
           })

@@ -1,7 +1,7 @@
 defmodule Tinkex.CustomLoss.Test.Vectors do
   @moduledoc "The messages of tests/vectors; their README says how they are written."
 
-  alias Tinkex.CustomLoss.Wire.MessagePack
+  alias Tinkex.CustomLoss.Wire.{Batch, MessagePack}
   alias Tinkex.CustomLoss.Wire.MessagePack.{Ext, Timestamp}
   alias Tinkex.CustomLoss.Test.JSON
 
@@ -68,7 +68,13 @@ defmodule Tinkex.CustomLoss.Test.Vectors do
     IO.iodata_to_binary([header, payload, MessagePack.encode(message)])
   end
 
-  @doc "The message of a frame, with the bytes of each batch as its data."
+  @doc "Shapes, from their one piece."
+  def shapes(packed) do
+    {:ok, shapes} = Batch.unpack_shapes(packed)
+    shapes
+  end
+
+  @doc "The message of a frame, with the bytes of each batch as its data, and its shapes as lists."
   def open(frame) do
     {payload, message} = split(frame)
     {:ok, message} = MessagePack.decode(message)
@@ -76,7 +82,7 @@ defmodule Tinkex.CustomLoss.Test.Vectors do
   end
 
   defp opened(%{"data" => [at, size], "dtype" => _} = batch, payload),
-    do: %{batch | "data" => binary_part(payload, at, size)}
+    do: %{batch | "data" => binary_part(payload, at, size), "shapes" => shapes(batch["shapes"])}
 
   defp opened(%{} = map, payload) when not is_struct(map),
     do: Map.new(map, fn {key, value} -> {key, opened(value, payload)} end)

@@ -74,8 +74,8 @@ defmodule Tinkex.CustomLoss.Setup do
   defp make_or_complete(options) do
     if options.torch == :cpu and options.torch_index == nil and not knows_cpu?() do
       fail!(
-        "for torch: :cpu without uv, name the index of PyTorch's CPU builds in :torch_index " <>
-          "(pytorch.org shows it under \"Get started\"), or put uv on PATH, which knows it"
+        "for torch: :cpu without uv, name the index of PyTorch's CPU builds in :torch_index, or " <>
+          "--torch-index (pytorch.org shows it under \"Get started\"); or put uv on PATH, which knows it"
       )
     end
 

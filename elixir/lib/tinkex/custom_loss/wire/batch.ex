@@ -27,9 +27,30 @@ defmodule Tinkex.CustomLoss.Wire.Batch do
     %{
       "data" => [at, size],
       "dtype" => Atom.to_string(batch.dtype),
-      "shapes" => batch.shapes
+      "shapes" => {:bin, pack_shapes(batch.shapes, <<>>)}
     }
   end
+
+  # Of each datum how many sizes, and the sizes: a thousand short arrays take longer to read and to
+  # write than one piece.
+  @most 0xFFFFFFFF
+
+  defp pack_shapes([[size] | rest], packed) when size <= @most,
+    do: pack_shapes(rest, <<packed::binary, 1::32-little, size::32-little>>)
+
+  defp pack_shapes([nil | rest], packed),
+    do: pack_shapes(rest, <<packed::binary, @most::32-little>>)
+
+  defp pack_shapes([shape | rest], packed) do
+    if Enum.any?(shape, &(&1 > @most)) do
+      raise ArgumentError, "a tensor has the shape #{inspect(shape)}; a size is at most #{@most}"
+    end
+
+    sizes = for size <- shape, into: <<>>, do: <<size::32-little>>
+    pack_shapes(rest, <<packed::binary, length(shape)::32-little, sizes::binary>>)
+  end
+
+  defp pack_shapes([], packed), do: packed
 
   @doc """
   The batch in a map from the wire whose `data` was taken from the payload; it is a part of the frame.
@@ -39,7 +60,7 @@ defmodule Tinkex.CustomLoss.Wire.Batch do
   @spec from_wire(term()) :: {:ok, t()} | {:error, path :: [String.t() | integer()], String.t()}
   def from_wire(%{"data" => data, "dtype" => name, "shapes" => shapes}) do
     with {:ok, dtype} <- check_dtype(name),
-         :ok <- check_shapes(shapes, 0),
+         {:ok, shapes} <- unpack_shapes(shapes),
          :ok <- check_data(data, shapes, dtype) do
       {:ok, %__MODULE__{dtype: dtype, shapes: shapes, data: data}}
     end
@@ -56,14 +77,28 @@ defmodule Tinkex.CustomLoss.Wire.Batch do
     with :error <- Numbers.dtype(name), do: {:error, ["dtype"], "is not a dtype of the protocol"}
   end
 
-  defp check_shapes([shape | rest], index) do
-    if is_nil(shape) or shape?(shape),
-      do: check_shapes(rest, index + 1),
-      else: {:error, [index, "shapes"], "is neither nil nor an array of sizes"}
+  @doc "The shapes of a batch, from their one piece; on error as `from_wire/1`."
+  @spec unpack_shapes(term()) ::
+          {:ok, [shape() | nil]} | {:error, path :: [String.t()], String.t()}
+  def unpack_shapes(packed) when is_binary(packed), do: unpack_shapes(packed, [])
+  def unpack_shapes(_other), do: {:error, ["shapes"], "is not a bin"}
+
+  defp unpack_shapes(<<1::32-little, size::32-little, rest::binary>>, shapes),
+    do: unpack_shapes(rest, [[size] | shapes])
+
+  defp unpack_shapes(<<@most::32-little, rest::binary>>, shapes),
+    do: unpack_shapes(rest, [nil | shapes])
+
+  defp unpack_shapes(<<rank::32-little, rest::binary>>, shapes)
+       when byte_size(rest) >= 4 * rank do
+    <<sizes::binary-size(4 * rank), rest::binary>> = rest
+    unpack_shapes(rest, [for(<<size::32-little <- sizes>>, do: size) | shapes])
   end
 
-  defp check_shapes([], _index), do: :ok
-  defp check_shapes(_other, _index), do: {:error, ["shapes"], "is not an array"}
+  defp unpack_shapes(<<>>, shapes), do: {:ok, Enum.reverse(shapes)}
+
+  defp unpack_shapes(_cut, shapes),
+    do: {:error, ["shapes"], "end within those of datum #{length(shapes)}"}
 
   defp check_data(data, shapes, dtype) when is_binary(data) do
     expected = Numbers.size(dtype) * Enum.reduce(shapes, 0, &(count(&1) + &2))

@@ -48,6 +48,30 @@ defmodule Tinkex.CustomLoss.Wire.Frame do
   defp place(list, payload) when is_list(list), do: Enum.map_reduce(list, payload, &place/2)
   defp place(other, payload), do: {other, payload}
 
+  # Larger ones are left as they are, since a copy of them all would be another payload. A piece beyond the second size would be one of those binaries
+  # for which the emulator asks the system for fresh memory each time.
+  @small 16_384
+  @joined 262_144
+
+  @doc "What was encoded in as few pieces as there are large tensors: many small ones are joined."
+  @spec to_pieces(iodata()) :: [binary()]
+  def to_pieces(iodata), do: iodata |> :erlang.iolist_to_iovec() |> join()
+
+  defp join([piece | rest]) when byte_size(piece) < @small,
+    do: join(rest, [piece], byte_size(piece))
+
+  defp join([piece | rest]), do: [piece | join(rest)]
+  defp join([]), do: []
+
+  defp join([piece | rest], joined, size)
+       when byte_size(piece) < @small and byte_size(piece) + size <= @joined,
+       do: join(rest, [piece | joined], byte_size(piece) + size)
+
+  defp join(rest, [alone], _size), do: [alone | join(rest)]
+
+  defp join(rest, joined, _size),
+    do: [joined |> Enum.reverse() |> IO.iodata_to_binary() | join(rest)]
+
   @type place :: {file :: non_neg_integer(), at :: non_neg_integer(), size :: non_neg_integer()}
 
   @doc "The size of the payload of a frame that was encoded, in binaries; 0 if it has none."

@@ -10,7 +10,7 @@ defmodule Tinkex.CustomLoss.Wire.Protocol do
 
   alias Tinkex.CustomLoss.Wire.{Batch, Frame, MessagePack}
 
-  @version 2
+  @version 3
 
   @doc "The version of the protocol that this module speaks."
   @spec version() :: pos_integer()
