@@ -182,7 +182,8 @@ defmodule Grpo do
     IO.puts("  reward, ten steps at a time: #{tens}")
 
     checks = [
-      {"the reward rises: #{fixed(first)} to #{fixed(last)}", last > first},
+      {"the reward rises: #{fixed(first)} to #{fixed(last)}, in the mean of #{few} steps",
+       last > first},
       {"the KL stays below #{@kl_bound} nats a sequence: #{fixed(kl)}", kl < @kl_bound},
       {"the resumed run has the same parameters, bit for bit", same}
     ]

@@ -179,8 +179,9 @@ def main() -> int:
     )
     worst = max(row["kl"] for row in history)
     rise = RISE * steps / STEPS
+    means = f"{first:.3f} to {last:.3f}, in the mean of {few} steps"
     checks = {
-        f"the reward rises by {rise:.2f} or more: {first:.3f} to {last:.3f}": last - first >= rise,
+        f"the reward rises by {rise:.2f} or more: {means}": last - first >= rise,
         f"the KL stays below {KL_BOUND:.0f} nats a sequence: {worst:.2f}": worst < KL_BOUND,
         "the resumed run has the same parameters, bit for bit": torch.equal(*parameters),
     }

@@ -16,6 +16,7 @@ import torch
 
 from port_client import PortClient, batch, compute, l2
 from tinker_custom_loss import CustomLossError
+from tinker_custom_loss.errors import ProtocolError
 from tinker_custom_loss.port.memory import LEAST_SHARED, SharedFile, SharedMemory
 from tinker_custom_loss.port.messagepack import Message, Place, frame_pieces, pack_apart, unpack
 from tinker_custom_loss.port.service import Service
@@ -172,6 +173,13 @@ def test_a_file_that_was_cut_and_written_again_is_read_anew():
     file.write(0, [b"\x02" * 3, b"\x03" * 20_000])
     assert bytes(file.view(2, 3)) == b"\x02\x03\x03"
     assert bytes(file.view(20_000, 3)) == b"\x03" * 3
+
+
+def test_a_file_that_was_cut_has_a_payload_of_no_bytes():
+    file = SharedFile()
+    assert file.view(0, 0) == b""
+    with pytest.raises(ProtocolError, match="which has 0"):
+        file.view(0, 1)
 
 
 KEYS = ("logprobs", "old_logprobs", "reference_logprobs", "teacher_logprobs")

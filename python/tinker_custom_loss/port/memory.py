@@ -45,6 +45,8 @@ class SharedFile:
                 f"the payload is said to be the {size} bytes from {at} on of a shared file, which "
                 f"has {there}"
             )
+        if not size:  # perhaps of a file that has no bytes, which cannot be mapped
+            return memoryview(b"")
         if self._mapped is None or len(self._mapped) < at + size:
             self._mapped = mmap.mmap(self.fd, there)  # the old one lives on in what refers to it
         return memoryview(self._mapped)[at : at + size]
