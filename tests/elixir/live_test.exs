@@ -66,11 +66,25 @@ defmodule Tinkex.CustomLoss.LiveTest do
     assert List.last(lines) =~ "skipped" or Enum.at(lines, -2) =~ "skipped"
   end
 
+  test "the time that is left is that of the steps so far, where the number of steps is known" do
+    heading = fn opts ->
+      a_minute_ago = System.monotonic_time(:millisecond) - 60_000
+
+      capture_io(fn -> Live.put(%{Live.new(opts) | started: a_minute_ago}, record(0)) end)
+      |> String.replace(~r/\e\[[0-9;]*[A-Za-z]/, "")
+      |> lines()
+      |> hd()
+    end
+
+    assert heading.(total: 4, ansi: true) == "1/4 steps  loss 8  ▁  |∇| 1.5  3:00 left"
+    assert heading.(ansi: true) == "step 1  loss 8  ▁  |∇| 1.5"
+  end
+
   test "on a terminal the table is drawn over the one before" do
     drawn = shown([record(0), record(1)], total: 2, ansi: true)
     assert [_first, second] = String.split(drawn, IO.ANSI.cursor_up(4))
     plain = String.replace(second, ~r/\e\[[0-9;]*[A-Za-z]/, "")
-    assert ["2/2 steps  loss 4  █▁  |∇| 1.5", _heads, _base, _kl] = lines(plain)
+    assert ["2/2 steps  loss 4  █▁  |∇| 1.5  0:00 left", _heads, _base, _kl] = lines(plain)
     assert second =~ IO.ANSI.red() <> "-0.50"
   end
 

@@ -14,7 +14,7 @@ defmodule Tinkex.CustomLoss.Live do
   change, `start_link/1`, which draws what a pool computes, whoever asks it. On a terminal it is a table that is
   drawn anew with every step:
 
-      8/200 steps  loss 2.157  ██▆▅▃▂▁▁  |∇| 0.041
+      8/200 steps  loss 2.157  ██▆▅▃▂▁▁  |∇| 0.041  0:05 left
       term       value  weight  w·value  share         w·|∇|    cos  trend
       base_loss  1.557            1.557  ██████      0.03125  +0.92  █▇▅▅▃▂▁▁
       kl         0.083     0.1   0.0083             0.002551  -0.31  ▁▁▂▃▃▅▆█
@@ -39,7 +39,10 @@ defmodule Tinkex.CustomLoss.Live do
   @eighths String.graphemes(" ▏▎▍▌▋▊▉")
 
   @options [
-    total: [type: :pos_integer, doc: "how many steps there will be, to show how many are left."],
+    total: [
+      type: :pos_integer,
+      doc: "how many steps there will be, for progress and the time that is left."
+    ],
     device: [type: :any, default: :stdio, doc: "where it is drawn, an `t:IO.device/0`."],
     ansi: [
       type: :boolean,
@@ -49,8 +52,18 @@ defmodule Tinkex.CustomLoss.Live do
 
   @follow [pool: [type: :any, required: true, doc: "the name of the pool."]]
 
-  @enforce_keys [:device, :total, :ansi]
-  defstruct [:device, :total, :ansi, count: 0, drawn: 0, record: nil, losses: [], values: %{}]
+  @enforce_keys [:device, :total, :ansi, :started]
+  defstruct [
+    :device,
+    :total,
+    :ansi,
+    :started,
+    count: 0,
+    drawn: 0,
+    record: nil,
+    losses: [],
+    values: %{}
+  ]
 
   @opaque t :: %__MODULE__{}
 
@@ -63,7 +76,8 @@ defmodule Tinkex.CustomLoss.Live do
   def new(opts \\ []) do
     options = Schema.validate!(opts, @options, "Tinkex.CustomLoss.Live.new/1")
     ansi = if options[:ansi] == nil, do: IO.ANSI.enabled?(), else: options.ansi
-    %__MODULE__{device: options.device, total: options[:total], ansi: ansi}
+    started = System.monotonic_time(:millisecond)
+    %__MODULE__{device: options.device, total: options[:total], ansi: ansi, started: started}
   end
 
   @doc "Shows one more step: an output, or the record in its `record` or in a step's metrics."
@@ -102,7 +116,7 @@ defmodule Tinkex.CustomLoss.Live do
 
     Stream.transform(
       outputs,
-      fn -> live end,
+      fn -> %{live | started: System.monotonic_time(:millisecond)} end,
       fn output, live -> {[output], put(live, output)} end,
       &finish/1
     )
@@ -161,7 +175,19 @@ defmodule Tinkex.CustomLoss.Live do
   defp heading(live) do
     at = if live.total, do: "#{live.count}/#{live.total} steps", else: "step #{live.count}"
     norm = figure(live.record["total_grad_norm"])
-    "#{at}  loss #{figure(hd(live.losses))}  #{trend(live.losses, @kept)}  |∇| #{norm}"
+    trend = trend(live.losses, @kept)
+    heading = "#{at}  loss #{figure(hd(live.losses))}  #{trend}  |∇| #{norm}"
+    timed = heading <> left(live)
+    if String.length(timed) <= @columns, do: timed, else: heading
+  end
+
+  defp left(%{total: nil}), do: ""
+
+  defp left(live) do
+    elapsed = System.monotonic_time(:millisecond) - live.started
+    seconds = round(elapsed / live.count * max(0, live.total - live.count) / 1000)
+    rest = seconds |> rem(60) |> Integer.to_string() |> String.pad_leading(2, "0")
+    "  #{div(seconds, 60)}:#{rest} left"
   end
 
   # The loss, and what each term added to it.
