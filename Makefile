@@ -64,7 +64,7 @@ fuzz: setup ## decode a million mutated and random frames on either side (FUZZ_S
 	@MIX_ENV=test mix do compile, run tests/fuzz/frames.exs
 	@PYTHONPATH=python $(BIN)/python tests/fuzz/frames.py 1000000 $(or $(FUZZ_SEED),4)
 
-soak: setup ## make a hundred thousand small calls and watch the memory
+soak: setup ## make a hundred thousand calls, small and large, and watch the memory
 	@MIX_ENV=test mix do compile, run tests/bridge/soak.exs
 
 # New examples each time; PROPERTIES_SEED=N repeats a run.

@@ -1,19 +1,40 @@
-# make soak: a hundred thousand small calls, and the memory of both processes as they go by.
+# make soak: a hundred thousand small calls, every fiftieth after one that is large enough for shared
+# memory, and the memory of both processes as they go by.
 alias Tinkex.CustomLoss
 alias Tinkex.CustomLoss.Bridge
 
 calls = 100_000
 callers = 4
+values = 65_536
 {:ok, pool} = CustomLoss.start_link(await_ready: true)
 {:ok, %{workers: [%{os_pid: os_pid}]}} = CustomLoss.info(pool)
 
 term = %{name: "l2", fn: :l2, weight: 1, params: %{reduction: "token_sum"}}
 
+# No two callers have the same numbers.
+large = fn number ->
+  {
+    :binary.copy(<<-number / 1::float-32-little>>, values),
+    :binary.copy(<<-2.0 * number::float-32-little>>, values),
+    1.0 * values * number * number
+  }
+end
+
 run = fn count ->
   1..callers
-  |> Enum.map(fn _ ->
+  |> Enum.map(fn caller ->
+    {logprobs, gradient, loss} = large.(caller)
+
     Task.async(fn ->
       for step <- 1..div(count, callers) do
+        if rem(step, 50) == 0 do
+          {:ok, output} =
+            CustomLoss.compute(pool, nil, [{logprobs, [values]}], regularizers: [term], step: step)
+
+          ^loss = output.loss_total
+          [{^gradient, [^values]}] = output.gradients
+        end
+
         {:ok, output} =
           CustomLoss.compute(pool, nil, [[-1.0, -2.0]], regularizers: [term], step: step)
 
