@@ -116,7 +116,7 @@ def _logprobs(data: Sequence[Datum], output: ForwardBackwardOutput) -> TensorBat
     """The logprobs of a forward pass, copied once, into one float32 buffer."""
     if len(output.loss_fn_outputs) != len(data):
         raise RequestError(
-            f"there are {counted(len(data), 'datum')} but the forward pass has outputs for "
+            f"got {counted(len(data), 'datum')} but the forward pass has outputs for "
             f"{len(output.loss_fn_outputs)}; expected one a datum",
             path="forward_output.loss_fn_outputs",
         )

@@ -97,7 +97,7 @@ class Examples:
     def _check_count(self, key: str, batch: TensorBatch) -> None:
         if len(batch) != len(self.tokens):
             raise RequestError(
-                f"there are {counted(len(self.tokens), 'datum')}, but "
+                f"got {counted(len(self.tokens), 'datum')}, but "
                 f"{counted(len(batch), 'tensor')} of {key}",
                 path="data",
             )

@@ -130,7 +130,7 @@ def checked_batch(data: Sequence[object], logprobs: Sequence[Tensor] | TensorBat
             )
     if len(data) != len(logprobs):
         raise RequestError(
-            f"there are {counted(len(data), 'datum')} but "
+            f"got {counted(len(data), 'datum')} but "
             f"{counted(len(logprobs), 'logprob tensor')}; expected one tensor a datum",
             path="logprobs",
         )

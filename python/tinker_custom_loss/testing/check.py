@@ -68,7 +68,7 @@ def check_term(
             shapes = [tuple(datum.loss_fn_inputs["target_tokens"].shape) for datum in data]
         if not data or len(data) != len(shapes):
             raise RequestError(
-                f"there are {counted(len(data), 'datum')} and {counted(len(shapes), 'shape')}; "
+                f"got {counted(len(data), 'datum')} and {counted(len(shapes), 'shape')}; "
                 "expected one a datum"
             )
         term = Regularizer(fn, 1.0, _name(fn), params=params or {})
