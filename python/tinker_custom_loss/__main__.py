@@ -63,9 +63,12 @@ def _terms(load: Sequence[str], names: Sequence[str], markdown: bool) -> int:
     try:
         terms = Registry(load).describe()
         lines = list(describe(terms, names) if names else overview(terms))
-    except (LoadError, LookupError) as error:
+    except LoadError as error:
         print(error, file=sys.stderr)
         return 1
+    except LookupError as error:
+        print(error, file=sys.stderr)
+        return 2
     if markdown:
         print(page(terms))
         return 0

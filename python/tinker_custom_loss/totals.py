@@ -16,6 +16,7 @@ import torch
 from .errors import RequestError, TermError
 from .regularizer import Regularizer, nearest, show
 from .tensors.batch import Shape, TensorBatch
+from .wording import counted
 
 __all__ = ["add_totals", "denominators", "shapes_of_targets", "totals_of"]
 
@@ -109,7 +110,8 @@ def denominators(
         _refuse(f"the terms have totals over different numbers of datums: {show(counts)}")
     of_step, here = counts[names[0]], len(data)
     if here > of_step:
-        _refuse(f"the totals are of a step with {of_step} datums, but this call alone has {here}")
+        step = counted(of_step, "datum")
+        _refuse(f"the totals are of a step with {step}, but this call alone has {here}")
     own: dict[str, dict[str, Any]] = {}
     for term in terms:
         if here < of_step:

@@ -196,7 +196,7 @@ defmodule Tinkex.CustomLoss.DataTest do
         assert refusal(data) == sentence
       end
 
-      assert_raise ArgumentError, ~r/data has 1 datums, but there are logprobs of 2/, fn ->
+      assert_raise ArgumentError, ~r/data has 1 datum, but there are logprobs of 2/, fn ->
         Data.to_wire([good], 2)
       end
 
@@ -272,7 +272,7 @@ defmodule Tinkex.CustomLoss.DataTest do
             {[%{}], gradients([[1]], [1]),
              "data[0].loss_fn_inputs has no target_tokens, which cross-entropy needs"},
             {[datum], nan, "data[0] cannot be trained on: its gradient is not finite in float32"},
-            {[datum], gradients([], []), "data has 1 datums, but there are 0 gradients"}
+            {[datum], gradients([], []), "data has 1 datum, but there are gradients of 0"}
           ] do
         assert_raise ArgumentError, sentence, fn -> Data.linear(data, gradients) end
       end

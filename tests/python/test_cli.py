@@ -122,7 +122,7 @@ def test_terms_tells_all_of_those_that_are_named(
 def test_terms_names_the_nearest_of_one_that_is_not_there(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert main(["terms", "entropi"]) == 1
+    assert main(["terms", "entropi"]) == 2
     assert capsys.readouterr().err.startswith(
         f'there is no term "entropi"; of {len(CATALOGUE)}, the nearest are: entropy, '
     )

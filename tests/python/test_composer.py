@@ -450,7 +450,7 @@ class TestBadRequests:
     @pytest.mark.parametrize(
         ("data", "count", "message"),
         [
-            (DATA[:1], 2, "there are 1 datums but 2 logprob tensors"),
+            (DATA[:1], 2, "got 1 datum but 2 logprob tensors"),
             ([], 0, "the batch is empty"),
         ],
     )

@@ -81,6 +81,35 @@ def test_no_line_is_longer_than_80_columns_and_what_is_left_out_is_counted(count
         assert f"+ {count - shown} more" in lines[0]
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize(
+    ("encoding", "heads", "name"),
+    [
+        ("ascii", "w*value w*|g|", "gr??e_?"),
+        ("latin-1", "w*value w*|g|", "größe_?"),
+        ("cp437", "w*value w*|g|", "größe_π"),
+        ("utf-8", "w·value w·|∇|", "größe_π"),
+    ],
+)
+def test_an_output_that_cannot_show_the_bars_gets_others_of_the_same_width(
+    tmp_path, encoding, heads, name, terminal, monkeypatch
+):
+    """A character that a log file lacks ended the training."""
+    if terminal:
+        monkeypatch.setenv("FORCE_COLOR", "1")  # to rich
+
+    def shown(encoding):
+        file = tmp_path / encoding
+        with file.open("w", encoding=encoding) as out:
+            list(watch(records(24, ["größe_π"]), file=out))
+        return file.read_text(encoding=encoding)
+
+    text = shown(encoding)
+    assert all(word in text for word in [*heads.split(), name])
+    assert ("█" in text) == (encoding == "utf-8") == ("#" not in text)
+    assert [*map(len, text.splitlines())] == [*map(len, shown("utf-8").splitlines())]
+
+
 def test_a_recorder_feeds_it_for_the_extent_of_the_block(tmp_path):
     out = io.StringIO()
     first, second = (flatten(record) for record in records(2))

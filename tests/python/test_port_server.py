@@ -248,7 +248,7 @@ BAD_REQUESTS = [
     ({"data": {"count": 2}}, "request", "data.count", "there are 1 logprob tensors"),
     ({"data": {"count": 1, "inputs": {"weights": 1}}}, "protocol", "data.inputs.weights", "a map"),
     ({"data": {"count": 1, "inputs": {"weights": {"dtype": "float32", "shapes": b"",
-     "data": [0, 0]}}}}, "request", "data.inputs.weights.shapes", "0 entries for 1 datums"),
+     "data": [0, 0]}}}}, "request", "data.inputs.weights.shapes", "0 entries for 1 datum;"),
     ({"step": "first"}, "protocol", "step", "expected an integer"),
     ({"gradients": 1}, "protocol", "gradients", "expected a bool"),
 ]  # fmt: skip

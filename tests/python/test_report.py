@@ -436,7 +436,7 @@ def test_the_command_writes_the_page_and_figures_that_stand_alone(tmp_path, caps
     page, figures = tmp_path / "r.html", tmp_path / "figures"
     status = main(["report", str(tmp_path / "run"), "-o", str(page), "--svg", str(figures)])
     assert status == 0
-    assert "1 run(s), 12 steps" in capsys.readouterr().out
+    assert "1 run, 12 steps" in capsys.readouterr().out
     assert page.read_text().startswith("<!doctype html>")
     for file in figures.iterdir():
         ElementTree.parse(file)

@@ -186,7 +186,7 @@ def test_the_check_sees_a_wrong_gradient():
         ([[1, 2]], None, 'data[0].loss_fn_inputs["target_tokens"]', r"expected \[3\] or \[3, K\]"),
         ([[1, 2, 3]], [[1.0]], 'data[0].loss_fn_inputs["weights"]', "must be one a target"),
         ([[1, 2, 3]], [[0, float("nan"), 0]], 'data[0].loss_fn_inputs["weights"][1]', "holds nan"),
-        ([[1, 2, 3], [4]], None, "data", "1 datums, but 2 tensors of target_tokens"),
+        ([[1, 2, 3], [4]], None, "data", "1 datum, but 2 tensors of target_tokens"),
     ],
 )
 def test_examples_that_do_not_fit_together_say_where(targets, weights, path, says):

@@ -521,7 +521,12 @@ def test_the_command_serves_until_interrupted():
         (["--load", "x"], "only an Erlang port names terms"),
         (["--state", f"{__file__}/below"], "--state: cannot make the directory: "),
         (["--session-seconds", "0"], "--session-seconds: expected more than 0 seconds"),
-        (["--fault", "lost_answer=1"], "--fault lost_answer: there is no such fault; of 13, the"),
+        (
+            ["--fault", "lost_answer=1"],
+            "--fault lost_answer: there is no such fault; known are: lost_a",
+        ),
+        (["--fault", "nosuch=1"], "slow_futures, server_errors, refused_losses, rate_limits\n"),
+        (["--fault", "at_mots=1"], "known are: at_most, "),
         (["--fault", "lost_answers"], "expected lost_answers=NUMBER, got 'lost_answers'"),
         (["--fault", "lost_answers=2"], "--fault lost_answers: expected a share from 0 to 1"),
         (["--fault", "refused_losses=pppo"], "--fault refused_losses: expected some of cross_ent"),

@@ -213,7 +213,7 @@ class TestRefused:
     def test_totals_smaller_than_the_part(self):
         composer = Composer(None, MEANS)
         totals = composer.totals(self.data[:1])
-        self.refuse("of a step with 1 datums, but this call alone has 2", composer, totals)
+        self.refuse("of a step with 1 datum, but this call alone has 2", composer, totals)
         totals = composer.totals(self.data)
         totals["nll"]["tokens"] = 0.25
         self.refuse('"nll" it has 0.25 tokens', composer, totals)

@@ -10,7 +10,7 @@ import tinker
 import torch
 
 import replayed_terms
-from tinker_custom_loss import Composer, Recorder, flatten
+from tinker_custom_loss import Composer, NonFiniteError, Recorder, flatten
 from tinker_custom_loss.insight import kept_steps, read_run, replay
 from tinker_custom_loss.insight.report import report_page
 from tinker_custom_loss.insight.report.tokens import pulls
@@ -92,6 +92,24 @@ def test_a_pull_at_several_alternatives_is_not_said_to_have_a_direction(tmp_path
     (pulled,) = pulls_of(report_page([read_run(tmp_path)]))
     assert pulled["directed"] is directed
     assert len(pulled["pulls"]) == 3
+
+
+def test_a_step_that_failed_shows_the_text_around_the_token(tmp_path):
+    datum = tinker.Datum(
+        model_input=tinker.ModelInput.from_ints([256, *TEXT[:-1]]),
+        loss_fn_inputs={"target_tokens": list(TEXT)},
+    )
+    terms = [{"fn": replayed_terms.root, "weight": 0.1}]
+    with Recorder(tmp_path, keep="failures") as recorder:
+        composer = Composer("nll", terms, recorder=recorder)
+        kept = composer.compute([datum], [torch.full((4,), -1.0)], step=0)
+        recorder.log(flatten(kept.record), 0)
+        with pytest.raises(NonFiniteError):
+            composer.compute([datum], [torch.tensor([-1.0, -1.0, -1.0, 0.0])], step=1)
+    run, load = read_run(tmp_path), ["replayed_terms"]
+    page = report_page([run], tokenizer="bytes", load=load)
+    assert "; datum 0, token 3: &lt;256&gt;abc«&lt;»</p>" in page
+    assert "; datum 0, token 3: 256 97 98 99 «60»</p>" in report_page([run], load=load)
 
 
 def test_a_term_that_cannot_be_had_is_left_out_which_the_section_says(run):

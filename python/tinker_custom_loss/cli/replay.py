@@ -84,16 +84,14 @@ def replay_command(options: argparse.Namespace) -> int:
 
 def _places(replayed: Any, decode: Any) -> Iterator[str]:
     """Where the errors were, with the text around them."""
-    from ..insight.tokenizing import text_around
+    from ..insight.tokenizing import place_of
 
     seen = []
     for error in (replayed.step.outcome.error, replayed.again.error):
         if error is None or error["datum"] is None or (error["datum"], error["token"]) in seen:
             continue
         seen.append((error["datum"], error["token"]))
-        token = error["token"][0] if len(error["token"]) == 1 else error["token"]
-        text = text_around(replayed.step, error["datum"], error["token"], decode)
-        yield f"datum {error['datum']}, token {token}" + (f": {text}" if text else "")
+        yield place_of(error, replayed.step, decode)
 
 
 def _pair(kind: Callable[[str], Any]) -> Callable[[str], tuple[str, Any]]:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from ..errors import RequestError
+from ..wording import counted
 
 __all__ = ["add_report", "report"]
 
@@ -65,7 +66,8 @@ def report(options: argparse.Namespace) -> int:
         print(f"cannot open {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     steps = sum(len(run.steps) for run in runs)
-    print(f"{options.output}: {len(runs)} run(s), {steps} steps, {len(page) / 1000:.0f} kB")
+    of = f"{counted(len(runs), 'run')}, {counted(steps, 'step')}"
+    print(f"{options.output}: {of}, {len(page) / 1000:.0f} kB")
     return 0
 
 

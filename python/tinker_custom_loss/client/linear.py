@@ -23,6 +23,7 @@ from ..composition import Composition
 from ..errors import RequestError
 from ..record import StepRecord
 from ..tensors.batch import Shape, TensorBatch
+from ..wording import counted
 from .arguments import BaseLoss, Regularizers, checked_data, checked_step, composer_of
 
 __all__ = ["forward_data", "linear_data", "linearize", "linearize_with", "zero_gradient"]
@@ -115,7 +116,7 @@ def _logprobs(data: Sequence[Datum], output: ForwardBackwardOutput) -> TensorBat
     """The logprobs of a forward pass, copied once, into one float32 buffer."""
     if len(output.loss_fn_outputs) != len(data):
         raise RequestError(
-            f"there are {len(data)} datums but the forward pass has outputs for "
+            f"got {counted(len(data), 'datum')} but the forward pass has outputs for "
             f"{len(output.loss_fn_outputs)}; expected one a datum",
             path="forward_output.loss_fn_outputs",
         )

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..description import versions
+from ..wording import counted
 from .kept import KeptStep
 from .series import BASE, short
 
@@ -25,7 +26,8 @@ def comparison(replay: Replay) -> Iterator[str]:
     """What :class:`~.replaying.Replay` prints."""
     step, was, now = replay.step, replay.step.outcome, replay.again
     number = "without a number" if step.step is None else str(step.step)
-    yield f"step {number}: {len(step.logprobs)} datums, {_values(step)} logprobs"
+    datums = counted(len(step.logprobs), "datum")
+    yield f"step {number}: {datums}, {counted(_values(step), 'logprob')}"
     for sentence in replay.changes:
         yield f"  {sentence}"
     if replay.is_same and not replay.changes:

@@ -27,6 +27,7 @@ from ..errors import CustomLossError, RequestError, TermError
 from ..observer import ObservedStep
 from ..regularizer import Regularizer, show
 from ..tensors.batch import TensorBatch
+from ..wording import counted
 from .seeds import Seeds
 
 __all__ = ["CannotKeepError", "KeptStep", "Outcome", "outcome_of", "pack_step", "read_step"]
@@ -72,7 +73,8 @@ class KeptStep:
     device: str
 
     def __repr__(self) -> str:
-        return f"KeptStep({str(self.path)!r}, step {self.step}, {len(self.logprobs)} datums)"
+        datums = counted(len(self.logprobs), "datum")
+        return f"KeptStep({str(self.path)!r}, step {self.step}, {datums})"
 
 
 def outcome_of(observed: ObservedStep, error: BaseException | None) -> Outcome:

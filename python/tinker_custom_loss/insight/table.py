@@ -10,7 +10,7 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Self, TextIO, TypeVar
+from typing import Any, Self, TextIO, TypeVar, cast
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live as RichLive
@@ -20,6 +20,7 @@ from rich.text import Text
 from ..errors import RequestError
 from ..record import flatten
 from .diagnosis import findings
+from .encodable import Encodable
 from .recorder import Recorder
 from .series import BASE, History, TermSeries, bar, short, sparkline
 
@@ -96,7 +97,8 @@ class Live:
         self._total = total
         self._history = History(prefix, composition)
         self._composition = composition
-        self._console = Console(file=file if file is not None else sys.stdout)
+        self._file = cast(TextIO, Encodable(file if file is not None else sys.stdout))
+        self._console = Console(file=self._file)
         self._terminal = self._console.is_terminal
         self._display = RichLive(console=self._console, auto_refresh=False)
         self._every = max(1, total // _PLAIN_LINES) if total else 10
@@ -126,13 +128,13 @@ class Live:
         if self._terminal:
             self._display.stop()
         elif self._history.count:
-            plain = Console(file=self._console.file, width=_NARROW, color_system=None)
+            plain = Console(file=self._file, width=_NARROW, color_system=None)
             plain.print()
             table = table_of(self._history, _NARROW)
             plain.print(table, *_remarks(self._history), sep="\n")
 
     def _print(self, line: str) -> None:
-        print(line, file=self._console.file, flush=True)
+        print(line, file=self._file, flush=True)
 
     def _screen(self) -> RenderableType:
         table = table_of(self._history, self._console.width)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError
@@ -11,7 +11,7 @@ from ..errors import RequestError
 if TYPE_CHECKING:
     from .kept import KeptStep
 
-__all__ = ["Decode", "decoder", "text_around", "texts_of"]
+__all__ = ["Decode", "decoder", "place_of", "text_around", "texts_of"]
 
 Decode = Callable[[Sequence[int]], str]
 BYTES = "bytes"
@@ -54,6 +54,14 @@ def _bytes(ids: Sequence[int]) -> str:
 def texts_of(ids: Sequence[int], decode: Decode | None) -> list[str]:
     """Each token by itself."""
     return [str(i) if decode is None else decode([i]) for i in ids]
+
+
+def place_of(error: Mapping[str, Any], step: KeptStep, decode: Decode | None = None) -> str:
+    """Where an error was that has a ``datum`` and a ``token``, with the text around it."""
+    datum, token = error["datum"], error["token"]
+    text = text_around(step, datum, token, decode)
+    place = f"datum {datum}, token {token[0] if len(token) == 1 else token}"
+    return f"{place}: {text}" if text else place
 
 
 def text_around(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..tensors.batch import Shape, TensorBatch
+from ..wording import counted
 from .shapes import Shapes
 
 if TYPE_CHECKING:
@@ -168,4 +169,4 @@ class WireData(Sequence["tinker.Datum"]):
 
     def __repr__(self) -> str:
         inputs = ", ".join(self._inputs) or "none"
-        return f"WireData({self._count} datums, loss_fn_inputs: {inputs})"
+        return f"WireData({counted(self._count, 'datum')}, loss_fn_inputs: {inputs})"

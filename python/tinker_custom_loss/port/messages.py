@@ -17,6 +17,7 @@ from msgspec import Meta, Struct
 
 from ..errors import ProtocolError, RequestError
 from ..tensors.batch import TensorBatch
+from ..wording import counted
 from .data import Column, WireData, whole_batch
 from .messagepack import Message
 from .shapes import Shapes, read_shapes
@@ -247,8 +248,9 @@ def _column(batch: Batch, payload: memoryview, count: int, path: str) -> Column:
     column = Column(*decode_batch(batch, payload, path))
     if len(column.shapes) != count:
         raise RequestError(
-            f"`{path}.shapes` has {len(column.shapes)} entries for {count} datums; expected one "
-            "a datum, nil where a datum has no such tensor",
+            f"`{path}.shapes` has {counted(len(column.shapes), 'entry', 'entries')} for "
+            f"{counted(count, 'datum')}; expected one a datum, nil where a datum has "
+            "no such tensor",
             path=f"{path}.shapes",
         )
     return column
@@ -275,7 +277,8 @@ def _chunks(
         return None
     if len(chunks) != count:
         raise RequestError(
-            f"`data.chunks` has {len(chunks)} entries for {count} datums; expected one a datum, "
+            f"`data.chunks` has {counted(len(chunks), 'entry', 'entries')} for "
+            f"{counted(count, 'datum')}; expected one a datum, "
             "nil where `data.tokens` has it",
             path="data.chunks",
         )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import logging
 import signal
 import sys
 import threading
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -21,6 +23,9 @@ _SNIPPET = """\
   client = service.create_lora_training_client("sandbox").result()
   client.forward_backward_custom(data, loss_fn).result()   # tokens are bytes, 0 to 255\
 """
+
+_SETTINGS = ("seed", "retry_after", "slow_seconds", "endpoints", "at_most")
+"""What :class:`~.faults.Faults` takes beside the faults."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -109,7 +114,7 @@ def _faults(given: list[str]) -> Faults | None:
         kind = kinds.get(name)
         if kind is None:
             raise RequestError(
-                f"there is no such fault; {nearest(name, list(kinds))}",
+                f"there is no such fault; {nearest(name, _meant(name, kinds))}",
                 path=f"faults.{name}",
             )
         if kind is tuple:
@@ -122,6 +127,12 @@ def _faults(given: list[str]) -> Faults | None:
                 f"expected {name}=NUMBER, got {each!r}", path=f"faults.{name}"
             ) from None
     return Faults(**options)
+
+
+def _meant(name: str, kinds: Iterable[str]) -> list[str]:
+    """The faults, and of their settings those that are nearly ``name``."""
+    faults = [kind for kind in kinds if kind not in _SETTINGS]
+    return faults + difflib.get_close_matches(name, _SETTINGS)
 
 
 def _serve_http(options: argparse.Namespace) -> int:

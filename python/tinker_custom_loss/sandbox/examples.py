@@ -9,6 +9,7 @@ import torch
 
 from ..errors import RequestError
 from ..tensors.batch import TensorBatch
+from ..wording import counted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -96,7 +97,8 @@ class Examples:
     def _check_count(self, key: str, batch: TensorBatch) -> None:
         if len(batch) != len(self.tokens):
             raise RequestError(
-                f"there are {len(self.tokens)} datums, but {len(batch)} tensors of {key}",
+                f"got {counted(len(self.tokens), 'datum')}, but "
+                f"{counted(len(batch), 'tensor')} of {key}",
                 path="data",
             )
 

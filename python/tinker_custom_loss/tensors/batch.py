@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RequestError
+from ..wording import counted
 
 __all__ = ["Shape", "TensorBatch", "checked_batch"]
 
@@ -129,8 +130,8 @@ def checked_batch(data: Sequence[object], logprobs: Sequence[Tensor] | TensorBat
             )
     if len(data) != len(logprobs):
         raise RequestError(
-            f"there are {len(data)} datums but {len(logprobs)} logprob tensors; expected one "
-            "tensor a datum",
+            f"got {counted(len(data), 'datum')} but "
+            f"{counted(len(logprobs), 'logprob tensor')}; expected one tensor a datum",
             path="logprobs",
         )
     if not len(logprobs):

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import RequestError
 from ..regularizer import LossFn, Regularizer, nearest
 from ..tensors.batch import Shape
+from ..wording import counted
 from .checked import CHECKS, Batch, CheckedTerm
 from .probe import modes_restored
 
@@ -67,7 +68,8 @@ def check_term(
             shapes = [tuple(datum.loss_fn_inputs["target_tokens"].shape) for datum in data]
         if not data or len(data) != len(shapes):
             raise RequestError(
-                f"there are {len(data)} datums and {len(shapes)} shapes; expected one a datum"
+                f"got {counted(len(data), 'datum')} and {counted(len(shapes), 'shape')}; "
+                "expected one a datum"
             )
         term = Regularizer(fn, 1.0, _name(fn), params=params or {})
         whole = Batch("the whole batch", data, [_random_logprobs(tuple(s)) for s in shapes])
@@ -75,7 +77,9 @@ def check_term(
         failures = checked.failures({*skip} if process else {*skip, "process"})
     if failures:
         lines = "".join(f"\n  {name}: {failure}" for name, failure in failures.items())
-        raise AssertionError(f'the term "{term.name}" fails {len(failures)} check(s):{lines}')
+        raise AssertionError(
+            f'the term "{term.name}" fails {counted(len(failures), "check")}:{lines}'
+        )
 
 
 def _check_names(skip: Collection[str]) -> None:

@@ -18,7 +18,7 @@ from ..kept import KeptStep, read_step
 from ..replaying import Replay, replay
 from ..run import Run, kept_steps
 from ..series import BASE
-from ..tokenizing import Decode, texts_of
+from ..tokenizing import Decode, place_of, texts_of
 from .svg import COLORS
 
 __all__ = ["Texts", "pulls", "tokens_section"]
@@ -108,7 +108,8 @@ class _Block:
         number = "a step without a number" if step.step is None else f"step {step.step}"
         head = number + "".join(f"; {change}" for change in self._replayed.changes)
         if error is not None:
-            return f'<p class="quiet">{escape(head)}: {escape(error["message"])}</p>'
+            where = "" if error["datum"] is None else f"; {place_of(error, step, self._decode)}"
+            return f'<p class="quiet">{escape(head)}: {escape(error["message"] + where)}</p>'
         if not self._terms or not self._datums:
             why = "nothing in it can be computed again here" if self._datums else "it has no tokens"
             return f'<p class="quiet">{escape(head)}: {why}</p>'

@@ -49,7 +49,7 @@ defmodule Tinkex.CustomLoss.Wire.Data do
     proper!(data, ["data"])
 
     raise ArgumentError,
-          "data has #{length(data)} datums, but there are logprobs of #{count}; " <>
+          "data has #{datums(length(data))}, but there are logprobs of #{count}; " <>
             "give one tensor of logprobs a datum"
   end
 
@@ -80,8 +80,11 @@ defmodule Tinkex.CustomLoss.Wire.Data do
 
   def linear(data, %Batch{shapes: shapes}) do
     raise ArgumentError,
-          "data has #{length(data)} datums, but there are #{length(shapes)} gradients"
+          "data has #{datums(length(data))}, but there are gradients of #{length(shapes)}"
   end
+
+  defp datums(1), do: "1 datum"
+  defp datums(count), do: "#{count} datums"
 
   defp weights(part, dtype, path) do
     case Numbers.negate(part, dtype) do
