@@ -13,6 +13,8 @@ import sys
 import time
 import warnings
 
+from tinker_custom_loss import term
+
 _calls = itertools.count()
 
 
@@ -100,6 +102,21 @@ def loops(data, logprobs):
     logging.getLogger("loops").info("looping")
     while True:
         pass
+
+
+@term(scope="token")
+def loops_over_tokens(logprob):
+    return loops(None, logprob)
+
+
+@term(scope="token")
+def loops_in_its_derivative(logprob):
+    return logprob
+
+
+@loops_in_its_derivative.derivative
+def _(logprob):
+    return loops(None, logprob)
 
 
 def swallows_everything(data, logprobs):

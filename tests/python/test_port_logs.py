@@ -52,6 +52,29 @@ def test_logging_never_waits_and_keeps_no_more_than_its_capacity(pipe):
     assert records + dropped == 5000
 
 
+def test_what_another_thread_is_about_to_write_is_before_what_is_written_after_draining(pipe):
+    reader, writer = pipe
+
+    class Slow(FrameWriter):
+        def write_all(self, frames):
+            answering.start()  # the records are out of the queue, and not yet in the pipe
+            answering.join(0.2)
+            super().write_all(frames)
+
+    logs = LogStream(Slow(writer._fd))
+
+    def answer():
+        logs.drain()
+        writer.write([b"the answer"])
+
+    answering = threading.Thread(target=answer)
+    logs.handle(record("before the answer"))
+    logs.drain()
+    answering.join()
+    assert unpack(reader.read()).fields["message"] == "before the answer"
+    assert bytes(reader.read()) == b"the answer"
+
+
 @pytest.mark.parametrize(
     ("level", "name"),
     [(5, "debug"), (10, "debug"), (25, "info"), (30, "warning"), (40, "error"), (99, "critical")],

@@ -58,10 +58,10 @@ class LogStream(logging.Handler):
         self._some.set()
 
     def drain(self) -> None:
-        """Write what has been collected so far."""
-        if not self._waiting and not self._dropped:
-            return
+        """Write what has been collected so far, and wait for whoever is writing of it."""
         with self._draining:
+            if not self._waiting and not self._dropped:
+                return
             frames = [pack(self._waiting.popleft()) for _ in range(len(self._waiting))]
             self.acquire()
             dropped, self._dropped = self._dropped, 0

@@ -172,10 +172,11 @@ class Service:
     def _fn(self, spec: TermSpec) -> LossFn:
         fn = self.registry.resolve(spec.fn)
         where = isinstance(spec, Regularizer) and spec.run_in_executor
-        if where == "process" or isinstance(fn, Term):
+        if where == "process" or is_of_catalogue(fn):
             return fn
         elsewhere = where or is_coroutine_function(fn)
-        return ending_if_forked(fn) if elsewhere else interruptible(fn)
+        guarded = ending_if_forked if elsewhere else interruptible
+        return fn.called_through(guarded) if isinstance(fn, Term) else guarded(fn)
 
 
 def composer_arguments(terms: Terms, resolve: Callable[[TermSpec], LossFn]) -> dict[str, Any]:

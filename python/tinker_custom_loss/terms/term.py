@@ -127,6 +127,14 @@ class Term:
         self._derivative = fn
         return fn
 
+    def called_through(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Term:
+        """The same term, whose function, and derivative, are called as ``wrap`` has it."""
+        same = object.__new__(Term)
+        same.__dict__.update(self.__dict__, _given={}, __wrapped__=wrap(self.__wrapped__))
+        if self._derivative is not None:
+            same._derivative = wrap(self._derivative)
+        return same
+
     @property
     def has_derivative(self) -> bool:
         """Whether the gradient is known in closed form, so that no autograd graph is needed."""

@@ -48,8 +48,9 @@ defmodule Tinkex.CustomLoss.Wire.Frame do
   defp place(list, payload) when is_list(list), do: Enum.map_reduce(list, payload, &place/2)
   defp place(other, payload), do: {other, payload}
 
-  # Larger ones are left as they are, since a copy of them all would be another payload. A piece beyond the second size would be one of those binaries
-  # for which the emulator asks the system for fresh memory each time.
+  # Larger tensors are left as they are, since a copy of them all would be another payload. A piece
+  # of more than @joined would be one of those binaries for which the emulator asks the system for
+  # fresh memory each time.
   @small 16_384
   @joined 262_144
 
