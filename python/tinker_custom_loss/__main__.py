@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 
@@ -77,4 +78,8 @@ def _terms(load: Sequence[str], names: Sequence[str], markdown: bool) -> int:
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # What its encoding lacks is a question mark, and not the end of the command.
+            stream.reconfigure(errors="replace")
     sys.exit(main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import re
 import subprocess
 import sys
@@ -117,6 +118,14 @@ def test_terms_tells_all_of_those_that_are_named(
         "listed_losses:gap  (loaded, async, scope batch)\n    margin: float\n    power = 2\n\n"
         "    The gap.\n\n    More of it.\n"
     ) in told
+
+
+def test_an_output_that_lacks_a_character_ends_no_command() -> None:
+    command = [sys.executable, "-m", "tinker_custom_loss", "terms", "kl"]
+    ascii_alone = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, text=True, env=ascii_alone)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("kl  (builtin, ")
 
 
 def test_terms_names_the_nearest_of_one_that_is_not_there(

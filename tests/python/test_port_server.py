@@ -245,7 +245,7 @@ BAD_REQUESTS = [
      "logprobs.shapes[0]", "got nil"),
     ({"logprobs": batch(torch.zeros(1, 1, 2))}, "request", "logprobs.shapes[0]", "[T] or [T,K]"),
     ({"logprobs": {"dtype": "float32", "shapes": b"", "data": [0, 0]}}, "request", "data", "empty"),
-    ({"data": {"count": 2}}, "request", "data.count", "there are 1 logprob tensors"),
+    ({"data": {"count": 2}}, "request", "data.count", "there are logprobs of 1"),
     ({"data": {"count": 1, "inputs": {"weights": 1}}}, "protocol", "data.inputs.weights", "a map"),
     ({"data": {"count": 1, "inputs": {"weights": {"dtype": "float32", "shapes": b"",
      "data": [0, 0]}}}}, "request", "data.inputs.weights.shapes", "0 entries for 1 datum;"),

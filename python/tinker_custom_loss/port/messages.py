@@ -230,7 +230,7 @@ def decode_data(data: Data | None, payload: memoryview, count: int) -> WireData:
         return WireData(count, {})
     if data.count != count:
         raise RequestError(
-            f"`data.count` is {data.count}, but there are {count} logprob tensors; expected one "
+            f"`data.count` is {data.count}, but there are logprobs of {count}; expected one "
             "tensor a datum",
             path="data.count",
         )
