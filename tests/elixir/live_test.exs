@@ -88,6 +88,44 @@ defmodule Tinkex.CustomLoss.LiveTest do
     assert second =~ IO.ANSI.red() <> "-0.50"
   end
 
+  # A device that says how wide it is, and what was written to it.
+  defp terminal(columns) do
+    {:ok, written} = StringIO.open("")
+    {spawn_link(fn -> answer(columns, written) end), written}
+  end
+
+  defp answer(columns, written) do
+    receive do
+      {:io_request, from, reply_as, {:get_geometry, :columns}} ->
+        send(from, {:io_reply, reply_as, columns})
+
+      request ->
+        send(written, request)
+    end
+
+    answer(columns, written)
+  end
+
+  test "a narrow terminal is shown fewer columns, since a row that is wrapped is not drawn over" do
+    for {columns, heads} <- [
+          {80, ~w(term value weight w·value share w·|∇| cos trend)},
+          {60, ~w(term value weight w·value share w·|∇| cos)},
+          {55, ~w(term value weight w·value w·|∇| cos trend)},
+          {50, ~w(term value weight w·value w·|∇| cos)},
+          {30, ~w(term w·value cos)},
+          {26, ~w(term w·value)}
+        ] do
+      {device, written} = terminal(columns)
+      records = for step <- 1..24, do: record(step, ["a_regularizer_with_a_long_name"])
+      records |> Live.watch(device: device, ansi: true, total: 24) |> Stream.run()
+
+      {_input, drawn} = StringIO.contents(written)
+      lines = drawn |> String.replace(~r/\e\[[0-9;]*[A-Za-z]/, "") |> lines()
+      assert Enum.max(Enum.map(lines, &String.length/1)) <= columns
+      assert lines |> Enum.at(-3) |> String.split() == heads
+    end
+  end
+
   test "outputs are shown as records are, and what is no number is told" do
     odd = put_in(record(1)["base_loss"]["value"], :nan)
     odd = put_in(odd["regularizers"]["kl"]["skipped"], true)

@@ -12,7 +12,7 @@ defmodule Tinkex.CustomLoss.Live do
 
   or, around any enumerable of outputs or records, `watch/2`; or, where the loop is not yours to
   change, `start_link/1`, which draws what a pool computes, whoever asks it. On a terminal it is a table that is
-  drawn anew with every step:
+  drawn anew with every step, and leaves out what its columns have no room for:
 
       8/200 steps  loss 2.157  ██▆▅▃▂▁▁  |∇| 0.041  0:05 left
       term       value  weight  w·value  share         w·|∇|    cos  trend
@@ -35,6 +35,8 @@ defmodule Tinkex.CustomLoss.Live do
   @trend 10
   @kept 24
   @plain_lines 12
+  # Of the table, where a terminal is narrower: the first of them first.
+  @left_out ["share", "value", "weight", "w·|∇|", "cos"]
   @levels String.graphemes("▁▂▃▄▅▆▇█")
   @eighths String.graphemes(" ▏▎▍▌▋▊▉")
 
@@ -58,6 +60,7 @@ defmodule Tinkex.CustomLoss.Live do
     :total,
     :ansi,
     :started,
+    columns: @columns,
     count: 0,
     drawn: 0,
     record: nil,
@@ -88,6 +91,7 @@ defmodule Tinkex.CustomLoss.Live do
     live = %{
       live
       | count: live.count + 1,
+        columns: columns(live),
         record: record,
         losses: keep(loss, live.losses),
         values: Map.new(terms(record), fn {n, t} -> {n, keep(t["value"], live.values[n])} end)
@@ -148,6 +152,20 @@ defmodule Tinkex.CustomLoss.Live do
   def child_spec(opts),
     do: %{id: {__MODULE__, opts[:pool]}, start: {__MODULE__, :start_link, [opts]}}
 
+  # Of a terminal as many as it has now: a row that is wrapped is two, and not drawn over.
+  defp columns(%{ansi: true, device: device}) do
+    case :io.columns(erlang_device(device)) do
+      {:ok, columns} -> min(columns, @columns)
+      {:error, _no_terminal} -> @columns
+    end
+  end
+
+  defp columns(_live), do: @columns
+
+  defp erlang_device(:stdio), do: :standard_io
+  defp erlang_device(:stderr), do: :standard_error
+  defp erlang_device(device), do: device
+
   defp keep(value, kept), do: Enum.take([value | kept || []], @kept)
 
   defp every(%{total: nil}), do: 10
@@ -178,7 +196,12 @@ defmodule Tinkex.CustomLoss.Live do
     trend = trend(live.losses, @kept)
     heading = "#{at}  loss #{figure(hd(live.losses))}  #{trend}  |∇| #{norm}"
     timed = heading <> left(live)
-    if String.length(timed) <= @columns, do: timed, else: heading
+
+    cond do
+      String.length(timed) <= live.columns -> timed
+      String.length(heading) <= live.columns -> heading
+      true -> String.slice(heading, 0, live.columns - 1) <> "…"
+    end
   end
 
   defp left(%{total: nil}), do: ""
@@ -229,24 +252,36 @@ defmodule Tinkex.CustomLoss.Live do
         ]
       end
 
-    columns = Enum.zip_with([heads | rows], & &1)
+    columns = [heads | rows] |> Enum.zip_with(& &1) |> fitting(live.columns)
     # What is left of the line.
-    taken = for column <- columns, do: 1 + (column |> Enum.map(&String.length/1) |> Enum.max())
-    width = min(@trend, @columns - Enum.sum(taken))
+    width = min(@trend, live.columns - taken(columns) - 1)
     trends = ["trend" | for({name, _term} <- terms, do: trend(live.values[name], width))]
     columns = if width < 5, do: columns, else: columns ++ [trends]
 
     columns
-    |> Enum.with_index(&column(&1, &2, live.ansi))
+    |> Enum.map(&column(&1, live.ansi))
     |> Enum.zip_with(&(&1 |> Enum.join(" ") |> String.trim_trailing()))
   end
 
+  # Without those that there is no room for.
+  defp fitting(columns, room) do
+    Enum.reduce(@left_out, columns, fn head, columns ->
+      if taken(columns) <= room, do: columns, else: Enum.reject(columns, &(hd(&1) == head))
+    end)
+  end
+
+  # A space goes between two.
+  defp taken(columns), do: Enum.sum(Enum.map(columns, &(1 + width(&1)))) - 1
+
+  defp width(cells), do: cells |> Enum.map(&String.length/1) |> Enum.max()
+
   # Words to the left, numbers to the right; the cosines in colour.
-  defp column(cells, index, ansi) do
-    width = cells |> Enum.map(&String.length/1) |> Enum.max()
-    pad = if index in [0, 4, 7], do: &String.pad_trailing/2, else: &String.pad_leading/2
+  defp column([head | _cells] = cells, ansi) do
+    width = width(cells)
+    left = head in ["term", "share", "trend"]
+    pad = if left, do: &String.pad_trailing/2, else: &String.pad_leading/2
     cells = Enum.map(cells, &pad.(&1, width))
-    if ansi and index == 6, do: Enum.map(cells, &colour/1), else: cells
+    if ansi and head == "cos", do: Enum.map(cells, &colour/1), else: cells
   end
 
   defp colour(cell) do
