@@ -4,11 +4,11 @@
 #
 # or `make demo-rl-elixir`, which Ctrl-C ends.
 #
-# The model that is trained is sampled; a reward that a program can check asks for vowels. Tinker's
-# importance_sampling is the loss, by name. Three regularizers ride along: the KL to the start, the
-# entropy, and a reward model behind HTTP, which the BEAM serves and an async term in Python asks.
-# Half-way the run is saved; another sandbox, in another process, goes on from there and must come
-# to the very same parameters.
+# The model that is trained is sampled; a reward that a program can check asks for small letters.
+# Tinker's importance_sampling is the loss, by name. Three regularizers ride along: the KL to the
+# start, the entropy, and a reward model behind HTTP, which the BEAM serves and an async term in
+# Python asks. Half-way the run is saved; another sandbox, in another process, goes on from there and
+# must come to the very same parameters.
 #
 # Exits with 1 if the reward does not rise, the KL leaves its bounds, or the resumed run differs.
 
@@ -145,8 +145,8 @@ defmodule Grpo do
     ]
   end
 
-  # Vowels, of the @length that there may be: anyone can check it.
-  defp reward(tokens), do: Enum.count(tokens, &(&1 in ~c"aeiou")) / @length
+  # Small letters, of the @length that there may be: anyone can check it.
+  defp reward(tokens), do: Enum.count(tokens, &(&1 in ?a..?z)) / @length
 
   defp data(sequences, rewards, start) do
     {mean, scale} = {mean(rewards), max(deviation(rewards), 1.0e-3)}

@@ -38,8 +38,8 @@ LENGTH = 12
 GROUP = 32
 STEPS = 60
 LETTERS, READABLE = frozenset(b"abcdefghijklmnopqrstuvwxyz"), range(32, 127)
-RISE = 0.1  # of the reward, in STEPS, from 0.05 of chance; five seeds rose by 0.20 to 0.27
-KL_BOUND = 40.0  # nats a sequence, by k2; five seeds came to at most 20
+RISE = 0.1  # of the reward, in STEPS, from 0.05 of chance; five seeds rose by 0.19 to 0.37
+KL_BOUND = 40.0  # nats a sequence, by k2; five seeds came to at most 31
 
 
 def reward(tokens: list[int]) -> float:
