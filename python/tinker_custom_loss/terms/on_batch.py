@@ -17,7 +17,7 @@ from .lazy import lazy
 from .reading import MASKED, reading
 from .selection import Selection
 
-__all__ = ["Evaluated", "TermOnBatch"]
+__all__ = ["Evaluated", "TermOnBatch", "rows", "values_and_metrics"]
 
 
 class Evaluated(NamedTuple):
@@ -55,11 +55,13 @@ class TermOnBatch:
                 "negative weights have no mean: it divides by the sum of the weights; take them "
                 'with a term of scope "token" and the reduction "token_sum"'
             )
-        self._columns: list[Tensor | None] = [self._reading.column(key) for key in given.keys]
+        self._keys: list[str | None] = [*given.keys]
         for key, usual in given.optional:
             # Another key than the usual one was named on purpose.
-            there = key != usual or is_present(usual, data)
-            self._columns.append(self._reading.column(key) if there else None)
+            self._keys.append(key if key != usual or is_present(usual, data) else None)
+        for key in self._keys:
+            if key is not None:
+                self._reading.raw(key)
         if given.importance:
             self._sampler = self._reading.column(given.sampler)
         self._params = given.own
@@ -190,7 +192,7 @@ class TermOnBatch:
         parts: list[tuple[Tensor, Mapping[str, Tensor]]] = []
         for block in self._blocks:
             returned = self._term.__wrapped__(*block.tensors, **self._params)
-            values, metrics = _values_and_metrics(returned)
+            values, metrics = values_and_metrics(returned)
             self._check_shape("returned", values, self._expected(block))
             for name, metric in metrics.items():
                 self._check_shape(f'returned the metric "{name}"', metric, tuple(values.shape))
@@ -241,7 +243,8 @@ class TermOnBatch:
     @lazy
     def _blocks(self) -> list[_Block]:
         logprobs = self._reading.logprobs(self._logprobs.flat, graph=self._graph)
-        tensors = [logprobs, *self._columns]
+        columns = [None if key is None else self._reading.column(key) for key in self._keys]
+        tensors = [logprobs, *columns]
         if self._weighing is not None:
             tensors = [
                 None if x is None else self._selected(self._seen, x, MASKED) for x in tensors
@@ -249,7 +252,7 @@ class TermOnBatch:
         if not self._term.alternatives:
             return [_Block(tensors)]
         if self._reading.kind is not None:
-            return [_Block([_rows(x, self._reading.kind) for x in tensors])]
+            return [_Block([rows(x, self._reading.kind) for x in tensors])]
         return [*_by_rank(tensors, self._logprobs, self._reading.kinds)]
 
 
@@ -261,7 +264,7 @@ class _Block(NamedTuple):
     entries: Tensor | None = None
 
 
-def _values_and_metrics(returned: object) -> tuple[Any, Mapping[str, Any]]:
+def values_and_metrics(returned: object) -> tuple[Any, Mapping[str, Any]]:
     if not isinstance(returned, tuple):
         return returned, {}
     if len(returned) != 2:
@@ -289,11 +292,11 @@ def _by_rank(
     )
     for kind in sorted(set(kinds)):
         entries = (of_entry == kind).nonzero()[:, 0]
-        parts = [None if x is None else _rows(x[entries], kind) for x in tensors]
+        parts = [None if x is None else rows(x[entries], kind) for x in tensors]
         yield _Block(parts, (of_position == kind).nonzero()[:, 0], entries)
 
 
-def _rows(tensor: Tensor | None, alternatives: int) -> Tensor | None:
+def rows(tensor: Tensor | None, alternatives: int) -> Tensor | None:
     return tensor if tensor is None or not alternatives else tensor.view(-1, alternatives)
 
 
