@@ -100,7 +100,7 @@ class TermInBlocks(TermOnBatch):
 
     def _block(self, start: int, stop: int) -> _Block:
         kept = self._kept(start, stop) if self._replaces else None
-        tensors = [self._part(tensor, start, stop, kept) for tensor in self._tensors]
+        tensors = [self._cut(tensor, start, stop, kept) for tensor in self._tensors]
         weights, by_entry = self._by_token, None
         if weights is not None:
             first, last = start // self.width, stop // self.width
@@ -126,15 +126,15 @@ class TermInBlocks(TermOnBatch):
         kept = self._reading.kept
         return None if kept is None else Selection(kept.flags[start:stop])
 
-    def _part(
+    def _cut(
         self, tensor: Tensor | None, start: int, stop: int, kept: Selection | None
     ) -> Tensor | None:
         if tensor is None:
             return None
-        part = tensor if stop - start == tensor.numel() else tensor[start:stop]
+        block = tensor if stop - start == tensor.numel() else tensor[start:stop]
         if kept is not None:
-            part = kept.of_plain(part, MASKED)
-        return rows(part, self._alternatives)
+            block = kept.of_plain(block, MASKED)
+        return rows(block, self._alternatives)
 
 
 class _Block(NamedTuple):
