@@ -69,7 +69,7 @@ class Sequences:
         """``Σ w`` over all tokens: their number, if the weights are 0 and 1."""
         if self.factors is None:
             return float(self.tokens)
-        return float(self.factors.to(torch.float64).sum())
+        return float(self.factors.sum(dtype=torch.float64))
 
     @lazy
     def has_mean(self) -> bool:
