@@ -144,7 +144,14 @@ class Composer:
         """
         here = places.Surroundings.here()
         composition = self._compute(
-            data, logprobs, step, totals, term_gradients, out, cancelled, here
+            data,
+            logprobs,
+            here,
+            step=step,
+            totals=totals,
+            term_gradients=term_gradients,
+            out=out,
+            cancelled=cancelled,
         )
         _accumulate(composition)
         return composition
@@ -188,7 +195,14 @@ class Composer:
         async with CallersLoop() as loop:
             here = places.Surroundings.here(loop)
             future = THREADS.submit(
-                self._compute, data, logprobs, step, totals, term_gradients, None, cancelled, here
+                self._compute,
+                data,
+                logprobs,
+                here,
+                step=step,
+                totals=totals,
+                term_gradients=term_gradients,
+                cancelled=cancelled,
             )
             try:
                 composition: Composition = await asyncio.wrap_future(future)
@@ -202,28 +216,32 @@ class Composer:
         self,
         data: Sequence[Any],
         logprobs: Sequence[Tensor] | TensorBatch,
-        step: int | None,
-        totals: Mapping[str, Any] | None,
-        *rest: Any,
+        surroundings: places.Surroundings,
+        *,
+        step: int | None = None,
+        totals: Mapping[str, Any] | None = None,
+        **options: Any,
     ) -> Composition:
         """Seen by the recorder, if there is one."""
         if self._recorder is None:
-            return self._composition(data, logprobs, step, totals, *rest)
+            return self._composition(data, logprobs, surroundings, step, totals, **options)
         observed = ObservedStep(self, data, logprobs, step, totals)
         with self._recorder.observing(observed):
-            observed.composition = self._composition(data, logprobs, step, totals, *rest)
+            observed.composition = self._composition(
+                data, logprobs, surroundings, step, totals, **options
+            )
         return observed.composition
 
     def _composition(
         self,
         data: Sequence[Any],
         logprobs: Sequence[Tensor] | TensorBatch,
+        surroundings: places.Surroundings,
         step: int | None,
         totals: Mapping[str, Any] | None,
-        term_gradients: bool,
-        out: Tensor | None,
-        cancelled: threading.Event | None,
-        surroundings: places.Surroundings,
+        term_gradients: bool = False,
+        out: Tensor | None = None,
+        cancelled: threading.Event | None = None,
     ) -> Composition:
         with torch.inference_mode(False), on_this_thread():
             composing = self._begin(data, logprobs, step, out)
@@ -336,7 +354,7 @@ class Composer:
             loss, metrics = returned
             return loss, metrics
         here = places.Surroundings.here()
-        composition = self._compute(data, logprobs, None, None, False, None, here)
+        composition = self._compute(data, logprobs, here)
         loss = surrogate(
             composition.loss_total,
             composition.gradients,
