@@ -123,12 +123,18 @@ defmodule Tinkex.CustomLoss.Wire.Tensor do
   """
   @spec restore(gradients :: Batch.t(), Batch.t()) :: {:ok, [t()]} | {:error, String.t()}
   def restore(%Batch{dtype: dtype, shapes: shapes} = gradients, %Batch{} = batch) do
-    if dtype == batch.dtype and shapes == batch.shapes do
+    with :ok <- check_gradients(gradients, batch) do
       values = batch.forms |> wanted(Batch.parts(gradients), shapes) |> Lists.of(dtype)
       {:ok, write_all(batch.forms, values)}
-    else
-      {:error, "the gradients are #{inspect(gradients)}, the logprobs #{inspect(batch)}"}
     end
+  end
+
+  @doc "Whether these can be the gradients of `batch`."
+  @spec check_gradients(gradients :: Batch.t(), Batch.t()) :: :ok | {:error, String.t()}
+  def check_gradients(%Batch{} = gradients, %Batch{} = batch) do
+    if gradients.dtype == batch.dtype and gradients.shapes == batch.shapes,
+      do: :ok,
+      else: {:error, "the gradients are #{inspect(gradients)}, the logprobs #{inspect(batch)}"}
   end
 
   # For Lists: of each form its bytes, and the shape of the list that it takes, if it takes one.
