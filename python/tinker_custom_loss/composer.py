@@ -38,7 +38,7 @@ from .running.evaluation import Call
 from .running.event_loop import CallersLoop
 from .running.shipping import ShippedCall
 from .running.threads import THREADS, on_this_thread
-from .running.together import Together
+from .running.together import Asked, Together
 from .tensors.batch import TensorBatch, checked_batch
 from .tensors.gradients import surrogate
 from .totals import denominators, shapes_of_targets, totals_of
@@ -161,8 +161,8 @@ class Composer:
             composing = self._begin(data, logprobs, step)
             calls = self._parts(data, composing.batch, totals)
             batch = composing.batch.sharing()
-            results = self._together.evaluate(calls, data, batch, False, cancelled, here)
-            return composing.composed_loss(results)
+            asked = Asked(calls, data, batch, False, cancelled, here)
+            return composing.composed_loss(self._together.evaluate(asked).evaluations)
 
     async def compute_async(
         self,
@@ -222,8 +222,9 @@ class Composer:
             composing = self._begin(data, logprobs, step)
             calls = self._parts(data, composing.batch, totals)
             batch = composing.batch.sharing()
-            results = self._together.evaluate(calls, data, batch, True, cancelled, surroundings)
-            return composing.composition(results, term_gradients)
+            asked = Asked(calls, data, batch, True, cancelled, surroundings)
+            weights = None if term_gradients else composing.weights
+            return composing.composition(self._together.evaluate(asked, weights), term_gradients)
 
     def totals(self, data: Sequence[Any]) -> dict[str, dict[str, Any]]:
         """What each term divides by, for an optimizer step that is sent in several calls.

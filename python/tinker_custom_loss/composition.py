@@ -14,10 +14,11 @@ from torch import Tensor
 from .errors import NonFiniteError, TermError
 from .record import RegularizerRecord, StepRecord, flatten, step_record
 from .regularizer import BASE_LOSS, Regularizer
-from .running.cosines import Cosines
 from .running.differentiation import Evaluation
 from .running.evaluation import is_of_catalogue
+from .running.measured import Measured, measured
 from .running.non_finite import CheckedEvaluation, check_finite, record_of
+from .running.together import Results
 from .tensors import gradients as grad
 from .tensors.batch import TensorBatch
 from .tensors.gradients import ParameterGradient
@@ -122,33 +123,34 @@ class Step:
         Raises:
             NonFiniteError: a term's loss, or the sum of all, is not finite.
         """
-        return ComposedLoss(*self._recorded(self._checked(results), None, None))
+        return ComposedLoss(*self._recorded(self._checked(results), None))
 
-    def composition(
-        self, results: Sequence[Evaluation | TermError], keep_term_gradients: bool
-    ) -> Composition:
+    def composition(self, results: Results, keep_term_gradients: bool) -> Composition:
         """The loss, its gradient and the record.
 
         Raises:
             NonFiniteError: a loss or gradient, or the sum of all, is not finite.
             TermError: no term is differentiable.
         """
-        checked = self._checked(results)
-        if not any(part.gradient is not None or part.error for part in checked):
-            names = ", ".join(f'"{term.name}"' for term in self.terms)
-            raise TermError(
-                f"no term is differentiable: {names} returned constants, without a graph back to "
-                "the logprobs, so there is no gradient to train with; compute the loss from the "
-                "logprobs without .item(), .detach() or numpy",
-                term=self.terms[0].name,
+        found = results.measured
+        if found is None:
+            checked = self._checked(results.evaluations)
+            found = self._measured(checked, results.evaluations)
+        else:
+            checked = [
+                CheckedEvaluation.skipped(each)
+                if isinstance(each, TermError)
+                else CheckedEvaluation(each, None, norm, each.parameter_gradients)
+                for each, norm in zip(results.evaluations, found.norms, strict=True)
+            ]
+        total = found.total
+        if not found.total_norm < torch.finfo(total.dtype).max:
+            raise NonFiniteError(
+                "the sum of the weighted gradients overflows, although each one is finite; "
+                "lower the weights",
+                term=self._names,
             )
-        weighted = [
-            (weight, part.gradient)
-            for weight, part in zip(self.weights, checked, strict=True)
-            if part.gradient is not None
-        ]
-        total = self._sum(weighted, results)
-        loss_total, record = self._recorded(checked, total, self._total_norm(total, checked))
+        loss_total, record = self._recorded(checked, found)
         self._warn_of_zero_gradients(record)
         kept = {  # each may be the total, or the memory of an input
             term.name: self.batch.with_flat(part.gradient.clone())
@@ -159,40 +161,39 @@ class Step:
         parameters = self._parameter_gradients(checked)
         return Composition(loss_total, record, gradient, kept, parameters, gradients)
 
-    def _sum(
-        self,
-        weighted: Sequence[tuple[float, Tensor]],
-        results: Sequence[Evaluation | TermError],
-    ) -> Tensor:
-        """The total gradient, in memory of its own: that of the only term, if it has it."""
-        borrowed = any(isinstance(each, Evaluation) and each.borrowed for each in results)
-        if len(weighted) == 1 and weighted[0][0] == 1.0 and not borrowed:
-            return weighted[0][1]
-        return grad.weighted_sum(weighted, self.batch.flat)
-
     def _checked(self, results: Sequence[Evaluation | TermError]) -> list[CheckedEvaluation]:
         return [
             check_finite(term, result, self.batch)
             for term, result in zip(self.terms, results, strict=True)
         ]
 
+    def _measured(
+        self, checked: Sequence[CheckedEvaluation], results: Sequence[Evaluation | TermError]
+    ) -> Measured:
+        gradients = [part.gradient for part in checked]
+        if not any(part.gradient is not None or part.error for part in checked):
+            names = ", ".join(f'"{term.name}"' for term in self.terms)
+            raise TermError(
+                f"no term is differentiable: {names} returned constants, without a graph back to "
+                "the logprobs, so there is no gradient to train with; compute the loss from the "
+                "logprobs without .item(), .detach() or numpy",
+                term=self.terms[0].name,
+            )
+        borrowed = any(isinstance(each, Evaluation) and each.borrowed for each in results)
+        norms = [part.norm for part in checked]
+        return measured(self.weights, gradients, norms, self.batch.flat, own=not borrowed)
+
     def _recorded(
-        self,
-        checked: Sequence[CheckedEvaluation],
-        total: Tensor | None,
-        total_norm: float | None,
+        self, checked: Sequence[CheckedEvaluation], found: Measured | None
     ) -> tuple[float, StepRecord]:
         size = self.batch.flat.numel()
-        cosines = None
-        if total is not None and total_norm is not None:
-            cosines = Cosines(self.weights, checked, total, total_norm)
         records = {
             term.name: record_of(
                 part,
                 weight,
-                None if cosines is None else cosines.with_total(index),
+                None if found is None else found.with_total[index],
                 size,
-                total is not None,
+                found is not None,
             )
             for index, (term, part, weight) in enumerate(
                 zip(self.terms, checked, self.weights, strict=True)
@@ -205,18 +206,18 @@ class Step:
             regularizer_total=self._sum_of_contributions(records),
             base_loss=base_loss,
             regularizers=records,
-            total_grad_norm=total_norm,
-            cosines=None if cosines is None else self._of_pairs(cosines),
+            total_grad_norm=None if found is None else found.total_norm,
+            cosines=None if found is None else self._of_pairs(found),
             size=size,
             datums=len(self.batch),
             schedule_step=self.schedule_step,
             compute_seconds=time.perf_counter() - self.started,
         )
 
-    def _of_pairs(self, cosines: Cosines) -> dict[str, dict[str, float]]:
+    def _of_pairs(self, found: Measured) -> dict[str, dict[str, float]]:
         names = [term.name for term in self.terms]
         return {
-            name: {names[j]: cosines.of_pair(i, j) for j in range(i + 1, len(names))}
+            name: {names[j]: found.pairs[i, j] for j in range(i + 1, len(names))}
             for i, name in enumerate(names[:-1])
         }
 
@@ -258,21 +259,6 @@ class Step:
             f"weights (the contributions are {terms})",
             term=", ".join(contributions),
         )
-
-    def _total_norm(self, total: Tensor, checked: Sequence[CheckedEvaluation]) -> float:
-        norms = [
-            abs(weight) * part.norm
-            for weight, part in zip(self.weights, checked, strict=True)
-            if part.gradient is not None
-        ]
-        value = norms[0] if len(norms) == 1 else grad.norm(total)
-        if not value < torch.finfo(total.dtype).max:
-            raise NonFiniteError(
-                "the sum of the weighted gradients overflows, although each one is finite; "
-                "lower the weights",
-                term=self._names,
-            )
-        return value
 
     def _parameter_gradients(self, checked: Sequence[CheckedEvaluation]) -> list[ParameterGradient]:
         parts = [part.parameter_gradients for part in checked]

@@ -1,6 +1,7 @@
 """How long a step takes whose terms take 200 ms each, against the slowest of them; and two clients.
 
 concurrent_MODE   wall time of a step of 4 such terms / the slowest term, median of 5 steps
+concurrent_dask_bare   wall time of 4 calls of 200 ms by Dask alone, with as much to send, / 200 ms
 two_clients       wall time of a step of each of two clients of a process, with a term of one
                   second each / of one such client alone, through with_regularizers
 two_clients_sdk   the same through the SDK's own queue, for comparison; it has no target
@@ -19,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import tinker
 import torch
 from figures import figure
@@ -83,6 +85,25 @@ def concurrency(fn: Callable[..., Any], place: Any) -> float:
     return statistics.median(ratio() for _ in range(ROUNDS))
 
 
+def asleep(payload: np.ndarray) -> np.ndarray:
+    time.sleep(SECONDS)
+    return payload
+
+
+def of_executor(executor: concurrent.futures.Executor) -> float:
+    """What the executor itself takes to send such calls and their results."""
+    payload = np.zeros(8 * 1024, np.float32)
+
+    def ratio() -> float:
+        start = time.perf_counter()
+        futures = [executor.submit(asleep, payload) for _ in range(TERMS)]
+        for future in futures:
+            future.result()
+        return (time.perf_counter() - start) / SECONDS
+
+    return statistics.median(ratio() for _ in range(ROUNDS))
+
+
 def two_clients(wrap: Callable[[Any], Any]) -> float:
     term = Regularizer(slow, 1.0, "slow", params={"seconds": 1.0})
     datum = types.Datum(types.ModelInput.from_ints([1, 2, 3]), {"target_tokens": [2, 3, 4]})
@@ -113,6 +134,8 @@ def main() -> None:
     with places() as modes:
         for name, (fn, place) in modes.items():
             figure(f"concurrent_{name}", concurrency(fn, place), TARGET)
+        if "dask" in modes:
+            figure("concurrent_dask_bare", of_executor(modes["dask"][1]))
     figure("two_clients", two_clients(with_regularizers), TARGET)
     figure("two_clients_sdk", two_clients(lambda client: client))
 

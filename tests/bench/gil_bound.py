@@ -1,5 +1,12 @@
-"""A term that computes in Python, and lets no other thread of its process do so meanwhile."""
+"""A term that computes in Python, and lets no other thread of its process do so meanwhile.
 
+    python tests/bench/gil_bound.py
+
+calls it as often as each line of the standard input says, and answers with a line: what a process
+takes for it that has nothing else to do.
+"""
+
+import sys
 from typing import Any
 
 import torch
@@ -14,3 +21,15 @@ def recursion(data: list[Any], logprobs: list[Tensor]) -> tuple[Tensor, dict[str
     for step in range(STEPS):
         value = 0.9 * value + step
     return torch.cat(logprobs).square().sum(), {"value": value}
+
+
+def main() -> None:
+    logprobs = [torch.full((125,), -1.0)] * 8
+    for line in sys.stdin:
+        for _ in range(int(line)):
+            recursion([], logprobs)
+        print("done", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -3,6 +3,8 @@
 #     pool_scaling          calls a second of two workers, over those of one, with a term that
 #                           computes in Python: one process has one lock, so more are needed. A term
 #                           of torch's already fills both cores from the threads of one worker
+#     pool_scaling_bare     the same of two processes that only call that term, over one: what the
+#                           machine has to give at the time
 #     cpu_beam, cpu_python  milliseconds of processor time a call of 100,000 values, one L2 term
 #     head_of_line          median of a call of 1,000 values while another process keeps computing
 #                           4,000,000, over its median alone; a pool of two workers
@@ -28,12 +30,14 @@ defmodule Bench.Pool do
   end
 
   defp scaling do
+    source = Path.join(__DIR__, "gil_bound.py")
     term = %{name: "recursion", fn: "gil_bound:recursion", weight: 1.0}
     batch = Batch.new(1_000)
+    ports = for _ <- 1..2, do: open(source)
 
     ways =
       for workers <- [1, 2] do
-        pool = start(workers, load: [Path.join(__DIR__, "gil_bound.py")])
+        pool = start(workers, load: [source])
 
         calls = fn ->
           1..@calls
@@ -47,8 +51,31 @@ defmodule Bench.Pool do
         {:"workers_#{workers}", calls}
       end
 
-    [workers_1: one, workers_2: two] = Figures.medians("pool_scaling", ways, @rounds)
-    Figures.figure("pool_scaling", one / two, 1.8, :at_least)
+    bare = [
+      bare_1: fn -> call(Enum.take(ports, 1), @calls) end,
+      bare_2: fn -> call(ports, div(@calls, 2)) end
+    ]
+
+    ms = Figures.medians("pool_scaling", ways ++ bare, @rounds)
+    Figures.figure("pool_scaling", ms[:workers_1] / ms[:workers_2], 1.8, :at_least)
+    Figures.figure("pool_scaling_bare", ms[:bare_1] / ms[:bare_2])
+    Enum.each(ports, &Port.close/1)
+  end
+
+  defp open(source) do
+    python = System.fetch_env!("TINKEX_CUSTOM_LOSS_PYTHON")
+    Port.open({:spawn_executable, python}, [:binary, line: 80, args: [source]])
+  end
+
+  # By each of these processes, at the same time.
+  defp call(ports, calls) do
+    for port <- ports, do: Port.command(port, "#{calls}\n")
+
+    for port <- ports do
+      receive do
+        {^port, {:data, {:eol, "done"}}} -> :ok
+      end
+    end
   end
 
   defp processor_time do

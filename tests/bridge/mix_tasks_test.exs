@@ -49,7 +49,7 @@ defmodule Tinkex.CustomLoss.MixTasksTest do
 
       assert status == 1
       assert output =~ "FAIL  #{fixture("python_without_packages")} lacks "
-      assert output =~ " -m pip install tinker-custom-loss cloudpickle msgpack msgspec "
+      assert output =~ " -m pip install tinker-custom-loss cloudpickle msgspec "
       assert output =~ "run: mix tinkex.custom_loss.setup"
     end
 

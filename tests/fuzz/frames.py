@@ -14,7 +14,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,9 +129,9 @@ def outcome(frame: bytes) -> str:
         if message.place is not None:
             payload = shared.lend(message.place)
             shared.give_back(message.place)
-            message = replace(message, payload=payload)
+            message = message.with_payload(payload)
         decode_compute(message)
-        read(message.fields, Terms)
+        read(message.packed, Terms)
     except CustomLossError as error:
         str(error)
         return error.kind

@@ -14,10 +14,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
 from tinker_custom_loss import TensorBatch
-from tinker_custom_loss.port.messagepack import Message, pack, unpack
+from tinker_custom_loss.port.messagepack import Message, Payload, frame_pieces, pack, unpack
 from tinker_custom_loss.port.messages import Batch, decode_batch
 from tinker_custom_loss.port.typed import read
 
@@ -93,7 +94,7 @@ class PortClient:
     def send(self, op: str, **fields: Any) -> int:
         """Send a message; its id is returned."""
         request_id = fields.setdefault("id", next(self._ids))
-        self.send_frame(pack({"op": op, **fields}))
+        self.send_frame(request({"op": op, **fields}))
         return request_id
 
     def receive(self, timeout: float = PATIENCE) -> dict[str, Any] | None:
@@ -160,12 +161,34 @@ def ragged(flat: torch.Tensor, *shapes: tuple[int, ...] | None) -> TensorBatch:
     return whole
 
 
+def request(message: dict[str, Any]) -> bytes:
+    """The frame of a host's message, which may have batches anywhere."""
+    return b"".join(frame_pieces(*request_apart(message)))
+
+
+def request_apart(message: dict[str, Any]) -> tuple[Payload, bytes]:
+    """The payload and the message of that frame."""
+    payload = Payload()
+
+    def placed(value: Any) -> Any:
+        match value:
+            case TensorBatch():
+                return payload.place(value)
+            case dict():
+                return {key: placed(inner) for key, inner in value.items()}
+            case list():
+                return [*map(placed, value)]
+        return value
+
+    return payload, msgspec.msgpack.encode(placed(message))
+
+
 def opened(message: Message) -> dict[str, Any]:
     """The fields of a message, with a list of tensors in place of each batch."""
     fields = dict(message.fields)
     for key, value in fields.items():
         if isinstance(value, dict) and "shapes" in value:
-            whole = decode_batch(read(value, Batch, key), message.payload, key)
+            whole = decode_batch(read(pack(value), Batch, key), message.payload, key)
             fields[key] = TensorBatch(*whole).tensors()
     return fields
 

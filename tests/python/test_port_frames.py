@@ -69,7 +69,7 @@ def test_a_frame_larger_than_the_pipe_is_written_in_parts_and_read_whole(pipe):
 
 
 def test_more_pieces_than_one_system_call_takes(pipe):
-    pieces = [b"%d," % number for number in range(3000)]
+    pieces = [b"%d," % number for number in range(6000)]
     thread = in_background(pipe.writer.write, pieces)
     assert pipe.reader.read() == b"".join(pieces)
     thread.join()

@@ -14,11 +14,11 @@ import weakref
 import pytest
 import torch
 
-from port_client import PortClient, batch, compute, l2
+from port_client import PortClient, batch, compute, l2, request_apart
 from tinker_custom_loss import CustomLossError
 from tinker_custom_loss.errors import ProtocolError
 from tinker_custom_loss.port.memory import LEAST_SHARED, SharedFile, SharedMemory
-from tinker_custom_loss.port.messagepack import Message, Place, frame_pieces, pack_apart, unpack
+from tinker_custom_loss.port.messagepack import Message, Place, frame_pieces, unpack
 from tinker_custom_loss.port.service import Service
 from tinker_custom_loss.terms import CATALOGUE
 from tinker_custom_loss.terms.registry import Registry
@@ -46,7 +46,7 @@ class SharingClient(PortClient):
     def share(self, file: int = 0, place: Place | None = None, **fields: object) -> int:
         """Send a ``compute`` whose payload is in a file; say that it is at ``place``."""
         request_id = next(self._ids)
-        payload, packed = pack_apart({"op": "compute", "id": request_id, **fields})
+        payload, packed = request_apart({"op": "compute", "id": request_id, **fields})
         data = b"".join(payload.pieces)
         assert os.pwrite(self.files[file], data, 0) == len(data)
         place = place or Place(file, 0, len(data))
@@ -205,18 +205,24 @@ def request_for_any_term(name: str, shape: tuple[int, ...]) -> tuple[dict, bytes
     }
     data = {"count": 4, "inputs": inputs}
     message = {**compute(name, column(logprobs)), "data": data}
-    payload, packed = pack_apart(message)
-    return unpack(packed).fields, b"".join(payload.pieces)
+    payload, packed = request_apart(message)
+    return unpack(packed), b"".join(payload.pieces)
+
+
+def placed(message: Message, file: SharedFile, size: int) -> Message:
+    """``message`` with a payload that is in a file."""
+    payload = file.view(0, size)
+    return Message(message.op, message.id, message.packed, payload, Place(0, 0, size))
 
 
 @pytest.mark.parametrize("name", CATALOGUE)
 def test_a_term_of_the_catalogue_neither_keeps_nor_changes_what_it_borrows(name):
     answers = set()
     for shape in ((6,), (6, 3)):
-        fields, payload = request_for_any_term(name, shape)
+        message, payload = request_for_any_term(name, shape)
         file = SharedFile()
         file.write(0, [payload])
-        message = Message(fields, file.view(0, len(payload)), Place(0, 0, len(payload)))
+        message = placed(message, file, len(payload))
         with contextlib.suppress(CustomLossError):  # it is for the other shape
             answers.add(Service(Registry()).compute(message)["op"])
         assert os.pread(file.fd, len(payload), 0) == payload
@@ -239,10 +245,9 @@ kept: list[torch.Tensor] = []
 def test_a_term_that_wraps_one_of_the_catalogue_is_given_a_copy(monkeypatch):
     registry = Registry()
     monkeypatch.setattr(registry, "resolve", lambda _name: wraps_l2)
-    payload, packed = pack_apart(compute("wraps_l2", batch(LARGE)))
+    payload, packed = request_apart(compute("wraps_l2", batch(LARGE)))
     file = SharedFile()
     file.write(0, payload.pieces)
-    message = Message(unpack(packed).fields, file.view(0, payload.size), Place(0, 0, payload.size))
-    Service(registry).compute(message)
+    Service(registry).compute(placed(unpack(packed), file, payload.size))
     file.write(0, [bytes(payload.size)])  # the next request's
     assert torch.equal(kept.pop(), LARGE)

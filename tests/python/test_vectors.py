@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import msgpack
+import msgspec
 import pytest
 
 from tinker_custom_loss.errors import ProtocolError
@@ -28,9 +30,10 @@ def value_of(written: Any) -> Any:
         case {"$float": name}:
             return FLOATS[name]
         case {"$ext": [code, digits]}:
-            return msgpack.ExtType(code, bytes.fromhex(digits))
+            return msgspec.msgpack.Ext(code, bytes.fromhex(digits))
         case {"$timestamp": [seconds, nanoseconds]}:
-            return msgpack.Timestamp(seconds, nanoseconds)
+            whole = datetime.fromtimestamp(seconds, UTC)
+            return whole + timedelta(microseconds=round(nanoseconds / 1000))
         case dict():
             return {key: value_of(inner) for key, inner in written.items()}
         case list():
@@ -82,6 +85,17 @@ def in_order(value: Any) -> Any:
     return value
 
 
+def writable(vector: dict[str, Any]) -> bool:
+    """Python reads a timestamp to the microsecond, and never has one to write."""
+    return vector["canonical"] and "$timestamp" not in json.dumps(vector["value"])
+
+
+class Format(msgspec.Struct):
+    """A message that has a value of any type."""
+
+    v: Any
+
+
 def payload_of(vector: dict[str, Any]) -> bytes:
     return bytes.fromhex(vector.get("payload", ""))
 
@@ -99,7 +113,7 @@ def test_a_frame_decodes_to_its_value(vector: dict[str, Any]) -> None:
     assert message.payload == payload_of(vector)
 
 
-@each([v for v in FORMATS + MESSAGES if v["canonical"]])
+@each([*filter(writable, FORMATS + MESSAGES)])
 def test_a_value_encodes_to_its_frame(vector: dict[str, Any]) -> None:
     value = in_order(value_of(vector["value"]))
     packed = pack({"v": value} if vector in FORMATS else value)
@@ -110,18 +124,16 @@ def test_a_value_encodes_to_its_frame(vector: dict[str, Any]) -> None:
 
 @each(read("invalid.json"))
 def test_an_invalid_frame_is_refused(vector: dict[str, Any]) -> None:
-    if vector.get("taken_by_the_worker"):
-        unpack(framed(vector))
-        return
-    with pytest.raises(ProtocolError):
-        unpack(framed(vector))
+    taken = vector.get("taken_by_the_worker")
+    with contextlib.nullcontext() if taken else pytest.raises(ProtocolError):
+        typed(unpack(framed(vector)).packed, Format)
 
 
 @each([vector for vector in MESSAGES if vector["value"]["op"] == "compute"])
 def test_a_request_is_understood(vector: dict[str, Any]) -> None:
     message = unpack(bytes.fromhex(vector["hex"]))
     request = decode_compute(message)
-    terms = typed(message.fields, Terms)
+    terms = typed(message.packed, Terms)
     written = vector["value"]
     shapes = pack_shapes(request.logprobs.shapes)
     assert shapes.hex() == written["logprobs"]["shapes"]["$bin"]
@@ -134,7 +146,7 @@ def test_a_request_is_understood(vector: dict[str, Any]) -> None:
 @each([vector for vector in MESSAGES if vector["value"]["op"] == "totals"])
 def test_a_request_of_totals_is_understood(vector: dict[str, Any]) -> None:
     message = unpack(bytes.fromhex(vector["hex"]))
-    request, terms, written = decode_totals(message), typed(message.fields, Terms), vector["value"]
+    request, terms, written = decode_totals(message), typed(message.packed, Terms), vector["value"]
     assert len(request.data) == written["data"]["count"]
     assert request.totals == written.get("totals")
     assert terms.base_loss is not None

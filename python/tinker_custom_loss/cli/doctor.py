@@ -16,7 +16,6 @@ __all__ = ["REQUIRED", "Finding", "examine"]
 
 REQUIRED = {
     "cloudpickle": "3.0",
-    "msgpack": "1.0",
     "msgspec": "0.19",
     "numpy": "1.26",
     "rich": "13",
@@ -122,9 +121,9 @@ def _gradient() -> Finding:
     request = {"op": "compute", "id": 1, "logprobs": batch, "data": None, "regularizers": []}
     base_loss = {"fn": "l2", "params": {"weights": None}}
     reply = unpack(erlport.compute(pack(request | {"base_loss": base_loss})))
-    if reply.fields["op"] != "result":
+    if reply.op != "result":
         return Finding(f"a request was answered with {reply.fields}", _REPORT)
-    gradients = read(reply.fields["gradients"], Batch, "gradients")
+    gradients = read(pack(reply.fields["gradients"]), Batch, "gradients")
     gradient, _shapes = decode_batch(gradients, reply.payload, "gradients")
     if not torch.allclose(gradient, 2 * logprobs):
         return Finding(f"the gradient of l2 is not 2 · logprobs, but {gradient}", _REPORT)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast, overload
 
@@ -26,16 +25,13 @@ def whole_batch(flat: Tensor, shapes: Shapes) -> TensorBatch:
     return TensorBatch.known(flat, cast(tuple[Shape, ...], shapes), shapes.sizes)
 
 
-@dataclass(frozen=True, eq=False)
 class Column:
     """A tensor a datum, in one buffer ``flat`` [N]; the shape is None where a datum has none."""
 
-    flat: Tensor
-    shapes: Shapes
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.shapes, Shapes):  # they did not come over a wire
-            object.__setattr__(self, "shapes", Shapes.known(self.shapes))
+    def __init__(self, flat: Tensor, shapes: Sequence[Shape | None]) -> None:
+        self.flat = flat
+        # They are no Shapes if they did not come over a wire.
+        self.shapes = shapes if isinstance(shapes, Shapes) else Shapes.known(shapes)
 
     @cached_property
     def normal(self) -> Tensor:

@@ -21,6 +21,7 @@ MAX_FRAME = 1 << 30
 
 _LEAD = -PAYLOAD_AT % 16
 _PIPE_BYTES = 1 << 20
+_COPIED = 1 << 14  # a frame of fewer bytes is joined sooner than it is written piece by piece
 _MAX_PIECES = os.sysconf("SC_IOV_MAX")
 
 
@@ -87,16 +88,19 @@ class FrameWriter:
             )
 
     def write(self, pieces: Sequence[Buffer]) -> None:
-        """Write one frame whose bytes are ``pieces`` one after another; they are not joined.
+        """Write one frame whose bytes are ``pieces`` one after another; large ones are not joined.
 
         Raises:
             FrameTooLargeError: they are over the limit; nothing was written.
             BrokenPipeError: the reader is gone.
         """
-        views = [memoryview(piece).cast("B") for piece in pieces]
-        size = sum(map(len, views))
+        size = sum(map(len, pieces))
         self.check(size)
-        self._write([memoryview(size.to_bytes(4, "big")), *(view for view in views if view)])
+        header = size.to_bytes(4, "big")
+        if size < _COPIED:
+            self._write([memoryview(b"".join([header, *pieces]))])
+        else:
+            self._write([memoryview(piece) for piece in [header, *pieces] if len(piece)])
 
     def write_all(self, frames: Iterable[bytes]) -> None:
         """Write small frames at once. Every system call lets go of the interpreter, and it takes

@@ -1,24 +1,23 @@
 """What is in a frame: a message, which is a map, and before it the bytes of its tensors.
 
 Both are MessagePack, the tensors as one *bin*, the ``payload``, and a batch in the message says
-where in it its bytes lie. So the C extension reads and writes what is small, and tensors are left
-where they are, in both directions. In place of the payload there may be a :class:`Place`: it lies
-in shared memory then.
+where in it its bytes lie. So tensors are left where they are, in both directions, and what is small
+is read where its types are known, straight from its bytes (:mod:`.typed`). In place of the payload
+there may be a :class:`Place`: it lies in shared memory then.
 """
 
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass, replace
 from typing import Any
 
-import msgpack
+import msgspec
 import numpy as np
 import torch
 
-from ..errors import ProtocolError
 from ..tensors.batch import TensorBatch
 from .shapes import pack_shapes
+from .typed import read
 
 __all__ = [
     "PAYLOAD_AT",
@@ -42,11 +41,9 @@ _BIN_32 = b"\xc6"
 _PLACE = struct.Struct(">3sIQQ")
 _PLACE_HEADER = b"\xc7\x14\x01"  # an ext 8 of 20 bytes, type 1
 _ALIGNMENT = 8
-_MOST_ITEMS = 1 << 20  # of one array or map: no length claims memory that no bytes fill
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(msgspec.Struct, frozen=True):
     """Bytes of a shared file."""
 
     file: int
@@ -54,22 +51,41 @@ class Place:
     size: int
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
-    """The keys and values of a message, and the memory in which its batches lie.
+class Message(msgspec.Struct, frozen=True):
+    """A map that is still ``packed``, but for what every message has, and its batches' memory.
 
     With a ``place``, that is where the payload is, until the message is answered.
     """
 
-    fields: dict[str, Any]
+    op: object
+    id: object
+    packed: memoryview
     payload: memoryview
     place: Place | None = None
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """All keys and values, whatever their types.
+
+        Raises:
+            ProtocolError: there is something in it that is no MessagePack.
+        """
+        return read(self.packed, dict[str, Any])
+
+    def with_payload(self, payload: memoryview) -> Message:
+        """The same, with the payload that is at its place."""
+        return msgspec.structs.replace(self, payload=payload)
 
     def with_own_payload(self) -> Message:
         """The same, with a payload that nobody else writes to."""
         own = np.empty(len(self.payload), np.uint8)  # a bytearray would be zeroed first
         own.data[:] = self.payload
-        return replace(self, payload=own.data)
+        return self.with_payload(own.data)
+
+
+class _Head(msgspec.Struct):
+    op: Any = None
+    id: Any = None
 
 
 def unpack(frame: Buffer) -> Message:
@@ -80,28 +96,23 @@ def unpack(frame: Buffer) -> Message:
     """
     message = memoryview(frame)
     payload, place = message[:0], None
-    if message[:3] == _PLACE_HEADER and len(message) >= _PLACE.size:
-        _, *numbers = _PLACE.unpack_from(message)
-        place, message = Place(*numbers), message[_PLACE.size :]
-    elif message[:1] == _BIN_32:
+    if message[:1] == _BIN_32:
         end = PAYLOAD_AT + int.from_bytes(message[1:PAYLOAD_AT], "big")
         payload, message = message[PAYLOAD_AT:end], message[end:]
-    try:
-        fields = msgpack.unpackb(message, max_array_len=_MOST_ITEMS, max_map_len=_MOST_ITEMS)
-    except ValueError as error:  # such are all that it raises
-        what = f"{type(error).__name__}: {error}".rstrip(": ")
-        raise ProtocolError(f"the message cannot be unpacked: {what}") from None
-    if not isinstance(fields, dict):
-        raise ProtocolError(f"a message is a map, but the frame holds a {type(fields).__name__}")
-    return Message(fields, payload, place)
+    elif message[:3] == _PLACE_HEADER and len(message) >= _PLACE.size:
+        _, *numbers = _PLACE.unpack_from(message)
+        place, message = Place(*numbers), message[_PLACE.size :]
+    head = read(message, _Head)
+    return Message(head.op, head.id, message, payload, place)
 
 
 def pack(message: dict[str, Any]) -> bytes:
-    """The frame of a message, in which every :class:`TensorBatch` becomes a batch.
+    """The frame of a message, in which every :class:`TensorBatch` at its top becomes a batch.
 
     Raises:
-        TypeError: something in it is no MessagePack value, such as an integer of over 64 bits.
-        ValueError: it is nested too deeply.
+        TypeError, OverflowError: something in it is no MessagePack value, such as an integer of
+            over 64 bits.
+        RecursionError: it is nested too deeply.
     """
     return b"".join(pack_pieces(message))
 
@@ -114,9 +125,36 @@ def pack_pieces(message: dict[str, Any]) -> list[Buffer]:
 def pack_apart(message: dict[str, Any]) -> tuple[Payload, bytes]:
     """The payload and the message of a frame."""
     payload = Payload()
-    # A lone surrogate (a file name in an error message) must not stop the message.
-    packed = msgpack.packb(message, default=payload.place, unicode_errors="backslashreplace")
-    return payload, packed
+    placed = {
+        key: payload.place(value) if isinstance(value, TensorBatch) else value
+        for key, value in message.items()
+    }
+    try:
+        return payload, msgspec.msgpack.encode(placed, enc_hook=_plain)
+    except UnicodeEncodeError:  # a lone surrogate, of a file's name in an error message, say
+        return payload, msgspec.msgpack.encode(_without_surrogates(placed), enc_hook=_plain)
+
+
+def _plain(value: object) -> str | float | int:
+    """What is in a value of a class of its own, as torch's version and numpy's numbers are."""
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, float):
+        return float.__float__(value)
+    if isinstance(value, int):
+        return int.__int__(value)
+    raise TypeError(f"MessagePack has no form for this {type(value).__name__}")
+
+
+def _without_surrogates(value: Any) -> Any:
+    match value:
+        case str():
+            return value.encode(errors="backslashreplace").decode()
+        case dict():
+            return {_without_surrogates(key): _without_surrogates(value[key]) for key in value}
+        case list() | tuple():
+            return [*map(_without_surrogates, value)]
+    return value
 
 
 def frame_pieces(payload: Payload, packed: bytes, place: Place | None = None) -> list[Buffer]:
@@ -135,11 +173,11 @@ class Payload:
         self.size = 0
         self.pieces: list[Buffer] = []
 
-    def place(self, value: object) -> dict[str, Any]:
-        if not isinstance(value, TensorBatch):
-            raise TypeError(f"MessagePack has no form for this {type(value).__name__}")
-        flat = value.flat.detach().cpu().contiguous()
-        data = flat.view(torch.uint8).numpy().data
+    def place(self, value: TensorBatch) -> dict[str, Any]:
+        """What stands for a batch in its message."""
+        flat = value.flat.detach() if value.flat.requires_grad else value.flat
+        numbers = flat.view(torch.int16) if flat.dtype is torch.bfloat16 else flat
+        data = np.ascontiguousarray(numbers.numpy(force=True)).view(np.uint8).data
         padding = -self.size % _ALIGNMENT
         at = self.size + padding
         self.pieces += [bytes(padding), data]

@@ -8,12 +8,11 @@ the place, such as ``regularizers[1].weight``.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import msgspec
 import torch
-from msgspec import Meta, Struct
+from msgspec import Meta, Raw, Struct
 
 from ..errors import ProtocolError, RequestError
 from ..tensors.batch import TensorBatch
@@ -50,6 +49,8 @@ DTYPES: dict[str, torch.dtype] = {
     "int32": torch.int32,
 }
 
+_RANKS_OF_LOGPROBS = {1, 2}
+
 _Size = Annotated[int, Meta(ge=0)]
 
 
@@ -84,7 +85,7 @@ class Data(Struct):
     """``inputs`` has batches, which are read under their names."""
 
     count: int
-    inputs: dict[str, Any] = {}
+    inputs: dict[str, Raw] = {}
     tokens: Batch | None = None
     chunks: list[list[_Chunk] | None] | None = None
 
@@ -116,23 +117,34 @@ class Terms(Struct):
     base_loss: Term | None = None
 
 
-class _Compute(Struct):
+class _OfTerms(Struct, kw_only=True):
+    """A message with :class:`Terms`, which are left as they are."""
+
+    regularizers: Raw
+    base_loss: Raw = Raw(b"\xc0")
+    totals: dict[str, Any] | None = None
+
+    @property
+    def terms(self) -> bytes:
+        """The same bytes for the same terms, and for no others."""
+        return bytes(self.regularizers) + bytes(self.base_loss)
+
+
+class _Compute(_OfTerms):
     logprobs: Batch
     data: Data | None = None
     step: int | None = None
     gradients: bool = True
-    totals: dict[str, Any] | None = None
 
 
-class _Totals(Struct):
+class _Totals(_OfTerms):
     data: Data
-    totals: dict[str, Any] | None = None
 
 
-@dataclass(frozen=True)
-class ComputeRequest:
-    """A ``compute`` message, but for its terms."""
+class ComputeRequest(Struct, frozen=True):
+    """A ``compute`` message. Its ``terms`` are bytes, which are the same for the same terms."""
 
+    terms: bytes
     logprobs: TensorBatch
     data: WireData
     step: int | None
@@ -140,48 +152,58 @@ class ComputeRequest:
     totals: dict[str, Any] | None
 
 
-@dataclass(frozen=True)
-class TotalsRequest:
-    """A ``totals`` message, but for its terms."""
+class TotalsRequest(Struct, frozen=True):
+    """A ``totals`` message. Its ``terms`` are bytes, which are the same for the same terms."""
 
+    terms: bytes
     data: WireData
     totals: dict[str, Any] | None
 
 
 def decode_totals(message: Message) -> TotalsRequest:
-    """A ``totals`` message, but for its terms.
+    """A ``totals`` message.
 
     Raises:
         ProtocolError, RequestError: see the module.
     """
-    request = read(message.fields, _Totals)
+    request = read(message.packed, _Totals)
     data = decode_data(request.data, message.payload, request.data.count)
-    return TotalsRequest(data, request.totals)
+    return TotalsRequest(request.terms, data, request.totals)
 
 
 def decode_compute(message: Message) -> ComputeRequest:
-    """A ``compute`` message, but for its terms; its tensors are views of the payload.
+    """A ``compute`` message; its tensors are views of the payload.
 
     Raises:
         ProtocolError, RequestError: see the module.
     """
-    request = read(message.fields, _Compute)
+    request = read(message.packed, _Compute)
     flat, shapes = decode_batch(request.logprobs, message.payload, "logprobs")
-    for index, shape in enumerate(shapes):
-        if shape is None or not 1 <= len(shape) <= 2:
-            raise RequestError(
-                f"expected sizes [T] or [T,K] at `logprobs.shapes[{index}]`, got "
-                f"{'nil' if shape is None else list(shape)}",
-                path=f"logprobs.shapes[{index}]",
-            )
+    logprobs = whole_batch(flat, shapes)
+    if not (shapes.whole and _RANKS_OF_LOGPROBS.issuperset(map(len, logprobs.shapes))):
+        raise _wrong_shape(shapes)
     if not flat.is_floating_point():
         raise _wrong_dtype("a float", request.logprobs, "logprobs")
     return ComputeRequest(
-        logprobs=whole_batch(flat, shapes),
-        data=decode_data(request.data, message.payload, len(shapes)),
-        step=request.step,
-        gradients=request.gradients,
-        totals=request.totals,
+        request.terms,
+        logprobs,
+        decode_data(request.data, message.payload, len(shapes)),
+        request.step,
+        request.gradients,
+        request.totals,
+    )
+
+
+def _wrong_shape(shapes: Shapes) -> RequestError:
+    index, shape = next(
+        (index, shape)
+        for index, shape in enumerate(shapes)
+        if shape is None or len(shape) not in _RANKS_OF_LOGPROBS
+    )
+    return RequestError(
+        f"expected sizes [T] or [T,K] at `logprobs.shapes[{index}]`, got "
+        f"{'nil' if shape is None else list(shape)}",
+        path=f"logprobs.shapes[{index}]",
     )
 
 

@@ -14,7 +14,6 @@ import os
 import select
 import threading
 import time
-from dataclasses import replace
 from typing import Any
 
 from ..errors import CancelledError, CustomLossError, ProtocolError, RequestError
@@ -150,12 +149,12 @@ class Server:
         lent = None
         try:
             if message.place is not None:
-                message = replace(message, payload=self._memory.lend(message.place))
+                message = message.with_payload(self._memory.lend(message.place))
                 lent = message.place
             if op_of(message) == "totals":
                 reply = {**self._service.totals(message), "id": request.id}
             else:
-                reply = {**self._service.compute(message, request.cancelled), "id": request.id}
+                reply = {**self._service.compute(message, request), "id": request.id}
         except BaseException as error:  # whatever a term did, it ends its request and no more
             reply = error_message(error, request.id)
         finally:
@@ -164,7 +163,7 @@ class Server:
         # The host may use the id again, and can no longer cancel, once it has the answer.
         with self._lock:
             del self._in_flight[request.id]
-        if request.cancelled.is_set():
+        if request.is_set():
             cancelled = CancelledError("the computation was cancelled by its caller")
             reply = error_message(cancelled, request.id)
         self._send(reply, lent)
@@ -193,7 +192,7 @@ class Server:
             self._writer.check(payload.size + len(packed))
         except FrameTooLargeError as error:
             self._send(error_message(RequestError(str(error)), message["id"]), lent)
-        except (TypeError, ValueError) as error:  # a value that MessagePack does not have
+        except (TypeError, OverflowError, RecursionError) as error:  # no value of MessagePack
             self._send(error_message(error, message["id"]), lent)
         else:
             there = None

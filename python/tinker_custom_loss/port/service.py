@@ -7,16 +7,14 @@ import logging
 import threading
 import traceback
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-import msgpack
 import msgspec
 
 from ..composer import Composer
 from ..composition import ComposedLoss, Composition
 from ..errors import (
     CustomLossError,
-    ProtocolError,
     RequestError,
     said,
 )
@@ -26,7 +24,7 @@ from ..regularizer import Regularizer as RegularizerOptions
 from ..running.evaluation import is_of_catalogue
 from ..terms import Term
 from ..terms.registry import Registry
-from .cancellation import ending_if_forked, interruptible
+from .cancellation import Request, ending_if_forked, interruptible
 from .logs import shorten
 from .messagepack import Message
 from .messages import Regularizer, Terms, decode_compute, decode_totals
@@ -54,12 +52,12 @@ def op_of(message: Message) -> str:
     Raises:
         ProtocolError: it does not say.
     """
-    return read(message.fields, _Request).op
+    return message.op if isinstance(message.op, str) else read(message.packed, _Request).op
 
 
 def id_of(message: Message | None) -> int | None:
     """The id of a request; None if it has none, or one that is not valid."""
-    request_id = None if message is None else message.fields.get("id")
+    request_id = None if message is None else message.id
     return request_id if type(request_id) is int and request_id >= 0 else None
 
 
@@ -83,14 +81,14 @@ class Service:
         self._recorder = recorder
         self._composers: dict[bytes, tuple[Composer, bool]] = {}
 
-    def compute(self, message: Message, cancelled: threading.Event | None = None) -> dict[str, Any]:
+    def compute(self, message: Message, in_flight: Request | None = None) -> dict[str, Any]:
         """The ``result`` of a ``compute`` message, without its id.
 
         Raises:
             CustomLossError: whatever is at fault, see :mod:`tinker_custom_loss.errors`.
         """
         request = decode_compute(message)
-        composer, borrows = self._composer(message)
+        composer, borrows = self._composer(request.terms, message)
         if message.place is not None and not borrows:
             request = decode_compute(message.with_own_payload())
         compute = composer.compute if request.gradients else composer.compute_loss
@@ -99,7 +97,8 @@ class Service:
             request.logprobs,
             step=request.step,
             totals=request.totals,
-            cancelled=cancelled,
+            # A composer asks it whether it is set, and nothing else.
+            cancelled=cast("threading.Event | None", in_flight),
         )
         gradient = computed.gradient if isinstance(computed, Composition) else None
         if self._recorder is not None and gradient is not None and request.totals is None:
@@ -119,7 +118,7 @@ class Service:
                 step whose totals the message has.
         """
         request = decode_totals(message)
-        composer, borrows = self._composer(message)
+        composer, borrows = self._composer(request.terms, message)
         if message.place is not None and not borrows:
             request = decode_totals(message.with_own_payload())
         if request.totals is not None:
@@ -140,17 +139,16 @@ class Service:
         except (OSError, RequestError) as error:
             logger.error("step %d cannot be recorded: %s", step, error)
 
-    def _composer(self, message: Message) -> tuple[Composer, bool]:
+    def _composer(self, key: bytes, message: Message) -> tuple[Composer, bool]:
         """A training loop asks for the same terms at every step: check them once.
 
         Also says whether they may borrow the payload of their request. The terms of the catalogue
         write nowhere, and are done with it when they return; a user's may keep what it is given,
         change it, or fork, and so may what runs elsewhere, or keeps steps.
         """
-        key = _packed([message.fields.get("base_loss"), message.fields.get("regularizers")])
         known = self._composers.get(key)
         if known is None:
-            terms = read(message.fields, Terms)
+            terms = read(message.packed, Terms)
             composer = Composer(
                 **composer_arguments(terms, self._fn),
                 inline_lock=self._inline_lock,
@@ -210,15 +208,6 @@ def composer_arguments(terms: Terms, resolve: Callable[[TermSpec], LossFn]) -> d
             for index, spec in enumerate(terms.regularizers)
         ],
     }
-
-
-def _packed(terms: object) -> bytes:
-    """Equal for terms that are the same, and for no others: 1, 1.0 and True differ."""
-    try:
-        packed: bytes = msgpack.packb(terms, default=repr)
-    except ValueError as error:
-        raise ProtocolError(f"the params of a term cannot be packed again: {error}") from None
-    return packed
 
 
 def _could_change(term: TermSpec) -> bool:

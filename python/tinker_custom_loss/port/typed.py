@@ -15,6 +15,7 @@ T = TypeVar("T")
 
 _NAMES = {
     "null": "nil",
+    "None": "nil",
     "bool": "a bool",
     "int": "an integer",
     "float": "a float",
@@ -25,19 +26,22 @@ _NAMES = {
 }
 
 
-def read(value: object, kind: type[T], path: str = "") -> T:
-    """``value`` as ``kind``; keys that ``kind`` does not have are ignored.
+def read(packed: bytes | memoryview | msgspec.Raw, kind: type[T], path: str = "") -> T:
+    """MessagePack as ``kind``; keys that ``kind`` does not have are skipped.
 
-    ``path`` is where ``value`` lies in the message.
+    ``path`` is where in the message it lies.
 
     Raises:
-        ProtocolError: something is missing or of another type.
+        ProtocolError: it is no MessagePack, or something is missing or of another type.
         RequestError: something of the right type is none of the values that are known.
     """
     try:
-        return msgspec.convert(value, kind, builtin_types=(bytes,))
+        return msgspec.msgpack.decode(packed, type=kind)
     except msgspec.ValidationError as error:
         raise _explained(str(error), path) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ProtocolError(f"the message cannot be unpacked: {what}") from None
 
 
 def _explained(message: str, path: str) -> ProtocolError | RequestError:
@@ -51,9 +55,12 @@ def _explained(message: str, path: str) -> ProtocolError | RequestError:
         return ProtocolError(f'the required key "{missing[1]}" is missing at `{where}`', path=where)
     expected, _, got = re.sub(r"`(.*?)`", _named, sentence).partition(", got ")
     expected = expected[0].lower() + expected[1:]
-    text = f"{expected} at `{where}`" + (f", got {got}" if got else "")
-    kind = RequestError if expected.startswith("invalid") else ProtocolError
-    return kind(text, path=where)
+    if place.startswith("`key`"):
+        expected += " as a key"
+    text = f"{expected} at `{where}`" if where else f"{expected} as the whole message"
+    unknown = expected.startswith(("invalid enum", "invalid value"))
+    kind = RequestError if unknown else ProtocolError
+    return kind(text + (f", got {got}" if got else ""), path=where or None)
 
 
 def _named(types: re.Match[str]) -> str:

@@ -30,6 +30,7 @@ from ..tensors.batch import Shape, TensorBatch
 from .context import running
 from .differentiation import Evaluation, check_unchanged, differentiate, leaf_of
 from .event_loop import OWN_LOOP, Waiting
+from .in_blocks import BlockTerm
 from .lifetimes import set_up
 from .modes import Modes
 from .returned import checked
@@ -38,7 +39,7 @@ from .threads import on_this_thread
 
 _CATALOGUE = f"{__package__.removesuffix('.running')}.terms."
 
-__all__ = ["Call", "RemoteCall", "RemoteReply", "evaluate", "is_of_catalogue"]
+__all__ = ["Call", "RemoteCall", "RemoteReply", "evaluate", "in_blocks", "is_of_catalogue"]
 
 
 def is_of_catalogue(fn: object) -> bool:
@@ -103,6 +104,21 @@ def evaluate(
             if inspect.isawaitable(returned):
                 returned = waiting.wait(returned, modes)
         return differentiate(call.name, returned, leaf, gradients, started)
+
+
+def in_blocks(call: Call, data: Sequence[Any], logprobs: TensorBatch) -> BlockTerm | None:
+    """The same of a term of the catalogue that needs no more than a block of the batch at a time.
+
+    Raises:
+        TermError: it cannot read the data.
+    """
+    term: Any = call.fn
+    started = time.perf_counter()
+    with running(call.name), guarding(call.name):
+        found: BlockTerm | None = term.in_blocks(data, logprobs, call.totals, **call.params)
+    if found is not None:
+        found.seconds += time.perf_counter() - started
+    return found
 
 
 def _in_closed_form(

@@ -25,7 +25,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CheckedEvaluation:
-    """An evaluation after its term's ``on_non_finite`` was applied: its gradient is finite."""
+    """An evaluation after its term's ``on_non_finite`` was applied: its gradient is finite.
+
+    ``norm`` is that of the gradient, which is None if it was measured as it was made, or if there
+    is none.
+    """
 
     evaluation: Evaluation | None
     gradient: Tensor | None
@@ -33,6 +37,10 @@ class CheckedEvaluation:
     parameter_gradients: Sequence[ParameterGradient] = ()
     zeroed: int = 0
     error: str | None = None
+
+    @classmethod
+    def skipped(cls, error: TermError) -> CheckedEvaluation:
+        return cls(None, None, 0.0, error=str(error))
 
 
 def check_finite(
@@ -43,7 +51,7 @@ def check_finite(
     The check costs nothing extra: a norm is finite only if every entry is.
     """
     if isinstance(result, TermError):
-        return CheckedEvaluation(None, None, 0.0, error=str(result))
+        return CheckedEvaluation.skipped(result)
     gradient = result.gradient
     norm = 0.0
     if gradient is not None:
@@ -71,7 +79,7 @@ def check_finite(
     error = _non_finite_error(term.name, result, gradient, batch)
     if term.on_non_finite == "skip":
         logger.warning("%s; it is skipped, and contributes 0 to this step", error)
-        return CheckedEvaluation(None, None, 0.0, error=str(error))
+        return CheckedEvaluation.skipped(error)
     raise error
 
 
@@ -148,7 +156,9 @@ def _is_zero(part: CheckedEvaluation, size: int) -> bool:
 
     A term of the catalogue, or one written with ``@term``, says how many tokens have a weight.
     """
-    if part.evaluation is None or part.gradient is None or part.norm != 0.0 or part.zeroed:
+    if part.evaluation is None or part.norm != 0.0 or part.zeroed:
+        return False
+    if not part.evaluation.differentiable:
         return False
     return part.evaluation.metrics.get("tokens", size) != 0
 

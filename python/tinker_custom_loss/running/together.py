@@ -5,89 +5,161 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import logging
+import math
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 from ..errors import CancelledError, ChangedLogprobsError, TermError
+from ..fast_paths import fast
 from ..regularizer import Regularizer
 from ..tensors.batch import TensorBatch
+from ..tensors.gradients import aligned
 from . import places
 from .differentiation import Evaluation
-from .evaluation import Call
+from .evaluation import Call, in_blocks, is_of_catalogue
+from .in_blocks import BlockTerm, measured_in_blocks
+from .measured import Measured
 from .shipping import ShippedCall
 
-__all__ = ["Together"]
+__all__ = ["Asked", "Results", "Together"]
 
 logger = logging.getLogger(__name__)
 
 _CANCEL_POLL_SECONDS = 0.02
 
 
+class Results(NamedTuple):
+    """Every term's evaluation, in order, or the error of one that may be skipped.
+
+    ``measured``: their gradients were measured as they were made, and none is kept.
+    """
+
+    evaluations: list[Evaluation | TermError]
+    measured: Measured | None = None
+
+
 @dataclass(frozen=True)
+class Asked:
+    """What the terms of a step are to be evaluated on: one call a term.
+
+    ``data`` and ``batch`` fit together; ``gradients``: each is to be differentiated too.
+    """
+
+    calls: Sequence[Call]
+    data: Sequence[Any]
+    batch: TensorBatch
+    gradients: bool
+    cancelled: threading.Event | None
+    surroundings: places.Surroundings
+
+    def check_cancelled(self) -> None:
+        if self.cancelled is not None and self.cancelled.is_set():
+            raise CancelledError("the computation was cancelled by its caller")
+
+
 class Together:
     """The terms of a composer.
 
     ``shipped`` has the calls of those that are sent to a process; ``inline_lock`` is held while
-    inline ones run.
+    inline functions run, unless all are of the catalogue.
     """
 
-    terms: Sequence[Regularizer]
-    shipped: Mapping[str, ShippedCall | None]
-    inline_lock: contextlib.AbstractContextManager[Any]
-
-    def evaluate(
+    def __init__(
         self,
-        calls: Sequence[Call],
-        data: Sequence[Any],
-        batch: TensorBatch,
-        gradients: bool,
-        cancelled: threading.Event | None,
-        surroundings: places.Surroundings,
-    ) -> list[Evaluation | TermError]:
-        """Every term's evaluation, in order; an error only where the term may be skipped."""
+        terms: Sequence[Regularizer],
+        shipped: Mapping[str, ShippedCall | None],
+        inline_lock: contextlib.AbstractContextManager[Any],
+    ) -> None:
+        self._terms, self._shipped = terms, shipped
+        self._inline = [i for i, term in enumerate(terms) if places.runs_inline(term)]
+        self._elsewhere = [i for i in range(len(terms)) if i not in self._inline]
+        self._known = {i for i in self._inline if is_of_catalogue(terms[i].fn)}
+        alone = len(self._known) == len(self._inline)
+        self._lock = contextlib.nullcontext() if alone else inline_lock
+
+    def evaluate(self, asked: Asked, weights: Sequence[float] | None = None) -> Results:
+        """Every term, each where it runs.
+
+        With the terms' ``weights`` the gradients need not be kept: where all terms run here, those
+        of which a block of the batch tells enough make theirs block by block, all at the same time,
+        and each block is measured at once. A batch on which that cannot be done is evaluated
+        without: nothing but terms of the catalogue is called twice.
+        """
         results: dict[int, Evaluation | TermError] = {}
         pending: dict[int, places.Started] = {}
+        blocks: dict[int, BlockTerm] = {}
+        by_blocks = (
+            self._known if weights and not self._elsewhere and _may_use_blocks(asked) else ()
+        )
+        measured = None
         try:
-            for index, term in enumerate(self.terms):
-                if not places.runs_inline(term):
-                    with _skipping(term, index, results):
-                        pending[index] = places.start(
-                            term,
-                            calls[index],
-                            self.shipped.get(term.name),
-                            data,
-                            batch,
-                            gradients,
-                            surroundings,
-                        )
-            inline = [i for i, term in enumerate(self.terms) if places.runs_inline(term)]
-            with self.inline_lock if inline else contextlib.nullcontext():
-                for index in inline:
-                    _check_cancelled(cancelled)
-                    with _skipping(self.terms[index], index, results):
-                        results[index] = places.run_inline(
-                            calls[index], data, batch, gradients, surroundings
-                        )
-            self._collect(pending, results, cancelled)
+            for index in self._elsewhere:
+                self._start(index, asked, pending, results)
+            with self._lock:
+                for index in self._inline:
+                    asked.check_cancelled()
+                    if by_blocks and index in self._known:
+                        with _skipping(self._terms[index], index, results):
+                            term = in_blocks(asked.calls[index], asked.data, asked.batch)
+                            if term is not None:
+                                blocks[index] = term
+                    if index not in blocks and index not in results:
+                        self._run_inline(index, asked, results)
+            if blocks and weights is not None:
+                measured = _measured(asked, weights, blocks, results)
+            if blocks and measured is None:
+                for index in blocks:
+                    self._run_inline(index, asked, results)
+            self._collect(pending, results, asked)
         finally:
             for started in pending.values():
                 started.abandon()
-        return [results[index] for index in range(len(self.terms))]
+        return Results([results[index] for index in range(len(self._terms))], measured)
+
+    def _start(
+        self,
+        index: int,
+        asked: Asked,
+        pending: dict[int, places.Started],
+        results: dict[int, Evaluation | TermError],
+    ) -> None:
+        term = self._terms[index]
+        with _skipping(term, index, results):
+            pending[index] = places.start(
+                term,
+                asked.calls[index],
+                self._shipped.get(term.name),
+                asked.data,
+                asked.batch,
+                asked.gradients,
+                asked.surroundings,
+            )
+
+    def _run_inline(
+        self, index: int, asked: Asked, results: dict[int, Evaluation | TermError]
+    ) -> None:
+        with _skipping(self._terms[index], index, results):
+            results[index] = places.run_inline(
+                asked.calls[index], asked.data, asked.batch, asked.gradients, asked.surroundings
+            )
 
     def _collect(
         self,
         pending: dict[int, places.Started],
         results: dict[int, Evaluation | TermError],
-        cancelled: threading.Event | None,
+        asked: Asked,
     ) -> None:
         """Wait for the started terms; the first one that fails ends the wait."""
         while pending:
-            _check_cancelled(cancelled)
+            asked.check_cancelled()
             patience = min(started.expires for started in pending.values()) - time.monotonic()
-            if cancelled is not None:
+            if asked.cancelled is not None:
                 patience = min(patience, _CANCEL_POLL_SECONDS)
             concurrent.futures.wait(
                 [started.future for started in pending.values()],
@@ -95,7 +167,7 @@ class Together:
                 return_when=concurrent.futures.FIRST_COMPLETED,
             )
             for index, started in sorted(pending.items()):
-                term = self.terms[index]
+                term = self._terms[index]
                 if started.late:
                     del pending[index]
                     with _skipping(term, index, results):
@@ -104,6 +176,48 @@ class Together:
                     del pending[index]
                     with _skipping(term, index, results):
                         results[index] = started.evaluation(term.name)
+
+
+def _may_use_blocks(asked: Asked) -> bool:
+    return fast() and asked.gradients and asked.batch.flat.device.type == "cpu"
+
+
+def _measured(
+    asked: Asked,
+    weights: Sequence[float],
+    blocks: Mapping[int, BlockTerm],
+    results: dict[int, Evaluation | TermError],
+) -> Measured | None:
+    """The gradients of all terms, of which ``blocks`` have yet to make theirs, and what these
+    computed, added to ``results``. None if a whole gradient must be looked at, or if one fails,
+    of which its own evaluation will tell."""
+    there = {i: result for i, result in results.items() if isinstance(result, Evaluation)}
+    gradients: list[BlockTerm | Tensor | None] = []
+    for index in range(len(asked.calls)):
+        result = there.get(index)
+        gradient = None if result is None or result.gradient is None else aligned(result.gradient)
+        gradients.append(blocks.get(index, gradient))
+    try:
+        with torch.inference_mode():
+            found = measured_in_blocks(weights, gradients, asked.batch.flat, asked.check_cancelled)
+    except CancelledError:
+        raise
+    except Exception:
+        return None
+    made = {
+        index: Evaluation(term.value, {**term.metrics}, True, None, term.seconds)
+        for index, term in blocks.items()
+    }
+    if found is None or not all(map(_is_finite, [*there.values(), *made.values()])):
+        return None
+    results.update(made)
+    return found
+
+
+def _is_finite(evaluation: Evaluation) -> bool:
+    return math.isfinite(evaluation.value) and all(
+        part.is_finite() for part in evaluation.parameter_gradients
+    )
 
 
 @contextlib.contextmanager
@@ -117,8 +231,3 @@ def _skipping(
             raise
         logger.warning("%s; it is skipped, and contributes 0 to this step", error)
         results[index] = error
-
-
-def _check_cancelled(cancelled: threading.Event | None) -> None:
-    if cancelled is not None and cancelled.is_set():
-        raise CancelledError("the computation was cancelled by its caller")

@@ -192,11 +192,11 @@ class Sandbox:
         return operation(message)
 
     def _create_model(self, message: Message) -> dict[str, Any]:
-        self._models.append(LanguageModel(read(message.fields, _CreateModel).seed))
+        self._models.append(LanguageModel(read(message.packed, _CreateModel).seed))
         return {"model": len(self._models) - 1}
 
     def _model(self, message: Message) -> LanguageModel:
-        number = read(message.fields, _OfModel).model
+        number = read(message.packed, _OfModel).model
         if not 0 <= number < len(self._models):
             raise RequestError(
                 f"there is no model {number}; {len(self._models)} were created", path="model"
@@ -212,7 +212,7 @@ class Sandbox:
         return _answer(model.forward_backward(_examples(message, loss.inputs), loss))
 
     def _optim_step(self, message: Message) -> dict[str, Any]:
-        params = AdamParams.from_mapping(read(message.fields, _OptimStep).adam_params)
+        params = AdamParams.from_mapping(read(message.packed, _OptimStep).adam_params)
         return {"metrics": self._model(message).optim_step(params)}
 
     def _parameters(self, message: Message) -> dict[str, Any]:
@@ -229,7 +229,7 @@ class Sandbox:
         return {"sampler": self._samplers_made - 1}
 
     def _sample(self, message: Message) -> dict[str, Any]:
-        asked = read(message.fields, _Sample)
+        asked = read(message.packed, _Sample)
         model = self._samplers.get(asked.sampler)
         if model is None:
             raise RequestError(
@@ -255,8 +255,8 @@ class Sandbox:
         }
 
     def _save_state(self, message: Message) -> dict[str, Any]:
-        asked, model = read(message.fields, _SaveState), self._model(message)
-        number = read(message.fields, _OfModel).model
+        asked, model = read(message.packed, _SaveState), self._model(message)
+        number = read(message.packed, _OfModel).model
         checkpoint = Checkpoint(
             f"model-{number}", "weights", asked.name, "sandbox", None, time.time()
         )
@@ -264,7 +264,7 @@ class Sandbox:
         return {"path": self._checkpoints.save(checkpoint, tensors, overwrite=asked.overwrite).path}
 
     def _load_state(self, message: Message) -> dict[str, Any]:
-        asked = read(message.fields, _LoadState)
+        asked = read(message.packed, _LoadState)
         tensors = self._checkpoints.tensors(asked.path)
         self._model(message).load(tensors, optimizer=asked.optimizer)
         return {"path": asked.path}
@@ -272,22 +272,22 @@ class Sandbox:
     def _check_gradient(self, message: Message) -> dict[str, Any]:
         model = self._model(message)
         examples = _examples(message)
-        request = read(message.fields, _CheckGradient)
+        request = read(message.packed, _CheckGradient)
         data = decode_data(request.data, message.payload, request.data.count)
         terms = composer_arguments(
-            read(message.fields, Terms), lambda spec: self._registry.resolve(spec.fn)
+            read(message.packed, Terms), lambda spec: self._registry.resolve(spec.fn)
         )
         return asdict(check_gradient(model, examples, data, **terms, step=request.step))
 
 
 def _loss(message: Message) -> Loss:
-    asked = read(message.fields, _Train)
+    asked = read(message.packed, _Train)
     return loss_named(asked.loss_fn, asked.loss_fn_config)
 
 
 def _examples(message: Message, names: Sequence[str] = ()) -> Examples:
     """The datums with those of their inputs that are read."""
-    data = read(message.fields, _Train).data
+    data = read(message.packed, _Train).data
 
     def column(batch: Batch, dtype: torch.dtype, path: str) -> TensorBatch:
         return _whole(*decode_batch(batch, message.payload, path), dtype, path)

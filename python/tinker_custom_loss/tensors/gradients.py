@@ -48,8 +48,8 @@ def aligned(a: Tensor) -> Tensor:
 def dot(a: Tensor, b: Tensor) -> float:
     """``Σ a_i·b_i`` of two flat tensors, accumulated over blocks in float64.
 
-    One float32 reduction over 20 million values loses four digits; blocks of 65,536 keep seven at
-    the same speed.
+    One float32 reduction over 20 million values loses four digits. At the same speed, blocks of
+    65,536 keep six, and of products that are all the same five.
     """
     if a.numel() <= _BLOCK:
         return float(torch.dot(a, b))
@@ -83,15 +83,17 @@ def cosine(a: Tensor, b: Tensor, norm_a: float, norm_b: float) -> float:
     return max(-1.0, min(1.0, value))
 
 
-def weighted_sum(gradients: Sequence[tuple[float, Tensor]], like: Tensor) -> Tensor:
+def weighted_sum(
+    gradients: Sequence[tuple[float, Tensor]], like: Tensor, out: Tensor | None = None
+) -> Tensor:
     """``Σ weight·gradient`` in list order, so that it never depends on which term ended first.
 
-    In memory of its own.
+    In ``out``, or in memory of its own.
     """
     if not gradients:
-        return torch.zeros_like(like)
+        return torch.zeros_like(like) if out is None else out.zero_()
     (weight, first), *rest = gradients
-    total = _scaled(first, weight)
+    total = _scaled(first, weight, out)
     for weight, gradient in rest:
         if abs(weight) <= torch.finfo(total.dtype).max:
             total.add_(gradient, alpha=weight)
@@ -100,10 +102,11 @@ def weighted_sum(gradients: Sequence[tuple[float, Tensor]], like: Tensor) -> Ten
     return total
 
 
-def _scaled(gradient: Tensor, weight: float) -> Tensor:
+def _scaled(gradient: Tensor, weight: float, out: Tensor | None = None) -> Tensor:
     if abs(weight) <= torch.finfo(gradient.dtype).max:
-        return torch.mul(gradient, weight)
-    return (gradient.double() * weight).to(gradient.dtype)  # 0·weight is 0, not 0·inf
+        return torch.mul(gradient, weight, out=out)
+    scaled = (gradient.double() * weight).to(gradient.dtype)  # 0·weight is 0, not 0·inf
+    return scaled if out is None else out.copy_(scaled)
 
 
 @dataclass(frozen=True, eq=False)

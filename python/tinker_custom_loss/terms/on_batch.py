@@ -17,7 +17,7 @@ from .lazy import lazy
 from .reading import MASKED, reading
 from .selection import Selection
 
-__all__ = ["Evaluated", "TermOnBatch"]
+__all__ = ["Evaluated", "TermOnBatch", "rows", "values_and_metrics"]
 
 
 class Evaluated(NamedTuple):
@@ -55,11 +55,13 @@ class TermOnBatch:
                 "negative weights have no mean: it divides by the sum of the weights; take them "
                 'with a term of scope "token" and the reduction "token_sum"'
             )
-        self._columns: list[Tensor | None] = [self._reading.column(key) for key in given.keys]
+        self._keys: list[str | None] = [*given.keys]
         for key, usual in given.optional:
             # Another key than the usual one was named on purpose.
-            there = key != usual or is_present(usual, data)
-            self._columns.append(self._reading.column(key) if there else None)
+            self._keys.append(key if key != usual or is_present(usual, data) else None)
+        for key in self._keys:
+            if key is not None:
+                self._reading.raw(key)
         if given.importance:
             self._sampler = self._reading.column(given.sampler)
         self._params = given.own
@@ -188,16 +190,16 @@ class TermOnBatch:
     def _values(self) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The function's values, in the order of the batch, and its metrics."""
         parts: list[tuple[Tensor, Mapping[str, Tensor]]] = []
-        for block in self._blocks:
-            returned = self._term.__wrapped__(*block.tensors, **self._params)
-            values, metrics = _values_and_metrics(returned)
-            self._check_shape("returned", values, self._expected(block))
+        for part in self._parts:
+            returned = self._term.__wrapped__(*part.tensors, **self._params)
+            values, metrics = values_and_metrics(returned)
+            self._check_shape("returned", values, self._expected(part))
             for name, metric in metrics.items():
                 self._check_shape(f'returned the metric "{name}"', metric, tuple(values.shape))
             parts.append((values, metrics))
         if len(parts) == 1:
             return parts[0]
-        positions = [block.positions for block in self._blocks]
+        positions = [part.positions for part in self._parts]
         names = sorted(set().union(*(metrics for _, metrics in parts)))
         return _scattered(positions, [values for values, _ in parts]), {
             name: _scattered(
@@ -210,22 +212,22 @@ class TermOnBatch:
     def _derivative(self) -> Tensor:
         assert self._term._derivative is not None
         parts = []
-        for block in self._blocks:
-            derivative = self._term._derivative(*block.tensors, **self._params)
+        for part in self._parts:
+            derivative = self._term._derivative(*part.tensors, **self._params)
             self._check_shape(
-                "has a derivative that returned", derivative, tuple(block.tensors[0].shape)
+                "has a derivative that returned", derivative, tuple(part.tensors[0].shape)
             )
             parts.append(derivative.reshape(-1))
         if len(parts) == 1:
             return parts[0]
-        return _scattered([block.entries for block in self._blocks], parts)
+        return _scattered([part.entries for part in self._parts], parts)
 
-    def _expected(self, block: _Block) -> tuple[int, ...] | None:
+    def _expected(self, part: _Part) -> tuple[int, ...] | None:
         if self._term.scope == "group":
             return None
         if self._term.scope == "sequence":
             return (len(self._sequences.sizes),)
-        return tuple(block.tensors[0].shape[:1])
+        return tuple(part.tensors[0].shape[:1])
 
     def _check_shape(self, did: str, tensor: object, want: tuple[int, ...] | None) -> None:
         if not isinstance(tensor, Tensor):
@@ -239,21 +241,22 @@ class TermOnBatch:
             )
 
     @lazy
-    def _blocks(self) -> list[_Block]:
+    def _parts(self) -> list[_Part]:
         logprobs = self._reading.logprobs(self._logprobs.flat, graph=self._graph)
-        tensors = [logprobs, *self._columns]
+        columns = [None if key is None else self._reading.column(key) for key in self._keys]
+        tensors = [logprobs, *columns]
         if self._weighing is not None:
             tensors = [
                 None if x is None else self._selected(self._seen, x, MASKED) for x in tensors
             ]
         if not self._term.alternatives:
-            return [_Block(tensors)]
+            return [_Part(tensors)]
         if self._reading.kind is not None:
-            return [_Block([_rows(x, self._reading.kind) for x in tensors])]
+            return [_Part([rows(x, self._reading.kind) for x in tensors])]
         return [*_by_rank(tensors, self._logprobs, self._reading.kinds)]
 
 
-class _Block(NamedTuple):
+class _Part(NamedTuple):
     """Tensors of one shape, and where their positions and entries stand in the whole batch."""
 
     tensors: Sequence[Any]
@@ -261,7 +264,7 @@ class _Block(NamedTuple):
     entries: Tensor | None = None
 
 
-def _values_and_metrics(returned: object) -> tuple[Any, Mapping[str, Any]]:
+def values_and_metrics(returned: object) -> tuple[Any, Mapping[str, Any]]:
     if not isinstance(returned, tuple):
         return returned, {}
     if len(returned) != 2:
@@ -278,7 +281,7 @@ def _values_and_metrics(returned: object) -> tuple[Any, Mapping[str, Any]]:
 
 def _by_rank(
     tensors: Sequence[Tensor | None], logprobs: TensorBatch, kinds: Sequence[int]
-) -> Iterator[_Block]:
+) -> Iterator[_Part]:
     """The datums of [T] together as [N], and those of each [T,K] as [N,K]."""
     device = logprobs.flat.device
     of_entry = torch.tensor(kinds, device=device).repeat_interleave(
@@ -289,11 +292,11 @@ def _by_rank(
     )
     for kind in sorted(set(kinds)):
         entries = (of_entry == kind).nonzero()[:, 0]
-        parts = [None if x is None else _rows(x[entries], kind) for x in tensors]
-        yield _Block(parts, (of_position == kind).nonzero()[:, 0], entries)
+        parts = [None if x is None else rows(x[entries], kind) for x in tensors]
+        yield _Part(parts, (of_position == kind).nonzero()[:, 0], entries)
 
 
-def _rows(tensor: Tensor | None, alternatives: int) -> Tensor | None:
+def rows(tensor: Tensor | None, alternatives: int) -> Tensor | None:
     return tensor if tensor is None or not alternatives else tensor.view(-1, alternatives)
 
 

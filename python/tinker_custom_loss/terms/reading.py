@@ -43,7 +43,7 @@ def reading(
 
 
 class Reading:
-    """The weights of a batch, and its arrays, of which the masked entries are :data:`MASKED`.
+    """The weights of a batch, and its arrays; a function sees :data:`MASKED` in what is masked.
 
     ``positions``: there is one weight a position, not one for each of its alternatives.
     """
@@ -55,6 +55,7 @@ class Reading:
         self._logprobs = logprobs.detached().alone()  # what is shared holds this
         self._lock = threading.RLock()
         self._sequences: Sequences | None = None
+        self._raw: dict[str, Tensor] = {}
         self._columns: dict[str, Tensor] = {}
 
     @property
@@ -74,16 +75,24 @@ class Reading:
         mask = read_weights(self._weights, self._data, shapes, logprobs.flat)
         return Sequences(sizes, mask, logprobs.flat)
 
-    def column(self, key: str) -> Tensor:
+    def raw(self, key: str) -> Tensor:
         """The array of every datum under a key, [N], aligned with the logprobs."""
+        raw = self._raw.get(key)
+        if raw is None:
+            with self._lock, torch.inference_mode(False), torch.no_grad():
+                raw = self._raw.get(key)
+                if raw is None:
+                    # a sampled token's logprob says nothing of alternatives
+                    raw = read(key, self._data, self._logprobs, repeat=not self._positions)
+                    self._raw[key] = raw
+        return raw
+
+    def column(self, key: str) -> Tensor:
+        """The same as a function is to see it."""
         column = self._columns.get(key)
         if column is None:
-            with self._lock, torch.inference_mode(False), torch.no_grad():
-                column = self._columns.get(key)
-                if column is None:
-                    # a sampled token's logprob says nothing of alternatives
-                    column = read(key, self._data, self._logprobs, repeat=not self._positions)
-                    column = self._columns[key] = self._masked(column)
+            with torch.inference_mode(False), torch.no_grad():
+                column = self._columns[key] = self._masked(self.raw(key))
         return column
 
     def logprobs(self, flat: Tensor, *, graph: bool) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from ..tensors.blocks import Flags
 from ..tensors.flags import are_not, count
 from .lazy import lazy
 from .selection import Selection
@@ -47,6 +48,11 @@ class Sequences:
         return None if count(kept) == kept.numel() else kept
 
     @lazy
+    def flags(self) -> Flags | None:
+        """:attr:`kept` as numpy has it."""
+        return None if self.kept is None else self.kept.numpy()
+
+    @lazy
     def selection(self) -> Selection | None:
         """The tokens with a weight; None if all have."""
         return None if self.kept is None else Selection(self.kept)
@@ -69,7 +75,7 @@ class Sequences:
         """``Σ w`` over all tokens: their number, if the weights are 0 and 1."""
         if self.factors is None:
             return float(self.tokens)
-        return float(self.factors.to(torch.float64).sum())
+        return float(self.factors.sum(dtype=torch.float64))
 
     @lazy
     def has_mean(self) -> bool:

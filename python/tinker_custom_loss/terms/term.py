@@ -23,6 +23,7 @@ from ..tensors.batch import TensorBatch
 from .columns import read_groups
 from .given import OF_IMPORTANCE, Given, check_params
 from .importance import ImportanceKind
+from .in_blocks import TermInBlocks
 from .lazy import lazy
 from .on_batch import Evaluated, TermOnBatch
 from .ranges import Positive, Range, Ranged, range_of
@@ -186,6 +187,18 @@ class Term:
             if gradient and loss.requires_grad:
                 (taken,) = torch.autograd.grad(loss, leaf.flat, allow_unused=True)
         return Evaluated(loss.detach(), metrics, taken)
+
+    def in_blocks(
+        self,
+        data: Sequence[Any],
+        logprobs: TensorBatch,
+        totals: Mapping[str, float] | None = None,
+        /,
+        **params: Any,
+    ) -> TermInBlocks | None:
+        """The same for a caller who asks for one block of the batch after another; None where it
+        is known for a whole batch only."""
+        return TermInBlocks.of(self.given(params), data, logprobs.detached(), totals)
 
     def contributions(
         self, data: Sequence[Any], logprobs: Sequence[Tensor] | TensorBatch, **params: Any

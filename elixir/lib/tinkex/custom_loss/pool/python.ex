@@ -170,7 +170,7 @@ defmodule Tinkex.CustomLoss.Pool.Python do
       print("version", sys.version.split()[0])
   else:
       from importlib.util import find_spec
-      names = "tinker_custom_loss cloudpickle msgpack msgspec numpy rich tinker torch".split()
+      names = "tinker_custom_loss cloudpickle msgspec numpy rich tinker torch".split()
       missing = [name for name in names if find_spec(name) is None]
       print("missing" if missing else "complete", *missing)
   """
