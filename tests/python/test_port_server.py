@@ -130,6 +130,12 @@ class TestCompute:
         assert reply["gradients"] is None
         assert reply["loss_total"] == 5.0
 
+    def test_garbage_is_collected_but_not_sought_among_what_was_imported(self, worker):
+        reply = worker.ask("compute", **compute("pathological:counts_what_is_never_collected"))
+        counted = reply["record"]["regularizers"]["term"]["custom"]
+        assert counted["collects"] == 1.0
+        assert counted["kept"] > 100_000
+
     def test_a_user_function_sees_real_datums(self, worker):
         weights = [torch.tensor([1.0, 2.0]), torch.tensor([3.0])]
         data = {
