@@ -203,7 +203,7 @@ class TestCompute:
 BAD_REQUESTS = [
     # what is changed in a good request, the kind of error, its path, a part of its message
     ({"regularizers": [{"name": "a", "fn": "l3", "weight": 1}]}, "request", "regularizers[0].fn",
-     'there is no term "l3"; of 67, the nearest are: kl, l1, l2'),
+     'there is no term "l3"; of 68, the nearest are: kl, l1, l2'),
     ({"regularizers": [{"name": "a", "fn": "os:getpid", "weight": 1}]}, "request",
      "regularizers[0].fn", '"os" was not loaded'),
     ({"regularizers": [{"name": "a", "fn": "pathological:_private", "weight": 1}]}, "request",
