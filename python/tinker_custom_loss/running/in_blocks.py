@@ -46,14 +46,14 @@ class BlockTerm(Protocol):
 def measured_in_blocks(
     weights: Sequence[float],
     gradients: Sequence[BlockTerm | Tensor | None],
-    like: Tensor,
+    total: Tensor,
     check: Callable[[], None],
 ) -> Measured | None:
     """Of terms that make their gradients now, and of gradients [N] that are there.
 
     None where the terms do not look at the same positions, and where something is not finite, or
     too small or too large to be told from sums of products: then each must be looked at as a whole.
-    ``check`` is called before every block, and may raise.
+    Their sum is written to ``total`` [N]; ``check`` is called before every block, and may raise.
     """
     terms = [each for each in gradients if not isinstance(each, Tensor | None)]
     width = max(term.width for term in terms)
@@ -65,18 +65,16 @@ def measured_in_blocks(
         for gradient, weight, scale in zip(gradients, weights, scales, strict=True)
     ]
     if (
-        not like.numel()
+        not total.numel()
         or (kept is not None and not kept.any())
         or not all(_keep_alike(term, widest) for term in terms)
-        or not max(map(abs, factors)) <= torch.finfo(like.dtype).max
+        or not max(map(abs, factors)) <= torch.finfo(total.dtype).max
     ):
         return None
     sums = _Sums(factors)
-    with torch.inference_mode(False):
-        total = torch.empty_like(like)
     # A gradient that is there may point to what the terms do not look at.
     everywhere = len(terms) < sum(each is not None for each in gradients)
-    for block in blocks(like.numel() // width, width, kept):
+    for block in blocks(total.numel() // width, width, kept):
         check()
         here = block.all_of(total)
         if not block.count and not everywhere:
@@ -85,7 +83,7 @@ def measured_in_blocks(
         to_spread = None
         if not block.is_whole and not everywhere:
             to_spread = here.new_empty(block.count * width)
-        parts = [_part(each, block, like, everywhere) for each in gradients]
+        parts = [_part(each, block, total, everywhere) for each in gradients]
         if not sums.add(parts, here if to_spread is None else to_spread):
             return None
         if to_spread is not None:
