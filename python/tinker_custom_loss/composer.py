@@ -39,7 +39,7 @@ from .running.event_loop import CallersLoop
 from .running.shipping import ShippedCall
 from .running.threads import THREADS, on_this_thread
 from .running.together import Asked, Together
-from .tensors.batch import TensorBatch, checked_batch
+from .tensors.batch import TensorBatch, check_out, checked_batch
 from .tensors.gradients import surrogate
 from .totals import denominators, shapes_of_targets, totals_of
 
@@ -113,6 +113,7 @@ class Composer:
         step: int | None = None,
         totals: Mapping[str, Any] | None = None,
         term_gradients: bool = False,
+        out: Tensor | None = None,
         cancelled: threading.Event | None = None,
     ) -> Composition:
         """Evaluate every term on one batch, differentiate each, and compose them.
@@ -129,17 +130,29 @@ class Composer:
             step: the training step, for weight schedules.
             totals: of the whole step, where these datums are a part of it: see :meth:`totals`.
             term_gradients: True keeps each term's own gradient in the composition.
+            out: memory for the gradient, [N] of the logprobs' type and device; what is used again
+                costs less than what is new. It is written before it is known that no term fails.
             cancelled: set it from another thread to withdraw the computation.
 
         Raises:
             RequestError: data and logprobs do not fit together, a weight is a schedule and
-                there is no step, or ``totals`` are not those of a step with these datums.
+                there is no step, ``totals`` are not those of a step with these datums, or ``out``
+                cannot hold the gradient.
             TermError: a term failed, and its ``on_error`` is ``"raise"``; or no term is
                 differentiable.
             CancelledError: ``cancelled`` was set.
         """
         here = places.Surroundings.here()
-        composition = self._compute(data, logprobs, step, totals, term_gradients, cancelled, here)
+        composition = self._compute(
+            data,
+            logprobs,
+            here,
+            step=step,
+            totals=totals,
+            term_gradients=term_gradients,
+            out=out,
+            cancelled=cancelled,
+        )
         _accumulate(composition)
         return composition
 
@@ -182,7 +195,14 @@ class Composer:
         async with CallersLoop() as loop:
             here = places.Surroundings.here(loop)
             future = THREADS.submit(
-                self._compute, data, logprobs, step, totals, term_gradients, cancelled, here
+                self._compute,
+                data,
+                logprobs,
+                here,
+                step=step,
+                totals=totals,
+                term_gradients=term_gradients,
+                cancelled=cancelled,
             )
             try:
                 composition: Composition = await asyncio.wrap_future(future)
@@ -196,35 +216,41 @@ class Composer:
         self,
         data: Sequence[Any],
         logprobs: Sequence[Tensor] | TensorBatch,
-        step: int | None,
-        totals: Mapping[str, Any] | None,
-        *rest: Any,
+        surroundings: places.Surroundings,
+        *,
+        step: int | None = None,
+        totals: Mapping[str, Any] | None = None,
+        **options: Any,
     ) -> Composition:
         """Seen by the recorder, if there is one."""
         if self._recorder is None:
-            return self._composition(data, logprobs, step, totals, *rest)
+            return self._composition(data, logprobs, surroundings, step, totals, **options)
         observed = ObservedStep(self, data, logprobs, step, totals)
         with self._recorder.observing(observed):
-            observed.composition = self._composition(data, logprobs, step, totals, *rest)
+            observed.composition = self._composition(
+                data, logprobs, surroundings, step, totals, **options
+            )
         return observed.composition
 
     def _composition(
         self,
         data: Sequence[Any],
         logprobs: Sequence[Tensor] | TensorBatch,
+        surroundings: places.Surroundings,
         step: int | None,
         totals: Mapping[str, Any] | None,
-        term_gradients: bool,
-        cancelled: threading.Event | None,
-        surroundings: places.Surroundings,
+        term_gradients: bool = False,
+        out: Tensor | None = None,
+        cancelled: threading.Event | None = None,
     ) -> Composition:
         with torch.inference_mode(False), on_this_thread():
-            composing = self._begin(data, logprobs, step)
+            composing = self._begin(data, logprobs, step, out)
             calls = self._parts(data, composing.batch, totals)
             batch = composing.batch.sharing()
             asked = Asked(calls, data, batch, True, cancelled, surroundings)
             weights = None if term_gradients else composing.weights
-            return composing.composition(self._together.evaluate(asked, weights), term_gradients)
+            results = self._together.evaluate(asked, weights, out)
+            return composing.composition(results, term_gradients)
 
     def totals(self, data: Sequence[Any]) -> dict[str, dict[str, Any]]:
         """What each term divides by, for an optimizer step that is sent in several calls.
@@ -295,12 +321,15 @@ class Composer:
         data: Sequence[Any],
         logprobs: Sequence[Tensor] | TensorBatch,
         step: int | None,
+        out: Tensor | None = None,
     ) -> Step:
         started = time.perf_counter()
         self.check_step(step)
         weights = [term.weight_at(step) for term in self._terms]
         batch = checked_batch(data, logprobs)
-        return Step(self._terms, weights, logprobs, batch, step, started)
+        if out is not None:
+            check_out(out, batch, logprobs)
+        return Step(self._terms, weights, logprobs, batch, step, started, out)
 
     def _parts(
         self, data: Sequence[Any], batch: TensorBatch, totals: Mapping[str, Any] | None
@@ -325,7 +354,7 @@ class Composer:
             loss, metrics = returned
             return loss, metrics
         here = places.Surroundings.here()
-        composition = self._compute(data, logprobs, None, None, False, None, here)
+        composition = self._compute(data, logprobs, here)
         loss = surrogate(
             composition.loss_total,
             composition.gradients,

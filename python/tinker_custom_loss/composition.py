@@ -107,7 +107,8 @@ class Step:
     """One step of a composer: its terms, and what they were given.
 
     ``given`` are the logprobs as the caller has them, ``batch`` the same in one buffer.
-    ``schedule_step`` is the step for weight schedules, ``started`` a ``time.perf_counter()``.
+    ``schedule_step`` is the step for weight schedules, ``started`` a ``time.perf_counter()``,
+    ``out`` where the gradient is to be, which may be where it was made.
     """
 
     terms: Sequence[Regularizer]
@@ -116,6 +117,7 @@ class Step:
     batch: TensorBatch
     schedule_step: int | None
     started: float
+    out: Tensor | None = None
 
     def composed_loss(self, results: Sequence[Evaluation | TermError]) -> ComposedLoss:
         """The loss and its record.
@@ -276,7 +278,10 @@ class Step:
         given = self.given
         homes = [given.flat] if isinstance(given, TensorBatch) else given
         if len({(home.dtype, home.device) for home in homes}) == 1:
-            return self.batch.with_flat(self._fitting(total, homes[0])), None
+            fitting = self._fitting(total, homes[0])
+            if self.out is not None and self.out is not total:
+                fitting = self.out.copy_(fitting)
+            return self.batch.with_flat(fitting), None
         widest = self.batch.with_flat(total)
         pairs = zip(widest.tensors(), homes, strict=True)
         return widest, [self._fitting(gradient, home) for gradient, home in pairs]

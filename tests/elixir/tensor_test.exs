@@ -118,6 +118,22 @@ defmodule Tinkex.CustomLoss.TensorTest do
     end
   end
 
+  # So many that they are made in other processes.
+  test "long lists of every form come back in order, and nothing else comes" do
+    bytes = for i <- 1..70_000, into: <<>>, do: <<i / 8::float-32-little>>
+    flat = for i <- 1..70_000, do: i / 8
+    rows = Enum.chunk_every(flat, 7)
+
+    tensors =
+      [rows, {bytes, [70_000]}, %{"data" => flat, "shape" => [10_000, 7]}] ++
+        [[], %{logprobs: %{data: flat}, other: 1}, [1.0]]
+
+    Process.flag(:trap_exit, true)
+    batch = Tensor.logprobs(tensors)
+    assert Tensor.restore(batch, batch) == {:ok, tensors}
+    assert Process.info(self(), :messages) == {:messages, []}
+  end
+
   test "non-finite logprobs are atoms, there and back" do
     list = [:neg_infinity, -0.5, :nan, :infinity]
     batch = Tensor.logprobs([list])

@@ -7,6 +7,7 @@ import itertools
 import math
 import pickle
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -275,6 +276,44 @@ class TestComposition:
             "Composition(loss_total=112, gradient=TensorBatch(float32, [[3], [2, 2]]), "
             "regularizers=[square])"
         )
+
+
+class TestOut:
+    """Memory that a caller has for the gradient."""
+
+    @pytest.mark.parametrize("fn", ["l2", "gspo", lambda data, logprobs: (logprobs[0].sum(), {})])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+    def test_the_gradient_is_there(self, fn, dtype):
+        logprobs = [torch.tensor([-1.0, -2.0], dtype=dtype)]
+        inputs = {"logprobs": torch.full((2,), -1.5), "advantages": torch.ones(2)}
+        data = [SimpleNamespace(loss_fn_inputs=inputs)]
+        expected = Composer(fn).compute(data, logprobs)
+        out = torch.full((2,), torch.nan, dtype=dtype)
+        composition = Composer(fn).compute(data, logprobs, out=out)
+        assert composition.gradient.flat.data_ptr() == out.data_ptr()
+        assert torch.equal(out, expected.gradient.flat)
+        assert composition.record["total_grad_norm"] == expected.record["total_grad_norm"]
+
+    @pytest.mark.parametrize(
+        ("out", "sentence"),
+        [
+            (torch.zeros(3), "has shape"),
+            (torch.zeros(4)[::2], "strides"),
+            (torch.zeros(2, dtype=torch.float64), "is of torch.float64 on cpu"),
+            (torch.zeros(2, requires_grad=True), "requires a gradient"),
+        ],
+    )
+    def test_what_cannot_hold_it_is_refused(self, out, sentence):
+        with pytest.raises(RequestError, match=sentence):
+            Composer("l2").compute([None], [torch.zeros(2)], out=out)
+
+    def test_it_is_not_the_memory_of_the_logprobs(self):
+        memory = -torch.ones(5)
+        batch = TensorBatch(memory[:4], ((4,),))
+        for out in (memory[:4], memory[1:]):
+            with pytest.raises(RequestError, match="memory of the logprobs"):
+                Composer("l2").compute([None], batch, out=out)
+        assert memory.tolist() == [-1.0] * 5
 
 
 class TestAsCustomLossFn:

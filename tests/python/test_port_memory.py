@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import gc
 import os
@@ -18,7 +19,7 @@ from port_client import PortClient, batch, compute, l2, request_apart
 from tinker_custom_loss import CustomLossError
 from tinker_custom_loss.errors import ProtocolError
 from tinker_custom_loss.port.memory import LEAST_SHARED, SharedFile, SharedMemory
-from tinker_custom_loss.port.messagepack import Message, Place, frame_pieces, unpack
+from tinker_custom_loss.port.messagepack import Message, Payload, Place, frame_pieces, unpack
 from tinker_custom_loss.port.service import Service
 from tinker_custom_loss.terms import CATALOGUE
 from tinker_custom_loss.terms.registry import Registry
@@ -180,6 +181,45 @@ def test_a_file_that_was_cut_has_a_payload_of_no_bytes():
     assert file.view(0, 0) == b""
     with pytest.raises(ProtocolError, match="which has 0"):
         file.view(0, 1)
+
+
+def test_there_is_room_again_in_a_file_that_was_cut():
+    """To write to a mapped page that the file no longer has would end the process."""
+    file = SharedFile()
+    for value in (b"\x01", b"\x02"):
+        room = file.room(4096, 100_000)
+        room[:] = value * 100_000
+        assert os.pread(file.fd, 100_000, 4096) == value * 100_000
+        os.ftruncate(file.fd, 10)
+
+
+def test_an_answer_that_lies_there_already_is_not_written_over():
+    memory = SharedMemory(1)
+    place = Place(0, 0, 0)
+    made = memory.room(place, LEAST_SHARED)
+    made[:] = b"\x05" * LEAST_SHARED
+    payload = Payload()
+    payload.place(batch(torch.frombuffer(made, dtype=torch.float32)))
+    assert memory.answer(place, payload) == Place(0, 0, LEAST_SHARED)
+    assert bytes(made) == b"\x05" * LEAST_SHARED
+
+
+def test_where_the_system_has_no_memory_the_gradient_is_made_elsewhere(monkeypatch):
+    def no_space(*_):
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(os, "posix_fallocate", no_space)
+    assert SharedMemory(1).room(Place(0, 0, 8), LEAST_SHARED) is None
+
+
+def test_a_gradient_is_made_where_there_is_room_for_it():
+    payload, packed = request_apart({"id": 1, **compute("l2", batch(LARGE))})
+    message = unpack(packed).with_payload(memoryview(b"".join(payload.pieces)))
+    room = memoryview(bytearray(LARGE.nbytes))
+    reply = Service(Registry()).compute(message, room=lambda size: room[:size])
+    there = torch.frombuffer(room, dtype=torch.float32)
+    assert torch.equal(there, 2 * LARGE)
+    assert reply["gradients"].flat.data_ptr() == there.data_ptr()
 
 
 KEYS = ("logprobs", "old_logprobs", "reference_logprobs", "teacher_logprobs")

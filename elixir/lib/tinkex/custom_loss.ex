@@ -203,8 +203,9 @@ defmodule Tinkex.CustomLoss do
   end
 
   @doc false
-  # Beside the output, the result of Call.run/3: the linear loss takes its gradients, which are a batch.
-  def run(server, data, logprobs, options) do
+  # Beside the output, the result of Call.run/4. The gradients are in the form of the logprobs, or as
+  # they came: one batch, which is what the linear loss takes.
+  def run(server, data, logprobs, options, form \\ :given) do
     deadline = Call.deadline(options.timeout)
     batch = Tensor.logprobs(logprobs)
 
@@ -220,7 +221,7 @@ defmodule Tinkex.CustomLoss do
 
     Telemetry.span(Call.name(server), request, fn ->
       with {:ok, result} <- Call.run(server, request, options.timeout, deadline),
-           {:ok, gradients} <- restore(result.gradients, batch) do
+           {:ok, gradients} <- restore(result.gradients, batch, form) do
         output = %Output{
           loss_total: result.loss_total,
           gradients: gradients,
@@ -309,12 +310,17 @@ defmodule Tinkex.CustomLoss do
   @spec merge([Output.t() | %{String.t() => term()}]) :: %{String.t() => term()}
   defdelegate merge(parts), to: Merge
 
-  defp restore(nil, _batch), do: {:ok, nil}
+  defp restore(nil, _batch, _form), do: {:ok, nil}
 
-  defp restore(gradients, batch) do
-    with {:error, sentence} <- Tensor.restore(gradients, batch),
+  defp restore(gradients, batch, form) do
+    with {:error, sentence} <- formed(gradients, batch, form),
          do: {:error, %WorkerError{reason: {:protocol, sentence}}}
   end
+
+  defp formed(gradients, batch, :given), do: Tensor.restore(gradients, batch)
+
+  defp formed(gradients, batch, :batch),
+    do: with(:ok <- Tensor.check_gradients(gradients, batch), do: {:ok, gradients})
 
   @doc """
   One training step's forward and backward pass, with the custom loss between them.

@@ -14,6 +14,8 @@ import secrets
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from ..errors import ProtocolError
 from .messagepack import Buffer, Payload, Place
 from .process import may_write_any_size, point_at_nothing
@@ -31,6 +33,7 @@ class SharedFile:
         self.fd = os.memfd_create("tinker_custom_loss", os.MFD_CLOEXEC)
         os.fchmod(self.fd, 0o600)
         self._mapped: mmap.mmap | None = None
+        self._reserved = 0
         self.in_use = False
 
     def view(self, at: int, size: int) -> memoryview:
@@ -51,9 +54,26 @@ class SharedFile:
             self._mapped = mmap.mmap(self.fd, there)  # the old one lives on in what refers to it
         return memoryview(self._mapped)[at : at + size]
 
+    def room(self, at: int, size: int) -> memoryview:
+        """Memory of the file that may be written to.
+
+        Raises:
+            OSError: the system has no memory for it. (To write to what it does not have is a
+                signal that ends the process.)
+        """
+        if at + size > min(self._reserved, os.fstat(self.fd).st_size):  # the host may have cut it
+            os.posix_fallocate(self.fd, at, size)
+            self._reserved = at + size
+        return self.view(at, size)
+
     def write(self, at: int, pieces: Sequence[Buffer]) -> None:
-        """Write ``pieces`` one after another, from ``at`` on. The file grows as it has to."""
+        """Write ``pieces`` one after another, from ``at`` on, but for one that lies there already.
+        The file grows as it has to."""
         views = [memoryview(piece) for piece in pieces if len(piece)]
+        if self._mapped is not None and len(views) == 1:
+            there = memoryview(self._mapped)[at : at + len(views[0])]
+            if len(there) == len(views[0]) and _address(there) == _address(views[0]):
+                return
         while views:
             written = os.pwritev(self.fd, views[: os.sysconf("SC_IOV_MAX")], at)
             at += written
@@ -105,6 +125,18 @@ class SharedMemory:
         file.in_use = True
         return payload
 
+    def room(self, place: Place, size: int) -> memoryview | None:
+        """Where the payload of an answer will be, for who wants to make it there.
+
+        None: it should be made elsewhere.
+        """
+        if size < LEAST_SHARED:
+            return None
+        try:
+            return self._files[place.file].room(_behind(place), size)
+        except OSError:
+            return None
+
     def answer(self, place: Place, payload: Payload) -> Place | None:
         """Write the payload of an answer behind that of its request, and say where.
 
@@ -112,7 +144,7 @@ class SharedMemory:
         """
         if payload.size < LEAST_SHARED:
             return None
-        at = -(-(place.at + place.size) // mmap.PAGESIZE) * mmap.PAGESIZE
+        at = _behind(place)
         try:
             self._files[place.file].write(at, payload.pieces)
         except OSError:  # no memory is left, say; the pipe needs none
@@ -122,3 +154,12 @@ class SharedMemory:
     def give_back(self, place: Place) -> None:
         """Another request may have the file, once the host has the answer."""
         self._files[place.file].in_use = False
+
+
+def _behind(place: Place) -> int:
+    return -(-(place.at + place.size) // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+def _address(buffer: Buffer) -> int:
+    address: int = np.frombuffer(buffer, np.uint8).ctypes.data
+    return address

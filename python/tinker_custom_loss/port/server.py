@@ -9,6 +9,7 @@ somebody always reads, and a ``ping`` or ``cancel`` is answered whatever the oth
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import select
@@ -146,15 +147,16 @@ class Server:
 
     def _compute(self, request: Request, message: Message) -> None:
         current_request.set(request)
-        lent = None
+        lent, room = None, None
         try:
-            if message.place is not None:
-                message = message.with_payload(self._memory.lend(message.place))
-                lent = message.place
+            place = message.place
+            if place is not None:
+                message = message.with_payload(self._memory.lend(place))
+                lent, room = place, functools.partial(self._memory.room, place)
             if op_of(message) == "totals":
                 reply = {**self._service.totals(message), "id": request.id}
             else:
-                reply = {**self._service.compute(message, request), "id": request.id}
+                reply = {**self._service.compute(message, request, room), "id": request.id}
         except BaseException as error:  # whatever a term did, it ends its request and no more
             reply = error_message(error, request.id)
         finally:

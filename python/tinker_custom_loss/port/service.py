@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import threading
 import traceback
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
+import torch
 
 from ..composer import Composer
 from ..composition import ComposedLoss, Composition
@@ -81,8 +83,15 @@ class Service:
         self._recorder = recorder
         self._composers: dict[bytes, tuple[Composer, bool]] = {}
 
-    def compute(self, message: Message, in_flight: Request | None = None) -> dict[str, Any]:
+    def compute(
+        self,
+        message: Message,
+        in_flight: Request | None = None,
+        room: Callable[[int], memoryview | None] | None = None,
+    ) -> dict[str, Any]:
         """The ``result`` of a ``compute`` message, without its id.
+
+        ``room`` gives memory of so many bytes for the gradient, if it has some.
 
         Raises:
             CustomLossError: whatever is at fault, see :mod:`tinker_custom_loss.errors`.
@@ -91,8 +100,15 @@ class Service:
         composer, borrows = self._composer(request.terms, message)
         if message.place is not None and not borrows:
             request = decode_compute(message.with_own_payload())
-        compute = composer.compute if request.gradients else composer.compute_loss
-        computed: ComposedLoss = compute(
+        compute: Callable[..., ComposedLoss] = composer.compute_loss
+        if request.gradients:
+            memory = None
+            if room is not None and self._recorder is None:  # which may keep the gradient
+                memory = room(request.logprobs.flat.nbytes)
+            dtype = request.logprobs.flat.dtype
+            out = None if memory is None else torch.frombuffer(memory, dtype=dtype)
+            compute = functools.partial(composer.compute, out=out)
+        computed = compute(
             request.data,
             request.logprobs,
             step=request.step,

@@ -13,24 +13,26 @@ import torch
 from torch import Tensor
 
 from ..tensors import gradients as grad
+from ..tensors.blocks import Block, Flags, blocks
 from .measured import MOST_CANCELLED, Measured
 
 __all__ = ["BlockTerm", "measured_in_blocks"]
 
-_BLOCK = 1 << 16
 _LEAST, _MOST = 1e-30, 1e300
 """Of a sum of squares, and of a product of norms: beyond, single products are lost."""
-_NOTHING = torch.zeros(1, device="cpu"), 0.0
+_NOTHING = torch.zeros(0, device="cpu"), 0.0
 
 
 class BlockTerm(Protocol):
     """A term that gives its gradient, but for the factor ``scale``, one block after another.
 
-    ``gradient(start, stop)`` is that of so many entries, a multiple of ``width``, and the sum of
-    its squares; ``value`` and ``metrics`` are known when every block was asked for.
+    ``kept`` are the positions, of ``width`` entries each, that its gradient is not 0 at; None: all.
+    ``gradient(block)`` is that of a block's kept positions, and the sum of its squares; ``value``
+    and ``metrics`` are known when every block was asked for.
     """
 
     width: int
+    kept: Flags | None
     scale: float
     seconds: float
 
@@ -38,48 +40,79 @@ class BlockTerm(Protocol):
     def value(self) -> float: ...
     @property
     def metrics(self) -> dict[str, float]: ...
-    def gradient(self, start: int, stop: int) -> tuple[Tensor, float]: ...
+    def gradient(self, block: Block) -> tuple[Tensor, float]: ...
 
 
 def measured_in_blocks(
     weights: Sequence[float],
     gradients: Sequence[BlockTerm | Tensor | None],
-    like: Tensor,
+    total: Tensor,
     check: Callable[[], None],
 ) -> Measured | None:
     """Of terms that make their gradients now, and of gradients [N] that are there.
 
-    None where something is not finite, or too small or too large to be told from sums of products:
-    then each must be looked at as a whole. ``check`` is called before every block, and may raise.
+    None where the terms do not look at the same positions, and where something is not finite, or
+    too small or too large to be told from sums of products: then each must be looked at as a whole.
+    Their sum is written to ``total`` [N]; ``check`` is called before every block, and may raise.
     """
+    terms = [each for each in gradients if not isinstance(each, Tensor | None)]
+    width = max(term.width for term in terms)
+    widest = next(term for term in terms if term.width == width)
+    kept = widest.kept
     scales = [1.0 if isinstance(each, Tensor | None) else each.scale for each in gradients]
     factors = [
         0.0 if gradient is None else weight * scale
         for gradient, weight, scale in zip(gradients, weights, scales, strict=True)
     ]
-    size = like.numel()
-    if not size or not max(map(abs, factors)) <= torch.finfo(like.dtype).max:
+    if (
+        not total.numel()
+        or (kept is not None and not kept.any())
+        or not all(_keep_alike(term, widest) for term in terms)
+        or not max(map(abs, factors)) <= torch.finfo(total.dtype).max
+    ):
         return None
     sums = _Sums(factors)
-    width = math.lcm(*(getattr(each, "width", 1) for each in gradients))
-    block = max(1, _BLOCK // width) * width
-    with torch.inference_mode(False):
-        total = torch.empty_like(like)
-    for start in range(0, size, block):
+    # A gradient that is there may point to what the terms do not look at.
+    everywhere = len(terms) < sum(each is not None for each in gradients)
+    for block in blocks(total.numel() // width, width, kept):
         check()
-        stop = min(start + block, size)
-        if not sums.add([_part(each, start, stop) for each in gradients], total[start:stop]):
+        here = block.all_of(total)
+        if not block.count and not everywhere:
+            here.zero_()
+            continue
+        to_spread = None
+        if not block.is_whole and not everywhere:
+            to_spread = here.new_empty(block.count * width)
+        parts = [_part(each, block, total, everywhere) for each in gradients]
+        if not sums.add(parts, here if to_spread is None else to_spread):
             return None
+        if to_spread is not None:
+            block.spread(to_spread, here)
     return sums.measured(scales, total)
 
 
-def _part(gradient: BlockTerm | Tensor | None, start: int, stop: int) -> tuple[Tensor, float]:
+def _part(
+    gradient: BlockTerm | Tensor | None, block: Block, like: Tensor, everywhere: bool
+) -> tuple[Tensor, float]:
+    """Of a gradient what is kept of a block, or all that lies in it, and the sum of its squares."""
     if gradient is None:
         return _NOTHING
-    if not isinstance(gradient, Tensor):
-        return gradient.gradient(start, stop)
-    part = gradient[start:stop]
-    return part, _dot(part, part)
+    if isinstance(gradient, Tensor):
+        part = block.all_of(gradient)
+        return part, _dot(part, part)
+    if block.is_whole or not everywhere:
+        return gradient.gradient(block)
+    part, square = gradient.gradient(block) if block.count else _NOTHING
+    whole = torch.empty_like(block.all_of(like))
+    block.spread(part, whole)
+    return whole, square
+
+
+def _keep_alike(term: BlockTerm, widest: BlockTerm) -> bool:
+    """Whether two terms look at the same positions, one of them perhaps entry by entry."""
+    if term.kept is widest.kept or term.kept is None or widest.kept is None:
+        return term.kept is widest.kept
+    return bool((term.kept.reshape(len(widest.kept), -1) == widest.kept[:, None]).all())
 
 
 class _Sums:

@@ -83,13 +83,16 @@ class Together:
         alone = len(self._known) == len(self._inline)
         self._lock = contextlib.nullcontext() if alone else inline_lock
 
-    def evaluate(self, asked: Asked, weights: Sequence[float] | None = None) -> Results:
+    def evaluate(
+        self, asked: Asked, weights: Sequence[float] | None = None, out: Tensor | None = None
+    ) -> Results:
         """Every term, each where it runs.
 
         With the terms' ``weights`` the gradients need not be kept: where all terms run here, those
         of which a block of the batch tells enough make theirs block by block, all at the same time,
         and each block is measured at once. A batch on which that cannot be done is evaluated
-        without: nothing but terms of the catalogue is called twice.
+        without: nothing but terms of the catalogue is called twice. ``out`` is memory for the total
+        that is measured so, if it is of the batch's type.
         """
         results: dict[int, Evaluation | TermError] = {}
         pending: dict[int, places.Started] = {}
@@ -112,7 +115,7 @@ class Together:
                     if index not in blocks and index not in results:
                         self._run_inline(index, asked, results)
             if blocks and weights is not None:
-                measured = _measured(asked, weights, blocks, results)
+                measured = _measured(asked, weights, blocks, results, out)
             if blocks and measured is None:
                 for index in blocks:
                     self._run_inline(index, asked, results)
@@ -187,6 +190,7 @@ def _measured(
     weights: Sequence[float],
     blocks: Mapping[int, BlockTerm],
     results: dict[int, Evaluation | TermError],
+    out: Tensor | None,
 ) -> Measured | None:
     """The gradients of all terms, of which ``blocks`` have yet to make theirs, and what these
     computed, added to ``results``. None if a whole gradient must be looked at, or if one fails,
@@ -197,9 +201,11 @@ def _measured(
         result = there.get(index)
         gradient = None if result is None or result.gradient is None else aligned(result.gradient)
         gradients.append(blocks.get(index, gradient))
+    like = asked.batch.flat
+    total = out if out is not None and out.dtype == like.dtype else torch.empty_like(like)
     try:
         with torch.inference_mode():
-            found = measured_in_blocks(weights, gradients, asked.batch.flat, asked.check_cancelled)
+            found = measured_in_blocks(weights, gradients, total, asked.check_cancelled)
     except CancelledError:
         raise
     except Exception:

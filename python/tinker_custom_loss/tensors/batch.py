@@ -20,7 +20,7 @@ from torch import Tensor
 from ..errors import RequestError
 from ..wording import counted
 
-__all__ = ["Shape", "TensorBatch", "checked_batch"]
+__all__ = ["Shape", "TensorBatch", "check_out", "checked_batch"]
 
 Shape = tuple[int, ...]
 
@@ -155,6 +155,35 @@ def checked_batch(data: Sequence[object], logprobs: Sequence[Tensor] | TensorBat
                 path=f"logprobs[{index}]",
             )
     return _common_buffer(logprobs)
+
+
+def check_out(out: Tensor, batch: TensorBatch, given: Sequence[Tensor] | TensorBatch) -> None:
+    """Whether ``out`` can hold a gradient like the logprobs that were ``given``.
+
+    Raises:
+        RequestError: it cannot.
+    """
+    homes = [given.flat] if isinstance(given, TensorBatch) else given
+    kinds = {(home.dtype, home.device) for home in homes}
+    wanted = f"a contiguous tensor of {batch.flat.numel()} values, outside of any graph"
+    if len(kinds) > 1 or kinds != {(out.dtype, out.device)}:
+        have = ", ".join(f"{dtype} on {device}" for dtype, device in kinds)
+        problem = f"is of {out.dtype} on {out.device}, but the logprobs are of {have}"
+    elif out.shape != batch.flat.shape or not out.is_contiguous() or out.requires_grad:
+        problem = f"has shape {list(out.shape)}, strides {list(out.stride())}" + (
+            " and requires a gradient" if out.requires_grad else ""
+        )
+    elif any(_overlap(out, home) for home in homes):
+        problem = "is in memory of the logprobs"
+    else:
+        return
+    raise RequestError(f"out {problem}; expected {wanted}, of the logprobs' type", path="out")
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    starts = [x.data_ptr() for x in (a, b)]
+    sizes = [x.numel() * x.element_size() for x in (a, b)]
+    return starts[0] < starts[1] + sizes[1] and starts[1] < starts[0] + sizes[0]
 
 
 def _check_float(tensor: Tensor, index: int) -> None:

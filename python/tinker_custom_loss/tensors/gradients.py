@@ -48,8 +48,8 @@ def aligned(a: Tensor) -> Tensor:
 def dot(a: Tensor, b: Tensor) -> float:
     """``Σ a_i·b_i`` of two flat tensors, accumulated over blocks in float64.
 
-    One float32 reduction over 20 million values loses four digits; blocks of 65,536 keep seven at
-    the same speed.
+    One float32 reduction over 20 million values loses four digits. At the same speed, blocks of
+    65,536 keep six, and of products that are all the same five.
     """
     if a.numel() <= _BLOCK:
         return float(torch.dot(a, b))

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from ..tensors.blocks import Flags
 from ..tensors.flags import are_not, count
 from .lazy import lazy
 from .selection import Selection
@@ -45,6 +46,11 @@ class Sequences:
             return None
         kept = are_not(self.mask, 0.0)
         return None if count(kept) == kept.numel() else kept
+
+    @lazy
+    def flags(self) -> Flags | None:
+        """:attr:`kept` as numpy has it."""
+        return None if self.kept is None else self.kept.numpy()
 
     @lazy
     def selection(self) -> Selection | None:

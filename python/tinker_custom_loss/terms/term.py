@@ -198,7 +198,7 @@ class Term:
     ) -> TermInBlocks | None:
         """The same for a caller who asks for one block of the batch after another; None where it
         is known for a whole batch only."""
-        return TermInBlocks.of(self.given(params), data, logprobs, totals)
+        return TermInBlocks.of(self.given(params), data, logprobs.detached(), totals)
 
     def contributions(
         self, data: Sequence[Any], logprobs: Sequence[Tensor] | TensorBatch, **params: Any

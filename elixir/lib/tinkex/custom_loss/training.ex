@@ -60,9 +60,9 @@ defmodule Tinkex.CustomLoss.Training do
   defp step(server, client, data, options) do
     with :ok <- check(server, data, options),
          {:ok, forward} <- call(client, :forward, sent(data, :cross_entropy), options),
-         {:ok, output, %{gradients: gradients}} <-
-           CustomLoss.run(server, data, forward.loss_fn_outputs, options),
-         linear = Data.linear(data, gradients),
+         {:ok, output, _result} <-
+           CustomLoss.run(server, data, forward.loss_fn_outputs, options, :batch),
+         linear = Data.linear(data, output.gradients),
          {:ok, backward} <- call(client, :forward_backward, linear, options) do
       {:ok, %{backward | metrics: metrics(backward.metrics, output, options.metrics)}}
     end
@@ -87,9 +87,9 @@ defmodule Tinkex.CustomLoss.Training do
            call(client, :forward_backward, sent(data, loss_fn), loss_fn, options.client_opts),
          seconds =
            (System.monotonic_time() - started) / System.convert_time_unit(1, :second, :native),
-         {:ok, output, %{gradients: gradients}} <-
-           CustomLoss.run(server, data, base.loss_fn_outputs, options),
-         {:ok, surrogate} <- add(client, data, gradients, output, options) do
+         {:ok, output, _result} <-
+           CustomLoss.run(server, data, base.loss_fn_outputs, options, :batch),
+         {:ok, surrogate} <- add(client, data, output, options) do
       record = native_record(output, base.metrics["loss:sum"] || :nan, seconds)
       record = if options.metrics == :flat, do: Output.flat(record), else: record
       surrogate = if surrogate, do: %{"surrogate_loss:sum" => surrogate}, else: %{}
@@ -100,12 +100,12 @@ defmodule Tinkex.CustomLoss.Training do
   end
 
   # Nothing is sent where nothing is added.
-  defp add(client, data, gradients, output, options) do
+  defp add(client, data, output, options) do
     if output.record["total_grad_norm"] == 0.0 do
       {:ok, 0.0}
     else
       with {:ok, backward} <-
-             call(client, :forward_backward, Data.linear(data, gradients), options),
+             call(client, :forward_backward, Data.linear(data, output.gradients), options),
            do: {:ok, (backward.metrics || %{})["loss:sum"]}
     end
   end

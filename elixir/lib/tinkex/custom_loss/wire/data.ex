@@ -37,7 +37,7 @@ defmodule Tinkex.CustomLoss.Wire.Data do
   def to_wire(nil, _count), do: nil
 
   def to_wire(data, count) when length(data) == count do
-    inputs = Enum.with_index(data, &inputs(&1, [&2, "data"]))
+    inputs = Enum.with_index(data, &elem(loss_fn_inputs(&1, [&2, "data"]), 1))
     chunks = Enum.with_index(data, &chunks(&1, ["model_input", &2, "data"]))
 
     %{"count" => count, "inputs" => input_batches(inputs)}
@@ -101,13 +101,6 @@ defmodule Tinkex.CustomLoss.Wire.Data do
     end
   end
 
-  # The inputs of each datum become one batch a name.
-
-  defp inputs(datum, path) do
-    {_key, inputs} = loss_fn_inputs(datum, path)
-    Map.new(inputs, fn {name, tensor} -> {name(name, path), tensor} end)
-  end
-
   defp loss_fn_inputs(datum, path) do
     {key, inputs} =
       case datum do
@@ -124,21 +117,38 @@ defmodule Tinkex.CustomLoss.Wire.Data do
     end
   end
 
-  defp name(name, _path) when is_binary(name), do: name
-  defp name(name, _path) when is_atom(name), do: Atom.to_string(name)
-
-  defp name(other, path),
-    do: refuse!(["loss_fn_inputs" | path], "has the key #{shown(other)}; expected a string")
-
+  # The inputs of each datum become one batch a name, which may be a string here and an atom there.
   defp input_batches(inputs) do
-    names = inputs |> Enum.flat_map(&Map.keys/1) |> Enum.uniq()
+    keys =
+      inputs |> Enum.reduce(%{}, &Map.merge/2) |> Map.keys() |> Enum.group_by(&name(&1, inputs))
 
-    Map.new(names, fn name ->
+    Map.new(keys, fn {name, keys} ->
       default = if name == "target_tokens", do: :int64, else: :float32
-      tensors = Enum.map(inputs, &Map.get(&1, name))
+      # Where a datum has both, the string counts.
+      tensors = column(inputs, Enum.sort(keys, :desc))
       {name, Tensor.batch(tensors, default, &[name, "loss_fn_inputs", &1, "data"])}
     end)
   end
+
+  defp name(name, _inputs) when is_binary(name), do: name
+  defp name(name, _inputs) when is_atom(name), do: Atom.to_string(name)
+
+  defp name(other, inputs) do
+    index = Enum.find_index(inputs, &is_map_key(&1, other))
+    refuse!(["loss_fn_inputs", index, "data"], "has the key #{shown(other)}; expected a string")
+  end
+
+  defp column([inputs | rest], keys), do: [find(inputs, keys) | column(rest, keys)]
+  defp column([], _keys), do: []
+
+  defp find(inputs, [key | keys]) do
+    case inputs do
+      %{^key => tensor} -> tensor
+      %{} -> find(inputs, keys)
+    end
+  end
+
+  defp find(_inputs, []), do: nil
 
   # The model input of each datum is a list of chunks: {:text, tokens}, or a chunk of the wire. In
   # the common case of one chunk of text, the tokens of all datums travel as one batch.
@@ -156,15 +166,18 @@ defmodule Tinkex.CustomLoss.Wire.Data do
   end
 
   defp put_chunks(wire, chunks) do
-    wire_chunks =
-      Enum.with_index(chunks, fn
-        [{:text, _tokens}], _index -> nil
-        chunks, index -> Enum.with_index(chunks, &wire_chunk(&1, &2, index))
-      end)
-
-    if Enum.all?(wire_chunks, &(&1 in [nil, []])),
-      do: wire,
-      else: Map.put(wire, "chunks", wire_chunks)
+    if Enum.all?(chunks, &(&1 == [] or match?([{:text, _tokens}], &1))) do
+      wire
+    else
+      Map.put(
+        wire,
+        "chunks",
+        Enum.with_index(chunks, fn
+          [{:text, _tokens}], _index -> nil
+          chunks, index -> Enum.with_index(chunks, &wire_chunk(&1, &2, index))
+        end)
+      )
+    end
   end
 
   defp wire_chunk({:text, tokens}, index, datum) do

@@ -15,7 +15,7 @@ defmodule Tinkex.CustomLoss.Wire.Numbers do
 
   @doc "Bytes of one value."
   @spec size(dtype()) :: 2 | 4 | 8
-  def size(dtype), do: Map.fetch!(@sizes, dtype)
+  for {dtype, size} <- @sizes, do: def(size(unquote(dtype)), do: unquote(size))
 
   @spec float?(dtype()) :: boolean()
   def float?(dtype), do: dtype in [:float32, :float64, :float16, :bfloat16]

@@ -18,7 +18,7 @@ defmodule Tinkex.CustomLoss.Wire.Tensor do
   such as `logprobs[2]`, whose index is that of the datum.
   """
 
-  alias Tinkex.CustomLoss.Wire.{Batch, MessagePack, Numbers}
+  alias Tinkex.CustomLoss.Wire.{Batch, Lists, MessagePack, Numbers}
 
   @type t ::
           [number() | Numbers.non_finite() | list()]
@@ -123,20 +123,35 @@ defmodule Tinkex.CustomLoss.Wire.Tensor do
   """
   @spec restore(gradients :: Batch.t(), Batch.t()) :: {:ok, [t()]} | {:error, String.t()}
   def restore(%Batch{dtype: dtype, shapes: shapes} = gradients, %Batch{} = batch) do
-    if dtype == batch.dtype and shapes == batch.shapes do
-      {:ok, write_all(batch.forms, Batch.parts(gradients), shapes, dtype)}
-    else
-      {:error, "the gradients are #{inspect(gradients)}, the logprobs #{inspect(batch)}"}
+    with :ok <- check_gradients(gradients, batch) do
+      values = batch.forms |> wanted(Batch.parts(gradients), shapes) |> Lists.of(dtype)
+      {:ok, write_all(batch.forms, values)}
     end
   end
 
-  defp write_all([nil | forms], [_ | parts], [_ | shapes], dtype),
-    do: [nil | write_all(forms, parts, shapes, dtype)]
+  @doc "Whether these can be the gradients of `batch`."
+  @spec check_gradients(gradients :: Batch.t(), Batch.t()) :: :ok | {:error, String.t()}
+  def check_gradients(%Batch{} = gradients, %Batch{} = batch) do
+    if gradients.dtype == batch.dtype and gradients.shapes == batch.shapes,
+      do: :ok,
+      else: {:error, "the gradients are #{inspect(gradients)}, the logprobs #{inspect(batch)}"}
+  end
 
-  defp write_all([form | forms], [part | parts], [shape | shapes], dtype),
-    do: [write(form, part, shape, dtype) | write_all(forms, parts, shapes, dtype)]
+  # For Lists: of each form its bytes, and the shape of the list that it takes, if it takes one.
+  defp wanted([form | forms], [bytes | parts], [shape | shapes]),
+    do: [{bytes, list_shape(form, shape)} | wanted(forms, parts, shapes)]
 
-  defp write_all([], [], [], _dtype), do: []
+  defp wanted([], [], []), do: []
+
+  defp list_shape(:list, shape), do: shape
+  defp list_shape({:data, _map, _keys, :list}, shape), do: [Batch.count(shape)]
+  defp list_shape({:within, _map, _key, form}, shape), do: list_shape(form, shape)
+  defp list_shape(_bytes, _shape), do: nil
+
+  defp write_all([form | forms], [value | values]),
+    do: [write(form, value) | write_all(forms, values)]
+
+  defp write_all([], []), do: []
 
   @doc false
   # Float32 values in the form of another tensor of any dtype: weights beside target tokens.
@@ -144,7 +159,9 @@ defmodule Tinkex.CustomLoss.Wire.Tensor do
   def write_like(tensor, float32, shape, path) do
     case read(tensor, :int64, path) do
       {_dtype, ^shape, _values, form} ->
-        form |> as_float32(shape) |> write(float32, shape, :float32)
+        form = as_float32(form, shape)
+        [value] = Lists.of([{float32, list_shape(form, shape)}], :float32)
+        write(form, value)
 
       {_dtype, other, _values, _form} ->
         refuse!(path, "has shape #{shown(other)}, its gradient #{shown(shape)}")
@@ -164,29 +181,16 @@ defmodule Tinkex.CustomLoss.Wire.Tensor do
   defp like(name, dtype) when is_binary(name), do: Atom.to_string(dtype)
   defp like(_name, dtype), do: dtype
 
-  defp write(:list, bytes, shape, dtype), do: nest(bytes, shape, dtype)
-  defp write({:bytes, given}, bytes, _shape, _dtype), do: {bytes, given}
-  defp write({:bytes, given, name}, bytes, _shape, _dtype), do: {bytes, given, name}
+  defp write(nil, nil), do: nil
+  defp write(:list, list), do: list
+  defp write({:bytes, given}, bytes), do: {bytes, given}
+  defp write({:bytes, given, name}, bytes), do: {bytes, given, name}
 
-  defp write({:nx, type, shape}, bytes, _shape, _dtype),
+  defp write({:nx, type, shape}, bytes),
     do: apply(Nx, :reshape, [apply(Nx, :from_binary, [bytes, type]), shape])
 
-  defp write({:data, map, {data_key, _, _}, :list}, bytes, _shape, dtype),
-    do: Map.put(map, data_key, Numbers.unpack(bytes, dtype))
-
-  defp write({:data, map, {data_key, _, _}, :bytes}, bytes, _shape, _dtype),
-    do: Map.put(map, data_key, bytes)
-
-  defp write({:within, map, key, form}, bytes, shape, dtype),
-    do: Map.put(map, key, write(form, bytes, shape, dtype))
-
-  defp nest(bytes, [_], dtype), do: Numbers.unpack(bytes, dtype)
-  defp nest(_bytes, [0 | _], _dtype), do: []
-
-  defp nest(bytes, [rows | shape], dtype) do
-    row = div(byte_size(bytes), rows)
-    for i <- 0..(rows - 1), do: nest(binary_part(bytes, i * row, row), shape, dtype)
-  end
+  defp write({:data, map, {data_key, _, _}, _kind}, values), do: Map.put(map, data_key, values)
+  defp write({:within, map, key, form}, value), do: Map.put(map, key, write(form, value))
 
   # A tensor as {dtype, shape, values, form}: values are bytes, or a flat list that is yet unread.
   defp read(list, default, path) when is_list(list) do
