@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import mmap
+import platform
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -141,3 +145,40 @@ class TestBadInput:
         data = datums()
         with pytest.raises(RequestError, match="nothing to compute"):
             linearize(data, forward_output(data))
+
+
+FAULTS_OF_A_STEP = """
+import resource
+
+import numpy as np
+import torch
+from tinker import Datum, ForwardBackwardOutput, ModelInput, TensorData
+
+from tinker_custom_loss import Regularizer, linearize
+
+
+def squares(data, logprobs):
+    return torch.cat(logprobs).square().sum(), {}
+
+
+tokens, logprobs = np.zeros(1 << 20, np.int64), np.full(1 << 20, -1.0, np.float32)
+data = [Datum(ModelInput.from_ints([0]), {"target_tokens": tokens})]
+output = ForwardBackwardOutput("", [{"logprobs": TensorData.from_numpy(logprobs)}], {})
+
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    linearize(data, output, None, [Regularizer(squares, 1.0, "squares")])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+print(sum([faults() for _ in range(40)][8:]) / 32)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's allocator")
+def test_a_step_lies_in_memory_that_the_last_one_has_left():
+    command = [sys.executable, "-c", FAULTS_OF_A_STEP]
+    pages_of_an_array = (4 << 20) // mmap.PAGESIZE
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert float(done.stdout) < pages_of_an_array / 4

@@ -26,6 +26,10 @@ from ..tensors.batch import Shape, TensorBatch
 from ..wording import counted
 from .arguments import BaseLoss, Regularizers, checked_data, checked_step, composer_of
 
+_ARRAYS_OF_A_STEP = 8  # as large as the batch, with those of a user's function and of autograd
+_MOST_KEPT = (32 << 20) - (1 << 16)  # glibc pays no heed to blocks of 32 MiB and more
+_kept = 0
+
 __all__ = ["forward_data", "linear_data", "linearize", "linearize_with", "zero_gradient"]
 
 
@@ -84,6 +88,7 @@ def linearize_with(
 ) -> tuple[list[Datum], Composition]:
     """:func:`linearize` with a composer that exists already."""
     logprobs = _logprobs(data, forward_output)
+    _keep_freed(_ARRAYS_OF_A_STEP * logprobs.flat.nbytes)
     composition = composer.compute(data, logprobs, step=step, totals=totals, cancelled=cancelled)
     return linear_data(data, composition.gradient), composition
 
@@ -110,6 +115,20 @@ def forward_data(data: Sequence[Datum]) -> list[Datum]:
 def zero_gradient(data: Sequence[Datum]) -> list[Datum]:
     """The datums of a backward pass that contributes nothing."""
     return [_sent(datum, _zeros(datum)) for datum in data]
+
+
+def _keep_freed(size: int) -> None:
+    """Have glibc keep this much freed memory, in bytes, for the next step.
+
+    It returns to the kernel what is free beyond twice the largest block that was ever freed, and
+    pages that are fetched anew cost a step more than its arithmetic. So one such block is freed,
+    of which no page was touched. To another allocator this says nothing.
+    """
+    global _kept
+    size = min(size, _MOST_KEPT)
+    if size > _kept:
+        _kept = size
+        np.empty(size, np.uint8)
 
 
 def _logprobs(data: Sequence[Datum], output: ForwardBackwardOutput) -> TensorBatch:
