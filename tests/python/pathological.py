@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import gc
 import itertools
 import logging
 import os
 import subprocess
 import sys
+import threading
 import time
 import warnings
 
@@ -161,6 +163,12 @@ def shows_its_descriptors(data, logprobs):
     return harmless(data, logprobs)
 
 
+def counts_what_is_never_collected(data, logprobs):
+    """The objects that no collection looks at; and whether there are collections."""
+    counted = {"kept": gc.get_freeze_count(), "collects": gc.isenabled()}
+    return sum(t.sum() for t in logprobs), counted
+
+
 def remembers(data, logprobs, *, seen: list):
     seen.append("me")
     return harmless(data, logprobs)[0], {"seen": len(seen)}
@@ -254,11 +262,28 @@ async def raises_what_cannot_be_shown_async(data, logprobs):
 
 
 def breaks_the_package(data, logprobs):
-    """From now on every request of this process fails by a bug of the package."""
-    from tinker_custom_loss.port import service
+    """From now on every request of this process fails by a bug of the package.
+
+    The thread that answers this one goes on only after two others have answered.
+    """
+    from tinker_custom_loss.port import frames, service
+
+    write = frames.FrameWriter.write
+    others = threading.Semaphore(0)
+
+    def write_this_one(*args):
+        frames.FrameWriter.write = write_another
+        write(*args)
+        for _ in range(2):
+            others.acquire(timeout=10)
+
+    def write_another(*args):
+        write(*args)
+        others.release()
 
     def broken(*_):
         raise RuntimeError("broken by a test")
 
+    frames.FrameWriter.write = write_this_one
     service.Service.compute = broken
     return harmless(data, logprobs)

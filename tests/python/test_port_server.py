@@ -130,6 +130,12 @@ class TestCompute:
         assert reply["gradients"] is None
         assert reply["loss_total"] == 5.0
 
+    def test_garbage_is_collected_but_not_sought_among_what_was_imported(self, worker):
+        reply = worker.ask("compute", **compute("pathological:counts_what_is_never_collected"))
+        counted = reply["record"]["regularizers"]["term"]["custom"]
+        assert counted["collects"] == 1.0
+        assert counted["kept"] > 100_000
+
     def test_a_user_function_sees_real_datums(self, worker):
         weights = [torch.tensor([1.0, 2.0]), torch.tensor([3.0])]
         data = {
@@ -197,7 +203,7 @@ class TestCompute:
 BAD_REQUESTS = [
     # what is changed in a good request, the kind of error, its path, a part of its message
     ({"regularizers": [{"name": "a", "fn": "l3", "weight": 1}]}, "request", "regularizers[0].fn",
-     'there is no term "l3"; of 67, the nearest are: kl, l1, l2'),
+     'there is no term "l3"; of 68, the nearest are: kl, l1, l2'),
     ({"regularizers": [{"name": "a", "fn": "os:getpid", "weight": 1}]}, "request",
      "regularizers[0].fn", '"os" was not loaded'),
     ({"regularizers": [{"name": "a", "fn": "pathological:_private", "weight": 1}]}, "request",

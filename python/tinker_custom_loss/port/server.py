@@ -168,15 +168,8 @@ class Server:
         if request.is_set():
             cancelled = CancelledError("the computation was cancelled by its caller")
             reply = error_message(cancelled, request.id)
+        broken = self._is_broken(reply)  # the next answer, of another thread, counts after this one
         self._send(reply, lent)
-        self._end_if_broken(reply)
-
-    def _end_if_broken(self, reply: dict[str, Any]) -> None:
-        """One bug is an answer; a process that has no other answer is of no use to anybody."""
-        internal = reply["op"] == "error" and reply["error"]["kind"] == "internal"
-        with self._lock:
-            self._internal_in_a_row = self._internal_in_a_row + 1 if internal else 0
-            broken = self._internal_in_a_row >= MOST_INTERNAL_IN_A_ROW
         if broken:
             logging.getLogger(__name__).error(
                 "%d requests in a row have failed by a bug of this package: the worker ends, to be "
@@ -185,6 +178,13 @@ class Server:
             )
             self._logs.drain()
             end(3)
+
+    def _is_broken(self, reply: dict[str, Any]) -> bool:
+        """One bug is an answer; a process that has no other answer is of no use to anybody."""
+        internal = reply["op"] == "error" and reply["error"]["kind"] == "internal"
+        with self._lock:
+            self._internal_in_a_row = self._internal_in_a_row + 1 if internal else 0
+            return self._internal_in_a_row >= MOST_INTERNAL_IN_A_ROW
 
     def _send(self, message: dict[str, Any], lent: Place | None = None) -> None:
         """Send a message; ``lent`` is where the request that it answers lies in shared memory."""
