@@ -38,7 +38,7 @@ from .running.evaluation import Call
 from .running.event_loop import CallersLoop
 from .running.shipping import ShippedCall
 from .running.threads import THREADS, on_this_thread
-from .running.together import Asked, Together
+from .running.together import Asked, Together, Wanted
 from .tensors.batch import TensorBatch, check_out, checked_batch
 from .tensors.gradients import surrogate
 from .totals import denominators, shapes_of_targets, totals_of
@@ -248,8 +248,8 @@ class Composer:
             calls = self._parts(data, composing.batch, totals)
             batch = composing.batch.sharing()
             asked = Asked(calls, data, batch, True, cancelled, surroundings)
-            weights = None if term_gradients else composing.weights
-            results = self._together.evaluate(asked, weights, out)
+            wanted = Wanted(composing.weights, out, term_gradients)
+            results = self._together.evaluate(asked, wanted)
             return composing.composition(results, term_gradients)
 
     def totals(self, data: Sequence[Any]) -> dict[str, dict[str, Any]]:

@@ -142,7 +142,7 @@ class Step:
             checked = [
                 CheckedEvaluation.skipped(each)
                 if isinstance(each, TermError)
-                else CheckedEvaluation(each, None, norm, each.parameter_gradients)
+                else CheckedEvaluation(each, each.gradient, norm, each.parameter_gradients)
                 for each, norm in zip(results.evaluations, found.norms, strict=True)
             ]
         total = found.total
@@ -154,11 +154,13 @@ class Step:
             )
         loss_total, record = self._recorded(checked, found)
         self._warn_of_zero_gradients(record)
-        kept = {  # each may be the total, or the memory of an input
-            term.name: self.batch.with_flat(part.gradient.clone())
-            for term, part in zip(self.terms, checked, strict=True)
-            if keep_term_gradients and part.gradient is not None
-        }
+        kept = {}
+        for term, part in zip(self.terms, checked, strict=True):
+            if keep_term_gradients and part.gradient is not None:
+                own = part.gradient
+                if results.measured is None:  # then it may be the total, or the memory of an input
+                    own = own.clone()
+                kept[term.name] = self.batch.with_flat(own)
         gradient, gradients = self._bring_home(total)
         parameters = self._parameter_gradients(checked)
         return Composition(loss_total, record, gradient, kept, parameters, gradients)

@@ -6,7 +6,7 @@ Each is then as large as the processor's cache, and only their sum as large as t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -48,17 +48,18 @@ def measured_in_blocks(
     gradients: Sequence[BlockTerm | Tensor | None],
     total: Tensor,
     check: Callable[[], None],
+    kept: Mapping[int, Tensor] | None = None,
 ) -> Measured | None:
     """Of terms that make their gradients now, and of gradients [N] that are there.
 
     None where the terms do not look at the same positions, and where something is not finite, or
     too small or too large to be told from sums of products: then each must be looked at as a whole.
-    Their sum is written to ``total`` [N]; ``check`` is called before every block, and may raise.
+    Their sum is written to ``total`` [N], and those of terms to ``kept`` [N], by their positions;
+    ``check`` is called before every block, and may raise.
     """
     terms = [each for each in gradients if not isinstance(each, Tensor | None)]
     width = max(term.width for term in terms)
     widest = next(term for term in terms if term.width == width)
-    kept = widest.kept
     scales = [1.0 if isinstance(each, Tensor | None) else each.scale for each in gradients]
     factors = [
         0.0 if gradient is None else weight * scale
@@ -66,7 +67,7 @@ def measured_in_blocks(
     ]
     if (
         not total.numel()
-        or (kept is not None and not kept.any())
+        or (widest.kept is not None and not widest.kept.any())
         or not all(_keep_alike(term, widest) for term in terms)
         or not max(map(abs, factors)) <= torch.finfo(total.dtype).max
     ):
@@ -74,11 +75,12 @@ def measured_in_blocks(
     sums = _Sums(factors)
     # A gradient that is there may point to what the terms do not look at.
     everywhere = len(terms) < sum(each is not None for each in gradients)
-    for block in blocks(total.numel() // width, width, kept):
+    for block in blocks(total.numel() // width, width, widest.kept):
         check()
         here = block.all_of(total)
         if not block.count and not everywhere:
-            here.zero_()
+            for each in (total, *(kept or {}).values()):
+                block.all_of(each).zero_()
             continue
         to_spread = None
         if not block.is_whole and not everywhere:
@@ -88,6 +90,12 @@ def measured_in_blocks(
             return None
         if to_spread is not None:
             block.spread(to_spread, here)
+        for index, whole in (kept or {}).items():
+            own = parts[index][0] * scales[index]
+            if to_spread is None:
+                block.all_of(whole).copy_(own)
+            else:
+                block.spread(own, block.all_of(whole))
     return sums.measured(scales, total)
 
 

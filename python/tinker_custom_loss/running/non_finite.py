@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 class CheckedEvaluation:
     """An evaluation after its term's ``on_non_finite`` was applied: its gradient is finite.
 
-    ``norm`` is that of the gradient, which is None if it was measured as it was made, or if there
-    is none.
+    ``norm`` is that of the gradient, which is None if there is none, or if it was measured as it
+    was made and is not kept.
     """
 
     evaluation: Evaluation | None

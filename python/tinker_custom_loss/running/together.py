@@ -27,7 +27,7 @@ from .in_blocks import BlockTerm, measured_in_blocks
 from .measured import Measured
 from .shipping import ShippedCall
 
-__all__ = ["Asked", "Results", "Together"]
+__all__ = ["Asked", "Results", "Together", "Wanted"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ _CANCEL_POLL_SECONDS = 0.02
 class Results(NamedTuple):
     """Every term's evaluation, in order, or the error of one that may be skipped.
 
-    ``measured``: their gradients were measured as they were made, and none is kept.
+    ``measured``: their gradients were measured as they were made.
     """
 
     evaluations: list[Evaluation | TermError]
@@ -62,6 +62,15 @@ class Asked(NamedTuple):
             raise CancelledError("the computation was cancelled by its caller")
 
 
+class Wanted(NamedTuple):
+    """What becomes of the gradients: they are added with the terms' ``weights``, in ``out`` if that
+    is memory of the batch's type, and ``kept`` beside that or not."""
+
+    weights: Sequence[float]
+    out: Tensor | None = None
+    kept: bool = False
+
+
 class Together:
     """The terms of a composer.
 
@@ -82,23 +91,18 @@ class Together:
         alone = len(self._known) == len(self._inline)
         self._lock = contextlib.nullcontext() if alone else inline_lock
 
-    def evaluate(
-        self, asked: Asked, weights: Sequence[float] | None = None, out: Tensor | None = None
-    ) -> Results:
+    def evaluate(self, asked: Asked, wanted: Wanted | None = None) -> Results:
         """Every term, each where it runs.
 
-        With the terms' ``weights`` the gradients need not be kept: where all terms run here, those
-        of which a block of the batch tells enough make theirs block by block, all at the same time,
-        and each block is measured at once. A batch on which that cannot be done is evaluated
-        without: nothing but terms of the catalogue is called twice. ``out`` is memory for the total
-        that is measured so, if it is of the batch's type.
+        Where it is known what is ``wanted``, and all terms run here, those of which a block of the
+        batch tells enough make their gradients block by block, all at the same time, and each block
+        is measured at once. A batch on which that cannot be done is evaluated without: nothing but
+        terms of the catalogue is called twice.
         """
         results: dict[int, Evaluation | TermError] = {}
         pending: dict[int, places.Started] = {}
         blocks: dict[int, BlockTerm] = {}
-        by_blocks = (
-            self._known if weights and not self._elsewhere and _may_use_blocks(asked) else ()
-        )
+        by_blocks = self._known if wanted and not self._elsewhere and _may_use_blocks(asked) else ()
         measured = None
         try:
             for index in self._elsewhere:
@@ -116,8 +120,8 @@ class Together:
                                 blocks[index] = term
                     if index not in blocks and index not in results:
                         self._run_inline(index, asked, results)
-            if blocks and weights is not None:
-                measured = _measured(asked, weights, blocks, results, out)
+            if blocks and wanted:
+                measured = _measured(asked, wanted, blocks, results)
             if blocks and measured is None:
                 for index in blocks:
                     self._run_inline(index, asked, results)
@@ -189,10 +193,9 @@ def _may_use_blocks(asked: Asked) -> bool:
 
 def _measured(
     asked: Asked,
-    weights: Sequence[float],
+    wanted: Wanted,
     blocks: Mapping[int, BlockTerm],
     results: dict[int, Evaluation | TermError],
-    out: Tensor | None,
 ) -> Measured | None:
     """The gradients of all terms, of which ``blocks`` have yet to make theirs, and what these
     computed, added to ``results``. None if a whole gradient must be looked at, or if one fails,
@@ -203,15 +206,18 @@ def _measured(
         result = there.get(index)
         gradient = None if result is None or result.gradient is None else aligned(result.gradient)
         gradients.append(blocks.get(index, gradient))
-    like = asked.batch.flat
+    like, out = asked.batch.flat, wanted.out
     total = out if out is not None and out.dtype == like.dtype else torch.empty_like(like)
+    kept = {index: torch.empty_like(like) for index in blocks if wanted.kept}
     try:
         with torch.inference_mode():
-            found = measured_in_blocks(weights, gradients, total, asked.check_cancelled)
+            found = measured_in_blocks(
+                wanted.weights, gradients, total, asked.check_cancelled, kept
+            )
     except NotInBlocksError:
         return None
     made = {
-        index: Evaluation(term.value, {**term.metrics}, True, None, term.seconds)
+        index: Evaluation(term.value, {**term.metrics}, True, kept.get(index), term.seconds)
         for index, term in blocks.items()
     }
     if found is None or not all(map(_is_finite, [*there.values(), *made.values()])):
