@@ -165,7 +165,7 @@ class _Sums:
         norms = [math.sqrt(square) for square in self._squares]
         total_norm = math.sqrt(self._total_square)
         if not self._pairs:
-            total_norm = sum(abs(self._factors[i]) * norms[i] for i in self._pointing)
+            total_norm = math.fsum(abs(self._factors[i]) * norms[i] for i in self._pointing)
         products = [norms[i] * norm for i in self._pointing for norm in (*norms, total_norm)]
         told = all(square > _LEAST or not square for square in (*self._squares, self._total_square))
         if not told or not all(not product or _LEAST < product < _MOST for product in products):
