@@ -390,6 +390,25 @@ def test_the_record_is_the_same_wherever_in_memory_the_logprobs_begin():
     assert len(norms) == 1
 
 
+def test_the_record_is_the_same_wherever_in_memory_the_gradient_is_to_be():
+    logprobs = [-torch.rand(1003, generator=torch.Generator().manual_seed(0))]
+    composer = Composer("entropy", [{"fn": "l1", "weight": 0.1}])
+    expected = composer.compute([None], logprobs)
+    for start in range(16):
+        out = torch.zeros(1019)[start : start + 1003]
+        composition = composer.compute([None], logprobs, out=out)
+        assert torch.equal(out, expected.gradient.flat)
+        assert_same(composition.record, expected.record, digits=300)
+
+
+@pytest.mark.parametrize("option", ["skip", "zero", "raise"])
+@pytest.mark.parametrize("fns", [["l2"], ["l2", "l1"]])
+def test_a_gradient_that_only_its_normalizer_makes_too_large_is_that_terms(fns, option):
+    terms = [{"fn": fn, "weight": 0.5} for fn in fns]
+    terms[0] |= {"params": {"normalizer": 1e-25}, "on_non_finite": option}
+    check(Composer(None, terms), [None], [torch.tensor([-1e15, -1.0])])
+
+
 def test_no_datum_is_built_to_find_that_none_has_an_optional_array():
     """The kl looks for the sampler's logprobs. Eight datums take longer than the composition."""
     flat = torch.full((4,), -1.0)

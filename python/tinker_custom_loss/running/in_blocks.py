@@ -181,6 +181,8 @@ class _Sums:
         if len(pointing) == 1:
             with_total[pointing[0]] = 1.0
         scaled = [norm * scale for norm, scale in zip(norms, scales, strict=True)]
+        if not max(*scaled, total_norm) < torch.finfo(total.dtype).max:
+            return None  # which whose gradient is too large is to be told, and what is done then
         return Measured(total, total_norm, scaled, pairs, with_total)
 
     def _product(self, i: int, j: int) -> float:

@@ -19,7 +19,7 @@ from ..fast_paths import fast
 from ..regularizer import Regularizer
 from ..tensors.batch import TensorBatch
 from ..tensors.blocks import NotInBlocksError
-from ..tensors.gradients import aligned
+from ..tensors.gradients import aligned, begins_aligned
 from . import places
 from .differentiation import Evaluation
 from .evaluation import Call, in_blocks, is_of_catalogue
@@ -96,7 +96,7 @@ class Together:
         of which a block of the batch tells enough make theirs block by block, all at the same time,
         and each block is measured at once. A batch on which that cannot be done is evaluated
         without: nothing but terms of the catalogue is called twice. ``out`` is memory for the total
-        that is measured so, if it is of the batch's type. ``keep``: the terms' own gradients are
+        that is measured so, if it is of the batch's type and aligned. ``keep``: the terms' own gradients are
         evaluated beside, and no other number changes.
         """
         results: dict[int, Evaluation | TermError] = {}
@@ -211,7 +211,8 @@ def _measured(
         gradient = _gradient_of(there.get(index))
         gradients.append(blocks.get(index, None if gradient is None else aligned(gradient)))
     like = asked.batch.flat
-    total = out if out is not None and out.dtype == like.dtype else torch.empty_like(like)
+    fits = out is not None and out.dtype == like.dtype and begins_aligned(out)
+    total = out if out is not None and fits else torch.empty_like(like)
     try:
         with torch.inference_mode():
             found = measured_in_blocks(weights, gradients, total, asked.check_cancelled)
