@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import mmap
 import platform
@@ -109,6 +110,18 @@ def test_provenance_is_carried_over():
     ((sent,), _) = linearize([datum], forward_output([datum]), weighted_nll)
     assert sent.model_input_spans == datum.model_input_spans
     assert sent.loss_fn_input_spans == datum.loss_fn_input_spans
+
+
+def test_a_datum_of_another_kind_keeps_what_it_has():
+    @dataclasses.dataclass(frozen=True)
+    class Rollout(types.Datum):
+        episode: int = 0
+
+    given = datums(1)[0]
+    datum = Rollout(given.model_input, given.loss_fn_inputs, episode=7)
+    ((sent,), _) = linearize([datum], forward_output([datum]), weighted_nll)
+    assert type(sent) is Rollout
+    assert sent.episode == 7
 
 
 def test_a_composer_may_be_given():

@@ -8,7 +8,6 @@ logprobs, although the server never sees it.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import threading
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,6 +23,7 @@ from ..errors import RequestError
 from ..record import StepRecord
 from ..tensors.batch import Shape, TensorBatch
 from ..wording import counted
+from . import sdk
 from .arguments import BaseLoss, Regularizers, checked_data, checked_step, composer_of
 
 _ARRAYS_OF_A_STEP = 8  # as large as the batch, with those of a user's function and of autograd
@@ -161,9 +161,9 @@ def _logprobs(data: Sequence[Datum], output: ForwardBackwardOutput) -> TensorBat
 
 
 def _sent(datum: Datum, weights: TensorData) -> Datum:
-    """The datum as the server gets it, with all else that this SDK's datums have (provenance)."""
+    """The datum as the server gets it."""
     inputs = {"target_tokens": datum.loss_fn_inputs["target_tokens"], "weights": weights}
-    return dataclasses.replace(datum, loss_fn_inputs=inputs)
+    return sdk.with_inputs(datum, inputs)
 
 
 def _tensor_data(weights: np.ndarray[Any, Any], shape: Shape) -> TensorData:

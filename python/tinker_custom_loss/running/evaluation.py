@@ -27,7 +27,7 @@ from ..errors import TermError
 from ..fast_paths import fast
 from ..regularizer import LossFn
 from ..tensors.batch import Shape, TensorBatch
-from .context import running
+from .context import current_term, running
 from .differentiation import Evaluation, check_unchanged, differentiate, leaf_of
 from .event_loop import OWN_LOOP, Waiting
 from .in_blocks import BlockTerm
@@ -114,8 +114,13 @@ def in_blocks(call: Call, data: Sequence[Any], logprobs: TensorBatch) -> BlockTe
     """
     term: Any = call.fn
     started = time.perf_counter()
-    with running(call.name), guarding(call.name):
+    token = current_term.set(call.name)
+    try:
         found: BlockTerm | None = term.in_blocks(data, logprobs, call.totals, **call.params)
+    except Exception as error:
+        raise TermError.from_exception(call.name, error) from error
+    finally:
+        current_term.reset(token)
     if found is not None:
         found.seconds += time.perf_counter() - started
     return found

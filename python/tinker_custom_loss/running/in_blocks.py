@@ -19,7 +19,7 @@ from .measured import MOST_CANCELLED, Measured
 __all__ = ["BlockTerm", "measured_in_blocks"]
 
 _LEAST, _MOST = 1e-30, 1e300
-"""Of a sum of squares, and of a product of norms: beyond, single products are lost."""
+"""Of a sum of squares: beyond, single products are lost."""
 _NOTHING = torch.zeros(0, device="cpu"), 0.0
 
 
@@ -160,31 +160,26 @@ class _Sums:
         return length / total if total else math.inf if length else 0.0
 
     def measured(self, scales: Sequence[float], total: Tensor) -> Measured | None:
+        squares = [*self._squares, self._total_square]
+        if not all(_LEAST < square < _MOST for square in squares if square):
+            return None
         if self._with_total is None and self._pairs and self._cancelled > MOST_CANCELLED:
             return None
-        norms = [math.sqrt(square) for square in self._squares]
-        total_norm = math.sqrt(self._total_square)
+        *norms, total_norm = map(math.sqrt, squares)
         if not self._pairs:
             total_norm = sum(abs(self._factors[i]) * norms[i] for i in self._pointing)
-        products = [norms[i] * norm for i in self._pointing for norm in (*norms, total_norm)]
-        told = all(square > _LEAST or not square for square in (*self._squares, self._total_square))
-        if not told or not all(not product or _LEAST < product < _MOST for product in products):
-            return None
         signs = [math.copysign(1.0, factor) for factor in self._factors]
-        n = range(len(norms))
-        pairs = {
-            (i, j): signs[i] * signs[j] * _cosine(self._product(i, j), norms[i], norms[j])
-            for i in n
-            for j in n
-            if i < j
-        }
+        n = len(norms)
+        pairs = {(i, j): 0.0 for i in range(n) for j in range(i + 1, n)}
+        for (i, j), product in self._pairs.items():
+            pairs[i, j] = signs[i] * signs[j] * _cosine(product, norms[i], norms[j])
+        with_total = [0.0] * n
         pointing = [i for i in self._pointing if norms[i]]
-        with_total = [0.0] * len(norms)
         for i in pointing:
             product = self._product_with_total(i)
             with_total[i] = signs[i] * _cosine(product, norms[i], total_norm)
-            if len(pointing) == 1:
-                with_total[i] = 1.0
+        if len(pointing) == 1:
+            with_total[pointing[0]] = 1.0
         scaled = [norm * scale for norm, scale in zip(norms, scales, strict=True)]
         return Measured(total, total_norm, scaled, pairs, with_total)
 

@@ -9,7 +9,6 @@ import math
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +18,7 @@ from ..errors import CancelledError, ChangedLogprobsError, TermError
 from ..fast_paths import fast
 from ..regularizer import Regularizer
 from ..tensors.batch import TensorBatch
+from ..tensors.blocks import NotInBlocksError
 from ..tensors.gradients import aligned
 from . import places
 from .differentiation import Evaluation
@@ -44,8 +44,7 @@ class Results(NamedTuple):
     measured: Measured | None = None
 
 
-@dataclass(frozen=True)
-class Asked:
+class Asked(NamedTuple):
     """What the terms of a step are to be evaluated on: one call a term.
 
     ``data`` and ``batch`` fit together; ``gradients``: each is to be differentiated too.
@@ -108,8 +107,11 @@ class Together:
                 for index in self._inline:
                     asked.check_cancelled()
                     if by_blocks and index in self._known:
-                        with _skipping(self._terms[index], index, results):
+                        try:
                             term = in_blocks(asked.calls[index], asked.data, asked.batch)
+                        except TermError as error:
+                            results[index] = _skipped(self._terms[index], error)
+                        else:
                             if term is not None:
                                 blocks[index] = term
                     if index not in blocks and index not in results:
@@ -206,9 +208,7 @@ def _measured(
     try:
         with torch.inference_mode():
             found = measured_in_blocks(weights, gradients, total, asked.check_cancelled)
-    except CancelledError:
-        raise
-    except Exception:
+    except NotInBlocksError:
         return None
     made = {
         index: Evaluation(term.value, {**term.metrics}, True, None, term.seconds)
@@ -233,7 +233,12 @@ def _skipping(
     try:
         yield
     except TermError as error:
-        if term.on_error == "raise" or isinstance(error, ChangedLogprobsError):
-            raise
-        logger.warning("%s; it is skipped, and contributes 0 to this step", error)
-        results[index] = error
+        results[index] = _skipped(term, error)
+
+
+def _skipped(term: Regularizer, error: TermError) -> TermError:
+    """The error, if the term may be skipped."""
+    if term.on_error == "raise" or isinstance(error, ChangedLogprobsError):
+        raise error
+    logger.warning("%s; it is skipped, and contributes 0 to this step", error)
+    return error

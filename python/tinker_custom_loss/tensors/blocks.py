@@ -9,13 +9,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Block", "Flags", "blocks"]
+__all__ = ["Block", "Flags", "NotInBlocksError", "blocks"]
 
 Flags = np.ndarray[Any, np.dtype[np.bool_]]
 
 _POSITIONS = 1 << 16
-_MOST_RUNS = 1 << 8
+_LONG_RUN = 1 << 11
+"""So many positions in a row are sooner cut out as a slice than each by its index."""
 _WIDEST = 8
+
+
+class NotInBlocksError(Exception):
+    """A term's function raised: it is to be evaluated on the whole batch, which says what."""
 
 
 def blocks(positions: int, width: int, kept: Flags | None) -> Iterator[Block]:
@@ -44,11 +49,13 @@ class Block:
         if kept is None:
             return
         self.count = int(np.count_nonzero(kept))
-        edges = [start] if kept[0] else []
-        edges += (np.flatnonzero(kept[1:] != kept[:-1]) + (start + 1)).tolist()
-        edges += [stop] if kept[-1] else []
-        if len(edges) > 2 * _MOST_RUNS:
+        changes = np.flatnonzero(kept[1:] != kept[:-1])
+        if self.count < _LONG_RUN * (len(changes) // 2 + 1) and not self.is_whole:
             self._indices = np.flatnonzero(kept) + start
+            return
+        edges = [start] if kept[0] else []
+        edges += (changes + (start + 1)).tolist()
+        edges += [stop] if kept[-1] else []
         self._runs = [*zip(edges[::2], edges[1::2], strict=True)]
 
     @property
@@ -75,17 +82,16 @@ class Block:
 
     def _of(self, tensor: Tensor) -> Tensor:
         per = tensor.numel() // self._positions
+        if self._indices is not None:
+            rows = tensor.numpy().reshape(-1, per)
+            return torch.from_numpy(rows.take(self._indices, axis=0).reshape(-1))
         if len(self._runs) == 1:
             ((start, stop),) = self._runs
-            return (
-                tensor if per * self.count == tensor.numel() else tensor[start * per : stop * per]
-            )
+            whole = stop - start == self._positions
+            return tensor if whole else tensor[start * per : stop * per]
         array = tensor.numpy()
-        if self._indices is not None:
-            cut = array.reshape(-1, per).take(self._indices, axis=0).reshape(-1)
-        else:
-            cut = np.concatenate([array[start * per : stop * per] for start, stop in self._runs])
-        return torch.from_numpy(cut)
+        runs = [array[start * per : stop * per] for start, stop in self._runs]
+        return torch.from_numpy(np.concatenate(runs))
 
     def spread(self, values: Tensor, out: Tensor) -> None:
         """Write ``values``, one or as many for each position that is kept, to where these are in

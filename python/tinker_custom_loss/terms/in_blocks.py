@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..tensors.batch import TensorBatch
-from ..tensors.blocks import Block
+from ..tensors.blocks import Block, NotInBlocksError
 from ..tensors.gradients import aligned
 from .given import Given
 from .on_batch import TermOnBatch, rows, values_and_metrics
@@ -51,18 +51,25 @@ class TermInBlocks(TermOnBatch):
         of its squares.
 
         It may be the memory of an input. Every block must be asked for once.
+
+        Raises:
+            NotInBlocksError: the function raised.
         """
         started = time.perf_counter()
         tensors = [x if x is None else rows(block.of(x), self._alternatives) for x in self._tensors]
         factors = None if self._factors_of is None else block.of(self._factors_of)
-        values, metrics = values_and_metrics(self._term.__wrapped__(*tensors, **self._params))
+        assert self._term._derivative is not None
+        try:
+            returned = self._term.__wrapped__(*tensors, **self._params)
+            gradient = self._term._derivative(*tensors, **self._params)
+        except Exception as error:
+            raise NotInBlocksError from error
+        values, metrics = values_and_metrics(returned)
         total = _sum(values, factors)
         self._total += total
         for name, metric in metrics.items():
             added = total if metric is values else _sum(metric, factors)
             self._sums[name] = self._sums.get(name, 0.0) + added
-        assert self._term._derivative is not None
-        gradient = self._term._derivative(*tensors, **self._params)
         if factors is not None:
             gradient = gradient * (factors[:, None] if self._alternatives else factors)
         gradient = aligned(gradient.reshape(-1))
