@@ -167,7 +167,7 @@ class _Sums:
             return None
         *norms, total_norm = map(math.sqrt, squares)
         if not self._pairs:
-            total_norm = sum(abs(self._factors[i]) * norms[i] for i in self._pointing)
+            total_norm = math.fsum(abs(self._factors[i]) * norms[i] for i in self._pointing)
         signs = [math.copysign(1.0, factor) for factor in self._factors]
         n = len(norms)
         pairs = {(i, j): 0.0 for i in range(n) for j in range(i + 1, n)}
