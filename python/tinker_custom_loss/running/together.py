@@ -96,8 +96,8 @@ class Together:
         of which a block of the batch tells enough make theirs block by block, all at the same time,
         and each block is measured at once. A batch on which that cannot be done is evaluated
         without: nothing but terms of the catalogue is called twice. ``out`` is memory for the total
-        that is measured so, if it is of the batch's type and aligned. ``keep``: the terms' own gradients are
-        evaluated beside, and no other number changes.
+        that is measured so, if it is of the batch's type and aligned. ``keep``: the terms' own
+        gradients are evaluated beside, and no other number changes.
         """
         results: dict[int, Evaluation | TermError] = {}
         pending: dict[int, places.Started] = {}
