@@ -248,8 +248,7 @@ class Composer:
             calls = self._parts(data, composing.batch, totals)
             batch = composing.batch.sharing()
             asked = Asked(calls, data, batch, True, cancelled, surroundings)
-            weights = None if term_gradients else composing.weights
-            results = self._together.evaluate(asked, weights, out)
+            results = self._together.evaluate(asked, composing.weights, out, keep=term_gradients)
             return composing.composition(results, term_gradients)
 
     def totals(self, data: Sequence[Any]) -> dict[str, dict[str, Any]]:

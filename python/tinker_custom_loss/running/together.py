@@ -19,7 +19,7 @@ from ..fast_paths import fast
 from ..regularizer import Regularizer
 from ..tensors.batch import TensorBatch
 from ..tensors.blocks import NotInBlocksError
-from ..tensors.gradients import aligned
+from ..tensors.gradients import aligned, begins_aligned
 from . import places
 from .differentiation import Evaluation
 from .evaluation import Call, in_blocks, is_of_catalogue
@@ -37,7 +37,7 @@ _CANCEL_POLL_SECONDS = 0.02
 class Results(NamedTuple):
     """Every term's evaluation, in order, or the error of one that may be skipped.
 
-    ``measured``: their gradients were measured as they were made, and none is kept.
+    ``measured``: their gradients were measured as they were made, and kept only if asked for.
     """
 
     evaluations: list[Evaluation | TermError]
@@ -83,7 +83,12 @@ class Together:
         self._lock = contextlib.nullcontext() if alone else inline_lock
 
     def evaluate(
-        self, asked: Asked, weights: Sequence[float] | None = None, out: Tensor | None = None
+        self,
+        asked: Asked,
+        weights: Sequence[float] | None = None,
+        out: Tensor | None = None,
+        *,
+        keep: bool = False,
     ) -> Results:
         """Every term, each where it runs.
 
@@ -91,7 +96,8 @@ class Together:
         of which a block of the batch tells enough make theirs block by block, all at the same time,
         and each block is measured at once. A batch on which that cannot be done is evaluated
         without: nothing but terms of the catalogue is called twice. ``out`` is memory for the total
-        that is measured so, if it is of the batch's type.
+        that is measured so, if it is of the batch's type and aligned. ``keep``: the terms' own
+        gradients are evaluated beside, and no other number changes.
         """
         results: dict[int, Evaluation | TermError] = {}
         pending: dict[int, places.Started] = {}
@@ -118,9 +124,11 @@ class Together:
                         self._run_inline(index, asked, results)
             if blocks and weights is not None:
                 measured = _measured(asked, weights, blocks, results, out)
-            if blocks and measured is None:
-                for index in blocks:
-                    self._run_inline(index, asked, results)
+            for index in blocks if keep or measured is None else ():
+                made = results.get(index)
+                self._run_inline(index, asked, results)
+                if isinstance(made, Evaluation):
+                    results[index] = made._replace(gradient=_gradient_of(results[index]))
             self._collect(pending, results, asked)
         finally:
             for started in pending.values():
@@ -200,11 +208,11 @@ def _measured(
     there = {i: result for i, result in results.items() if isinstance(result, Evaluation)}
     gradients: list[BlockTerm | Tensor | None] = []
     for index in range(len(asked.calls)):
-        result = there.get(index)
-        gradient = None if result is None or result.gradient is None else aligned(result.gradient)
-        gradients.append(blocks.get(index, gradient))
+        gradient = _gradient_of(there.get(index))
+        gradients.append(blocks.get(index, None if gradient is None else aligned(gradient)))
     like = asked.batch.flat
-    total = out if out is not None and out.dtype == like.dtype else torch.empty_like(like)
+    fits = out is not None and out.dtype == like.dtype and begins_aligned(out)
+    total = out if out is not None and fits else torch.empty_like(like)
     try:
         with torch.inference_mode():
             found = measured_in_blocks(weights, gradients, total, asked.check_cancelled)
@@ -218,6 +226,10 @@ def _measured(
         return None
     results.update(made)
     return found
+
+
+def _gradient_of(result: Evaluation | TermError | None) -> Tensor | None:
+    return result.gradient if isinstance(result, Evaluation) else None
 
 
 def _is_finite(evaluation: Evaluation) -> bool:
