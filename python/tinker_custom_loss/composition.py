@@ -282,7 +282,9 @@ class Step:
         if len({(home.dtype, home.device) for home in homes}) == 1:
             fitting = self._fitting(total, homes[0])
             if self.out is not None and self.out is not total:
-                fitting = self.out.copy_(fitting)
+                with torch.inference_mode():  # in which it may have been made
+                    self.out.copy_(fitting)
+                fitting = self.out
             return self.batch.with_flat(fitting), None
         widest = self.batch.with_flat(total)
         pairs = zip(widest.tensors(), homes, strict=True)

@@ -21,6 +21,7 @@ VALUES = tuple(4**power * 1000 for power in range(9))
 DATUMS = (1, 16, 64, 256, 1024, 4096, 16384)
 OF_VALUES = 8  # datums, where values grow
 OF_DATUMS = 1_048_576  # values, where datums grow
+ROUNDS = 15
 
 
 def native(values: int, datums: int, rounds: int) -> tuple[float, float]:
@@ -75,8 +76,7 @@ def resident(key: str) -> int:
 
 
 def point(face: str, values: int, datums: int) -> tuple[float, float]:
-    rounds = 3 if values * max(datums, 64) > 10**9 else 15
-    arguments = [str(number) for number in (values, datums, rounds)]
+    arguments = [str(number) for number in (values, datums, ROUNDS)]
     here = Path(__file__)
     command = {
         "native": [sys.executable, str(here), "--point"],

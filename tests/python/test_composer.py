@@ -293,6 +293,10 @@ class TestOut:
         assert composition.gradient.flat.data_ptr() == out.data_ptr()
         assert torch.equal(out, expected.gradient.flat)
         assert composition.record["total_grad_norm"] == expected.record["total_grad_norm"]
+        with torch.inference_mode():
+            made_there = torch.empty_like(out)
+        Composer(fn).compute(data, logprobs, out=made_there)
+        assert torch.equal(made_there, out)
 
     @pytest.mark.parametrize(
         ("out", "sentence"),
@@ -308,12 +312,14 @@ class TestOut:
             Composer("l2").compute([None], [torch.zeros(2)], out=out)
 
     def test_it_is_not_the_memory_of_the_logprobs(self):
-        memory = -torch.ones(5)
+        memory = -torch.ones(6)
         batch = TensorBatch(memory[:4], ((4,),))
-        for out in (memory[:4], memory[1:]):
+        for out in (memory[:4], memory[1:5]):
             with pytest.raises(RequestError, match="memory of the logprobs"):
                 Composer("l2").compute([None], batch, out=out)
-        assert memory.tolist() == [-1.0] * 5
+        with pytest.raises(RequestError, match="memory of the logprobs"):
+            Composer("l2").compute([None], [memory[::2]], out=memory[3:])
+        assert memory.tolist() == [-1.0] * 6
 
 
 class TestAsCustomLossFn:

@@ -135,6 +135,7 @@ def assert_same(fast, general, digits, path=""):
             if "seconds" not in key:
                 assert_same(fast[key], general[key], digits, f"{path}/{key}")
     elif isinstance(general, float):
+        assert isinstance(fast, float), path
         close = 10.0**-digits
         assert fast == pytest.approx(general, rel=close, abs=close, nan_ok=True), path
     else:
@@ -267,6 +268,26 @@ def test_they_agree_whatever_each_term_looks_at(prompts, options):
         check(Composer("nll", [*terms, *more]), data, logprobs, digits=4)
 
 
+def test_the_terms_own_gradients_are_kept_beside_the_same_numbers():
+    """As a report has them, of a step that was computed without."""
+    data, logprobs = many((), prompts=False)
+    logprobs = [x.nan_to_num(-1.0) for x in logprobs]  # which plain looks at
+    terms = [{"fn": "kl", "weight": 0.1}, {"fn": plain, "weight": 0.2}]
+    composer = Composer("nll", terms)
+    for each in (composer, Composer("nll", [{**terms[0], "params": {"normalizer": 3.0}}])):
+        kept, alone = (each.compute(data, logprobs, term_gradients=x) for x in (True, False))
+        assert torch.equal(kept.gradient.flat, alone.gradient.flat)
+        assert kept.loss_total == alone.loss_total
+        assert_same(kept.record, alone.record, digits=300)
+        assert [*kept.term_gradients] == ["base_loss", *alone.record["regularizers"]]
+
+
+def test_a_step_in_which_nothing_points_has_a_gradient_of_zeros():
+    composed = Composer(None, [{"fn": fn, "weight": 0.0} for fn in ("l1", "l2")])
+    check(composed, [None], [-torch.ones(3)])
+    assert not composed.compute([None], [-torch.ones(3)]).gradient.flat.any()
+
+
 def test_what_a_step_of_many_terms_takes_is_little_more_than_its_gradient():
     code = """
 import resource
@@ -375,6 +396,25 @@ def test_the_record_is_the_same_wherever_in_memory_the_logprobs_begin():
         batch = TensorBatch(memory[start : start + 1000], ((1000,),))
         norms.add(Composer("entropy").compute([None], batch).record["total_grad_norm"])
     assert len(norms) == 1
+
+
+def test_the_record_is_the_same_wherever_in_memory_the_gradient_is_to_be():
+    logprobs = [-torch.rand(1003, generator=torch.Generator().manual_seed(0))]
+    composer = Composer("entropy", [{"fn": "l1", "weight": 0.1}])
+    expected = composer.compute([None], logprobs)
+    for start in range(16):
+        out = torch.zeros(1019)[start : start + 1003]
+        composition = composer.compute([None], logprobs, out=out)
+        assert torch.equal(out, expected.gradient.flat)
+        assert_same(composition.record, expected.record, digits=300)
+
+
+@pytest.mark.parametrize("option", ["skip", "zero", "raise"])
+@pytest.mark.parametrize("fns", [["l2"], ["l2", "l1"]])
+def test_a_gradient_that_only_its_normalizer_makes_too_large_is_that_terms(fns, option):
+    terms = [{"fn": fn, "weight": 0.5} for fn in fns]
+    terms[0] |= {"params": {"normalizer": 1e-25}, "on_non_finite": option}
+    check(Composer(None, terms), [None], [torch.tensor([-1e15, -1.0])])
 
 
 def test_no_datum_is_built_to_find_that_none_has_an_optional_array():

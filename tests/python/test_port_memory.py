@@ -275,7 +275,7 @@ def test_a_term_of_the_catalogue_neither_keeps_nor_changes_what_it_borrows(name)
 
 @functools.wraps(CATALOGUE["l2"])
 def wraps_l2(data, logprobs):
-    kept.append(logprobs[0].detach())
+    kept.append(torch.from_numpy(data[0].loss_fn_inputs["weights"].to_numpy()))
     return (logprobs[0] ** 2).sum(), {}
 
 
@@ -285,7 +285,8 @@ kept: list[torch.Tensor] = []
 def test_a_term_that_wraps_one_of_the_catalogue_is_given_a_copy(monkeypatch):
     registry = Registry()
     monkeypatch.setattr(registry, "resolve", lambda _name: wraps_l2)
-    payload, packed = request_apart(compute("wraps_l2", batch(LARGE)))
+    data = {"count": 1, "inputs": {"weights": batch(LARGE)}}
+    payload, packed = request_apart(compute("wraps_l2", batch(LARGE), data=data))
     file = SharedFile()
     file.write(0, payload.pieces)
     Service(registry).compute(placed(unpack(packed), file, payload.size))

@@ -328,7 +328,7 @@ class TestProtocolErrors:
             (b"\x81\xa2op\xa1\xff", "utf-8"),
             (b"\x81\xa1v" + b"\x91" * 2000 + b"\x01", "RecursionError"),
             (b"\x80\x00", "trailing characters"),
-            (b"\x81\x01\x02", "expected a string as a key"),
+            (b"\x81\x01\x02", "expected a string as a key, got an integer"),
             (b"\x90", "expected a map as the whole message, got an array"),
             (b"\x80", 'the required key "op" is missing'),
             (pack({"op": "sing", "id": None}), 'needs an "id"'),

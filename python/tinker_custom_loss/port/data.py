@@ -22,7 +22,7 @@ __all__ = ["Column", "WireData", "whole_batch"]
 
 def whole_batch(flat: Tensor, shapes: Shapes) -> TensorBatch:
     """Tensors of which every datum has one."""
-    return TensorBatch.known(flat, cast(tuple[Shape, ...], shapes), shapes.sizes)
+    return TensorBatch.known(flat, cast("tuple[Shape, ...]", shapes), shapes.sizes)
 
 
 class Column:

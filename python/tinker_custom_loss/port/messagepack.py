@@ -177,7 +177,7 @@ class Payload:
         """What stands for a batch in its message."""
         flat = value.flat.detach() if value.flat.requires_grad else value.flat
         numbers = flat.view(torch.int16) if flat.dtype is torch.bfloat16 else flat
-        data = np.ascontiguousarray(numbers.numpy(force=True)).view(np.uint8).data
+        data = np.ascontiguousarray(numbers.cpu().numpy()).view(np.uint8).data
         padding = -self.size % _ALIGNMENT
         at = self.size + padding
         self.pieces += [bytes(padding), data]

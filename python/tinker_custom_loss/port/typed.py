@@ -57,7 +57,9 @@ def _explained(message: str, path: str) -> ProtocolError | RequestError:
     expected = expected[0].lower() + expected[1:]
     if place.startswith("`key`"):
         expected += " as a key"
-    text = f"{expected} at `{where}`" if where else f"{expected} as the whole message"
+    elif not where:
+        expected += " as the whole message"
+    text = f"{expected} at `{where}`" if where else expected
     unknown = expected.startswith(("invalid enum", "invalid value"))
     kind = RequestError if unknown else ProtocolError
     return kind(text + (f", got {got}" if got else ""), path=where or None)

@@ -175,7 +175,7 @@ class _Sums:
             return None
         *norms, total_norm = map(math.sqrt, squares)
         if not self._pairs:
-            total_norm = sum(abs(self._factors[i]) * norms[i] for i in self._pointing)
+            total_norm = math.fsum(abs(self._factors[i]) * norms[i] for i in self._pointing)
         signs = [math.copysign(1.0, factor) for factor in self._factors]
         n = len(norms)
         pairs = {(i, j): 0.0 for i in range(n) for j in range(i + 1, n)}
@@ -189,6 +189,8 @@ class _Sums:
         if len(pointing) == 1:
             with_total[pointing[0]] = 1.0
         scaled = [norm * scale for norm, scale in zip(norms, scales, strict=True)]
+        if not max(*scaled, total_norm) < torch.finfo(total.dtype).max:
+            return None  # which whose gradient is too large is to be told, and what is done then
         return Measured(total, total_norm, scaled, pairs, with_total)
 
     def _product(self, i: int, j: int) -> float:

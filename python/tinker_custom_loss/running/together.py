@@ -19,7 +19,7 @@ from ..fast_paths import fast
 from ..regularizer import Regularizer
 from ..tensors.batch import TensorBatch
 from ..tensors.blocks import NotInBlocksError
-from ..tensors.gradients import aligned
+from ..tensors.gradients import aligned, begins_aligned
 from . import places
 from .differentiation import Evaluation
 from .evaluation import Call, in_blocks, is_of_catalogue
@@ -64,7 +64,7 @@ class Asked(NamedTuple):
 
 class Wanted(NamedTuple):
     """What becomes of the gradients: they are added with the terms' ``weights``, in ``out`` if that
-    is memory of the batch's type, and ``kept`` beside that or not."""
+    is memory of the batch's type and aligned, and ``kept`` beside that or not."""
 
     weights: Sequence[float]
     out: Tensor | None = None
@@ -203,11 +203,11 @@ def _measured(
     there = {i: result for i, result in results.items() if isinstance(result, Evaluation)}
     gradients: list[BlockTerm | Tensor | None] = []
     for index in range(len(asked.calls)):
-        result = there.get(index)
-        gradient = None if result is None or result.gradient is None else aligned(result.gradient)
-        gradients.append(blocks.get(index, gradient))
+        gradient = _gradient_of(there.get(index))
+        gradients.append(blocks.get(index, None if gradient is None else aligned(gradient)))
     like, out = asked.batch.flat, wanted.out
-    total = out if out is not None and out.dtype == like.dtype else torch.empty_like(like)
+    fits = out is not None and out.dtype == like.dtype and begins_aligned(out)
+    total = out if out is not None and fits else torch.empty_like(like)
     kept = {index: torch.empty_like(like) for index in blocks if wanted.kept}
     try:
         with torch.inference_mode():
@@ -224,6 +224,10 @@ def _measured(
         return None
     results.update(made)
     return found
+
+
+def _gradient_of(result: Evaluation | TermError | None) -> Tensor | None:
+    return result.gradient if isinstance(result, Evaluation) else None
 
 
 def _is_finite(evaluation: Evaluation) -> bool:

@@ -181,9 +181,17 @@ def check_out(out: Tensor, batch: TensorBatch, given: Sequence[Tensor] | TensorB
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:
-    starts = [x.data_ptr() for x in (a, b)]
-    sizes = [x.numel() * x.element_size() for x in (a, b)]
-    return starts[0] < starts[1] + sizes[1] and starts[1] < starts[0] + sizes[0]
+    (first, end), (other, other_end) = map(_addresses, (a, b))
+    return first < other_end and other < end
+
+
+def _addresses(tensor: Tensor) -> tuple[int, int]:
+    """Where its first value begins, and its last one ends."""
+    start, size = tensor.data_ptr(), tensor.element_size()
+    if not tensor.numel():
+        return start, start
+    strides = zip(tensor.shape, tensor.stride(), strict=True)
+    return start, start + size * (1 + sum((n - 1) * stride for n, stride in strides))
 
 
 def _check_float(tensor: Tensor, index: int) -> None:

@@ -19,6 +19,7 @@ from ..errors import RequestError
 __all__ = [
     "ParameterGradient",
     "aligned",
+    "begins_aligned",
     "cosine",
     "dot",
     "norm",
@@ -42,7 +43,12 @@ def aligned(a: Tensor) -> Tensor:
     the same record.
     """
     a = a.contiguous()
-    return a if a.data_ptr() % _ALIGNMENT == 0 else a.clone()
+    return a if begins_aligned(a) else a.clone()
+
+
+def begins_aligned(a: Tensor) -> bool:
+    """Whether ``a`` begins where torch itself would allocate it."""
+    return a.data_ptr() % _ALIGNMENT == 0
 
 
 def dot(a: Tensor, b: Tensor) -> float:
