@@ -156,7 +156,7 @@ def _logprobs(data: Sequence[Datum], output: ForwardBackwardOutput) -> TensorBat
                 path=f"forward_output.loss_fn_outputs[{index}].logprobs",
             )
         arrays.append(array)
-    flat = np.concatenate([array.reshape(-1) for array in arrays], dtype=np.float32)
+    flat = np.concatenate([x if x.ndim == 1 else x.reshape(-1) for x in arrays], dtype=np.float32)
     return TensorBatch(torch.from_numpy(flat), tuple(array.shape for array in arrays))
 
 

@@ -114,14 +114,23 @@ def _column(key: str, data: Sequence[Any]) -> TensorBatch:
     column = _batch_column(key, data)
     if column is not None:
         return column
-    values = []
-    for index, datum in enumerate(data):
-        inputs = _inputs(datum)
-        if key not in inputs:
-            has = ", ".join(sorted(inputs)) or "nothing"
-            raise ValueError(f'datum {index} has no "{key}" in its loss_fn_inputs; it has: {has}')
-        values.append(inputs[key])
-    return _read(key, values)
+    values = _values(key, data)
+    if values is None:
+        for index, inputs in enumerate(map(_inputs, data)):
+            if key not in inputs:
+                has = ", ".join(sorted(inputs)) or "nothing"
+                raise ValueError(
+                    f'datum {index} has no "{key}" in its loss_fn_inputs; it has: {has}'
+                )
+    return _read(key, values or [])
+
+
+def _values(key: str, data: Sequence[Any]) -> list[Any] | None:
+    """What every datum has under a key; None if one has not."""
+    try:
+        return [datum.loss_fn_inputs[key] for datum in data]
+    except (AttributeError, KeyError):
+        return None
 
 
 def _read(key: str, values: Sequence[Any]) -> TensorBatch:
@@ -130,7 +139,7 @@ def _read(key: str, values: Sequence[Any]) -> TensorBatch:
         arrays = [value.to_numpy() for value in values]
         if {array.dtype for array in arrays} <= _DTYPES:
             shapes = tuple(array.shape for array in arrays)
-            flat = np.concatenate([array.reshape(-1) for array in arrays])
+            flat = np.concatenate([x if x.ndim == 1 else x.reshape(-1) for x in arrays])
             return TensorBatch(torch.from_numpy(flat), shapes)
     return _joined([_tensor(key, index, value) for index, value in enumerate(values)])
 
@@ -152,8 +161,9 @@ def _auto_weights(data: Sequence[Any], shapes: tuple[Shape, ...]) -> TensorBatch
         if all(columns):
             parts = zip(*(column.tensors() for column in columns if column), strict=True)
             return _joined([_sampled(index, *pair) for index, pair in enumerate(parts)])
-    if all("weights" in _inputs(datum) for datum in data):
-        return _column("weights", data)
+    values = _values("weights", data)
+    if values is not None:
+        return _read("weights", values)
     tensors, without, unsaid = [], 0, False
     for index, (datum, shape) in enumerate(zip(data, shapes, strict=True)):
         inputs = _inputs(datum)
