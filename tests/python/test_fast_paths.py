@@ -226,11 +226,18 @@ MANY = [
 ]
 
 
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Of a thousand positions, of which many fit into a batch that costs little."""
+    monkeypatch.setattr("tinker_custom_loss.tensors.blocks._POSITIONS", 1 << 10)
+    monkeypatch.setattr("tinker_custom_loss.tensors.blocks._LONG_RUN", 1 << 6)
+
+
 def many(k, prompts):
-    """A batch of several blocks. A nan, which must count for nothing, is in none but the last.
+    """A batch of several small blocks. A nan, which must count for nothing, is in the last datum's.
 
     ``prompts``: what is masked is in one piece, not here and there."""
-    sizes = [-(-n // math.prod(k)) for n in (60_001, 5, 45_000)]
+    sizes = [-(-n // math.prod(k)) for n in (6_001, 5, 4_500)]
     logprobs, rows = batch([(n, *k) for n in sizes], "any", -2.0, torch.float32, 2)
     if prompts:
         for row in rows:
@@ -242,6 +249,7 @@ def many(k, prompts):
     return datums(rows), logprobs
 
 
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("prompts", [True, False])
 @pytest.mark.parametrize(("case", "k"), MANY, ids=str)
 def test_of_every_term_they_agree_over_a_batch_of_many_blocks(case, k, prompts):
@@ -250,6 +258,7 @@ def test_of_every_term_they_agree_over_a_batch_of_many_blocks(case, k, prompts):
     check(composed, *many(k, prompts), digits=4)  # of norms and cosines, where products are alike
 
 
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("prompts", [True, False])
 @pytest.mark.parametrize(
     "options", [{}, {"weights": None}, {"reduction": "sequence_mean_token_mean"}]
@@ -268,6 +277,7 @@ def test_they_agree_whatever_each_term_looks_at(prompts, options):
         check(Composer("nll", [*terms, *more]), data, logprobs, digits=4)
 
 
+@pytest.mark.usefixtures("small_blocks")
 def test_the_terms_own_gradients_are_kept_beside_the_same_numbers():
     """As a report has them, of a step that was computed without."""
     data, logprobs = many((), prompts=False)
