@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from naive_terms import ALTERNATIVES, CASES, CHOSEN, GROUPS, MIXED, PAIRED, TOKENS
 from tinker_custom_loss import Composer, Composition, CustomLossError, TensorBatch, term
+from tinker_custom_loss.errors import CancelledError
 from tinker_custom_loss.fast_paths import fast
 from tinker_custom_loss.port.data import Column, WireData
 from tinker_custom_loss.terms import CATALOGUE
@@ -408,12 +409,13 @@ def test_the_record_is_the_same_wherever_in_memory_the_logprobs_begin():
     assert len(norms) == 1
 
 
-def test_the_record_is_the_same_wherever_in_memory_the_gradient_is_to_be():
-    logprobs = [-torch.rand(1003, generator=torch.Generator().manual_seed(0))]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_record_is_the_same_wherever_in_memory_the_gradient_is_to_be(dtype):
+    logprobs = [-torch.rand(1003, generator=torch.Generator().manual_seed(0)).to(dtype)]
     composer = Composer("entropy", [{"fn": "l1", "weight": 0.1}])
     expected = composer.compute([None], logprobs)
     for start in range(16):
-        out = torch.zeros(1019)[start : start + 1003]
+        out = torch.zeros(1019, dtype=dtype)[start : start + 1003]
         composition = composer.compute([None], logprobs, out=out)
         assert torch.equal(out, expected.gradient.flat)
         assert_same(composition.record, expected.record, digits=300)
@@ -462,3 +464,55 @@ def test_cosines_to_a_total_that_all_but_cancels_are_not_taken_from_those_of_pai
         for each in (composition, not_kept):
             cosine = each.record["regularizers"][name]["cosine_to_total"]
             assert cosine == pytest.approx(expected, abs=2e-6)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_nor_where_only_a_later_block_cancels():
+    """The total of l2 and kl is twice the reference, which is small beside all but the first."""
+    generator = torch.Generator().manual_seed(3)
+    reference = -1e-5 * torch.rand(5000, generator=generator)
+    logprobs = -torch.rand(5000, generator=generator)
+    logprobs[:2000] = reference[:2000]
+    terms = [{"fn": "l2", "weight": 1.0}, {"fn": "kl", "weight": -2.0}]
+    data = datums([{"reference_logprobs": reference}])
+    composition = Composer(None, terms).compute(data, [logprobs])
+    total = composition.gradient.flat.double()
+    for name, gradient in (("l2", 2 * logprobs), ("kl", -2 * (logprobs - reference))):
+        expected = float(torch.cosine_similarity(gradient.double(), total, 0))
+        cosine = composition.record["regularizers"][name]["cosine_to_total"]
+        assert cosine == pytest.approx(expected, abs=2e-5)
+
+
+@pytest.mark.parametrize("option", ["skip", "zero", "raise"])
+def test_a_loss_that_alone_is_infinite_is_that_terms(option):
+    def endless(data, logprobs):
+        return logprobs[0].sum() + math.inf, {}
+
+    terms = [{"fn": "l2", "weight": 1.0}, {"fn": endless, "weight": 0.5, "on_non_finite": option}]
+    check(Composer(None, terms), [None], [-torch.ones(3)])
+
+
+@pytest.mark.parametrize(("weight", "logprob"), [(1e39, -1e-12), (1.0, -1e-30)])
+def test_what_single_products_do_not_tell_is_told(weight, logprob):
+    logprobs = [torch.full((3,), logprob)]
+    composer = Composer(None, [{"fn": "l2", "weight": weight}])
+    check(composer, [None], logprobs)
+    norm = 2 * -logprob * math.sqrt(3)
+    assert composer.compute([None], logprobs).record["regularizers"]["l2"]["grad_norm"] == (
+        pytest.approx(norm, rel=1e-5)
+    )
+
+
+@pytest.mark.skipif(not fast(), reason="there are none")
+@pytest.mark.usefixtures("small_blocks")
+def test_a_step_is_cancelled_between_blocks():
+    class Cancelled:
+        asked = 0
+
+        def is_set(self):
+            self.asked += 1
+            return self.asked > 3
+
+    composer = Composer("nll", [{"fn": "l2", "weight": 0.1}])
+    with pytest.raises(CancelledError):
+        composer.compute(*many((), prompts=False), cancelled=Cancelled())
