@@ -262,7 +262,8 @@ def test_of_every_term_they_agree_over_a_batch_of_many_blocks(case, k, prompts):
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("prompts", [True, False])
 @pytest.mark.parametrize(
-    "options", [{}, {"weights": None}, {"reduction": "sequence_mean_token_mean"}]
+    "options",
+    [{}, {"weights": None}, {"weights": "others"}, {"reduction": "sequence_mean_token_mean"}],
 )
 def test_they_agree_whatever_each_term_looks_at(prompts, options):
     def pull(data, logprobs):  # at what is masked, too
@@ -272,6 +273,7 @@ def test_they_agree_whatever_each_term_looks_at(prompts, options):
     for row in data:
         for key in KEYS:
             row.loss_fn_inputs[key].nan_to_num_(-1.0)
+        row.loss_fn_inputs["others"] = row.loss_fn_inputs["weights"].flip(0)
     logprobs = [x.nan_to_num(-1.0) for x in logprobs]
     terms = [{"fn": "kl", "weight": 0.1}, {"fn": "l2", "weight": 0.1, "params": options}]
     for more in ([], [{"fn": pull, "weight": -0.3}]):
