@@ -518,3 +518,13 @@ def test_a_step_is_cancelled_between_blocks():
     composer = Composer("nll", [{"fn": "l2", "weight": 0.1}])
     with pytest.raises(CancelledError):
         composer.compute(*many((), prompts=False), cancelled=Cancelled())
+
+
+def test_a_head_learns_beside_terms_in_blocks():
+    head = torch.ones(3, requires_grad=True)
+
+    def headed(data, logprobs):
+        return (head * logprobs[0]).sum(), {}
+
+    Composer("nll", [{"fn": headed, "weight": 0.5}]).compute([None], [-torch.ones(3)])
+    assert head.grad.tolist() == [-0.5] * 3
