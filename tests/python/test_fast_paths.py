@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from naive_terms import ALTERNATIVES, CASES, CHOSEN, GROUPS, MIXED, PAIRED, TOKENS
 from tinker_custom_loss import Composer, Composition, CustomLossError, TensorBatch, term
+from tinker_custom_loss.errors import CancelledError
 from tinker_custom_loss.fast_paths import fast
 from tinker_custom_loss.port.data import Column, WireData
 from tinker_custom_loss.terms import CATALOGUE
@@ -226,11 +227,18 @@ MANY = [
 ]
 
 
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Of a thousand positions, of which many fit into a batch that costs little."""
+    monkeypatch.setattr("tinker_custom_loss.tensors.blocks._POSITIONS", 1 << 10)
+    monkeypatch.setattr("tinker_custom_loss.tensors.blocks._LONG_RUN", 1 << 6)
+
+
 def many(k, prompts):
-    """A batch of several blocks. A nan, which must count for nothing, is in none but the last.
+    """A batch of several small blocks. A nan, which must count for nothing, is in the last datum's.
 
     ``prompts``: what is masked is in one piece, not here and there."""
-    sizes = [-(-n // math.prod(k)) for n in (60_001, 5, 45_000)]
+    sizes = [-(-n // math.prod(k)) for n in (6_001, 5, 4_500)]
     logprobs, rows = batch([(n, *k) for n in sizes], "any", -2.0, torch.float32, 2)
     if prompts:
         for row in rows:
@@ -242,6 +250,7 @@ def many(k, prompts):
     return datums(rows), logprobs
 
 
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("prompts", [True, False])
 @pytest.mark.parametrize(("case", "k"), MANY, ids=str)
 def test_of_every_term_they_agree_over_a_batch_of_many_blocks(case, k, prompts):
@@ -250,9 +259,11 @@ def test_of_every_term_they_agree_over_a_batch_of_many_blocks(case, k, prompts):
     check(composed, *many(k, prompts), digits=4)  # of norms and cosines, where products are alike
 
 
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("prompts", [True, False])
 @pytest.mark.parametrize(
-    "options", [{}, {"weights": None}, {"reduction": "sequence_mean_token_mean"}]
+    "options",
+    [{}, {"weights": None}, {"weights": "others"}, {"reduction": "sequence_mean_token_mean"}],
 )
 def test_they_agree_whatever_each_term_looks_at(prompts, options):
     def pull(data, logprobs):  # at what is masked, too
@@ -262,12 +273,14 @@ def test_they_agree_whatever_each_term_looks_at(prompts, options):
     for row in data:
         for key in KEYS:
             row.loss_fn_inputs[key].nan_to_num_(-1.0)
+        row.loss_fn_inputs["others"] = row.loss_fn_inputs["weights"].flip(0)
     logprobs = [x.nan_to_num(-1.0) for x in logprobs]
     terms = [{"fn": "kl", "weight": 0.1}, {"fn": "l2", "weight": 0.1, "params": options}]
     for more in ([], [{"fn": pull, "weight": -0.3}]):
         check(Composer("nll", [*terms, *more]), data, logprobs, digits=4)
 
 
+@pytest.mark.usefixtures("small_blocks")
 def test_the_terms_own_gradients_are_kept_beside_the_same_numbers():
     """As a report has them, of a step that was computed without."""
     data, logprobs = many((), prompts=False)
@@ -398,12 +411,13 @@ def test_the_record_is_the_same_wherever_in_memory_the_logprobs_begin():
     assert len(norms) == 1
 
 
-def test_the_record_is_the_same_wherever_in_memory_the_gradient_is_to_be():
-    logprobs = [-torch.rand(1003, generator=torch.Generator().manual_seed(0))]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_record_is_the_same_wherever_in_memory_the_gradient_is_to_be(dtype):
+    logprobs = [-torch.rand(1003, generator=torch.Generator().manual_seed(0)).to(dtype)]
     composer = Composer("entropy", [{"fn": "l1", "weight": 0.1}])
     expected = composer.compute([None], logprobs)
     for start in range(16):
-        out = torch.zeros(1019)[start : start + 1003]
+        out = torch.zeros(1019, dtype=dtype)[start : start + 1003]
         composition = composer.compute([None], logprobs, out=out)
         assert torch.equal(out, expected.gradient.flat)
         assert_same(composition.record, expected.record, digits=300)
@@ -452,3 +466,65 @@ def test_cosines_to_a_total_that_all_but_cancels_are_not_taken_from_those_of_pai
         for each in (composition, not_kept):
             cosine = each.record["regularizers"][name]["cosine_to_total"]
             assert cosine == pytest.approx(expected, abs=2e-6)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_nor_where_only_a_later_block_cancels():
+    """The total of l2 and kl is twice the reference, which is small beside all but the first."""
+    generator = torch.Generator().manual_seed(3)
+    reference = -1e-5 * torch.rand(5000, generator=generator)
+    logprobs = -torch.rand(5000, generator=generator)
+    logprobs[:2000] = reference[:2000]
+    terms = [{"fn": "l2", "weight": 1.0}, {"fn": "kl", "weight": -2.0}]
+    data = datums([{"reference_logprobs": reference}])
+    composition = Composer(None, terms).compute(data, [logprobs])
+    total = composition.gradient.flat.double()
+    for name, gradient in (("l2", 2 * logprobs), ("kl", -2 * (logprobs - reference))):
+        expected = float(torch.cosine_similarity(gradient.double(), total, 0))
+        cosine = composition.record["regularizers"][name]["cosine_to_total"]
+        assert cosine == pytest.approx(expected, abs=2e-5)
+
+
+@pytest.mark.parametrize("option", ["skip", "zero", "raise"])
+def test_a_loss_that_alone_is_infinite_is_that_terms(option):
+    def endless(data, logprobs):
+        return logprobs[0].sum() + math.inf, {}
+
+    terms = [{"fn": "l2", "weight": 1.0}, {"fn": endless, "weight": 0.5, "on_non_finite": option}]
+    check(Composer(None, terms), [None], [-torch.ones(3)])
+
+
+@pytest.mark.parametrize(("weight", "logprob"), [(1e39, -1e-12), (1.0, -1e-30)])
+def test_what_single_products_do_not_tell_is_told(weight, logprob):
+    logprobs = [torch.full((3,), logprob)]
+    composer = Composer(None, [{"fn": "l2", "weight": weight}])
+    check(composer, [None], logprobs)
+    norm = 2 * -logprob * math.sqrt(3)
+    assert composer.compute([None], logprobs).record["regularizers"]["l2"]["grad_norm"] == (
+        pytest.approx(norm, rel=1e-5)
+    )
+
+
+@pytest.mark.skipif(not fast(), reason="there are none")
+@pytest.mark.usefixtures("small_blocks")
+def test_a_step_is_cancelled_between_blocks():
+    class Cancelled:
+        asked = 0
+
+        def is_set(self):
+            self.asked += 1
+            return self.asked > 3
+
+    composer = Composer("nll", [{"fn": "l2", "weight": 0.1}])
+    with pytest.raises(CancelledError):
+        composer.compute(*many((), prompts=False), cancelled=Cancelled())
+
+
+def test_a_head_learns_beside_terms_in_blocks():
+    head = torch.ones(3, requires_grad=True)
+
+    def headed(data, logprobs):
+        return (head * logprobs[0]).sum(), {}
+
+    Composer("nll", [{"fn": headed, "weight": 0.5}]).compute([None], [-torch.ones(3)])
+    assert head.grad.tolist() == [-0.5] * 3

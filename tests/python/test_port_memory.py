@@ -204,6 +204,16 @@ def test_an_answer_that_lies_there_already_is_not_written_over():
     assert bytes(made) == b"\x05" * LEAST_SHARED
 
 
+def test_an_answer_of_that_size_that_lies_elsewhere_is_written():
+    memory = SharedMemory(1)
+    place = Place(0, 0, 0)
+    room = memory.room(place, LEAST_SHARED)
+    payload = Payload()
+    payload.place(batch(torch.ones(LEAST_SHARED // 4)))
+    memory.answer(place, payload)
+    assert torch.equal(torch.frombuffer(room, dtype=torch.float32), torch.ones(LEAST_SHARED // 4))
+
+
 def test_where_the_system_has_no_memory_the_gradient_is_made_elsewhere(monkeypatch):
     def no_space(*_):
         raise OSError(errno.ENOSPC, "no space")
