@@ -90,6 +90,8 @@ class TestWorker:
             reply = worker.answer()
             assert reply["op"] == "result", reply
             assert torch.equal(reply["gradient"], 2 * value * -LARGE)
+            request = os.pread(worker.files[0], LARGE.nbytes, 0)
+            assert request == (value * -LARGE).numpy().tobytes()
 
     def test_two_requests_at_one_time_have_a_file_each(self, worker):
         ids = [worker.share(n, **l2(logprobs=batch((n + 1) * LARGE))) for n in (0, 1)]
@@ -188,6 +190,7 @@ def test_there_is_room_again_in_a_file_that_was_cut():
     file = SharedFile()
     for value in (b"\x01", b"\x02"):
         room = file.room(4096, 100_000)
+        assert os.fstat(file.fd).st_blocks * 512 >= 100_000  # that it has, and not only promises
         room[:] = value * 100_000
         assert os.pread(file.fd, 100_000, 4096) == value * 100_000
         os.ftruncate(file.fd, 10)
