@@ -38,7 +38,7 @@ from .running.evaluation import Call
 from .running.event_loop import CallersLoop
 from .running.shipping import ShippedCall
 from .running.threads import THREADS, on_this_thread
-from .running.together import Asked, Together, Wanted
+from .running.together import Asked, Flag, Together, Wanted
 from .tensors.batch import TensorBatch, check_out, checked_batch
 from .tensors.gradients import surrogate
 from .totals import denominators, shapes_of_targets, totals_of
@@ -114,7 +114,7 @@ class Composer:
         totals: Mapping[str, Any] | None = None,
         term_gradients: bool = False,
         out: Tensor | None = None,
-        cancelled: threading.Event | None = None,
+        cancelled: Flag | None = None,
     ) -> Composition:
         """Evaluate every term on one batch, differentiate each, and compose them.
 
@@ -163,7 +163,7 @@ class Composer:
         *,
         step: int | None = None,
         totals: Mapping[str, Any] | None = None,
-        cancelled: threading.Event | None = None,
+        cancelled: Flag | None = None,
     ) -> ComposedLoss:
         """:meth:`compute` without gradients: losses and metrics, for an evaluation.
 
@@ -241,7 +241,7 @@ class Composer:
         totals: Mapping[str, Any] | None,
         term_gradients: bool = False,
         out: Tensor | None = None,
-        cancelled: threading.Event | None = None,
+        cancelled: Flag | None = None,
     ) -> Composition:
         with torch.inference_mode(False), on_this_thread():
             composing = self._begin(data, logprobs, step, out)

@@ -7,7 +7,6 @@ import concurrent.futures
 import contextlib
 import contextvars
 import functools
-import os
 import signal
 import sys
 import threading
@@ -292,10 +291,13 @@ class TestTheKeptLoop:
 
 
 class TestCtrlC:
-    def test_ends_what_a_function_returned_to_be_awaited(self, logprobs):
+    @pytest.mark.parametrize("is_async", [True, False])
+    def test_ends_what_is_awaited_whichever_thread_hears_of_it(self, logprobs, is_async):
+        """One that waits for a lock is not woken by a signal that another thread is given, and
+        may be about to wait when it is given one itself."""
         started, ended = threading.Event(), threading.Event()
 
-        async def waits_for_ever():
+        async def waits_for_ever(data, logprobs):
             started.set()
             try:
                 await asyncio.sleep(3600)
@@ -304,11 +306,11 @@ class TestCtrlC:
 
         def presses_ctrl_c():
             if started.wait(60):
-                os.kill(os.getpid(), signal.SIGINT)
+                signal.pthread_kill(threading.get_ident(), signal.SIGINT)
 
         threading.Thread(target=presses_ctrl_c).start()
         with pytest.raises(KeyboardInterrupt):
-            compute(lambda data, logprobs: waits_for_ever(), logprobs)
+            compute(waits_for_ever if is_async else lambda *args: waits_for_ever(*args), logprobs)
         assert ended.wait(60)
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import threading
 import traceback
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch
@@ -113,8 +112,7 @@ class Service:
             request.logprobs,
             step=request.step,
             totals=request.totals,
-            # A composer asks it whether it is set, and nothing else.
-            cancelled=cast("threading.Event | None", in_flight),
+            cancelled=in_flight,
         )
         gradient = computed.gradient if isinstance(computed, Composition) else None
         if self._recorder is not None and gradient is not None and request.totals is None:

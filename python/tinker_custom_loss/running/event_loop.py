@@ -23,7 +23,11 @@ from .context import current_term
 from .modes import Modes, OwnModes, child_tasks_have_own_modes
 from .threads import THREADS, interrupt, on_this_thread
 
-__all__ = ["OWN_LOOP", "CallersLoop", "Loop", "Waiting"]
+__all__ = ["CTRL_C_POLL_SECONDS", "OWN_LOOP", "CallersLoop", "Loop", "Waiting"]
+
+CTRL_C_POLL_SECONDS = 1.0
+"""A thread that waits for a lock hears of Ctrl-C only between two waits, if the signal was given to
+another thread, or to this one just before it waited."""
 
 logger = logging.getLogger(__name__)
 
@@ -200,6 +204,8 @@ class Waiting:
             self._loop.check_may_wait()
             with self._lock:
                 self._future = self._loop.submit(awaited, modes)
+            while not concurrent.futures.wait([self._future], CTRL_C_POLL_SECONDS).done:
+                pass
             return self._future.result()
         except BaseException:  # Ctrl-C among them
             self.cancel()

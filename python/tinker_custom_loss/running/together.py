@@ -6,10 +6,9 @@ import concurrent.futures
 import contextlib
 import logging
 import math
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -23,11 +22,12 @@ from ..tensors.gradients import aligned, begins_aligned
 from . import places
 from .differentiation import Evaluation
 from .evaluation import Call, in_blocks, is_of_catalogue
+from .event_loop import CTRL_C_POLL_SECONDS
 from .in_blocks import BlockTerm, measured_in_blocks
 from .measured import Measured
 from .shipping import ShippedCall
 
-__all__ = ["Asked", "Results", "Together", "Wanted"]
+__all__ = ["Asked", "Flag", "Results", "Together", "Wanted"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +44,12 @@ class Results(NamedTuple):
     measured: Measured | None = None
 
 
+class Flag(Protocol):
+    """Whether a computation was withdrawn: a ``threading.Event``, or what has as much of one."""
+
+    def is_set(self) -> bool: ...
+
+
 class Asked(NamedTuple):
     """What the terms of a step are to be evaluated on: one call a term.
 
@@ -54,7 +60,7 @@ class Asked(NamedTuple):
     data: Sequence[Any]
     batch: TensorBatch
     gradients: bool
-    cancelled: threading.Event | None
+    cancelled: Flag | None
     surroundings: places.Surroundings
 
     def check_cancelled(self) -> None:
@@ -168,11 +174,11 @@ class Together:
         while pending:
             asked.check_cancelled()
             patience = min(started.expires for started in pending.values()) - time.monotonic()
-            if asked.cancelled is not None:
-                patience = min(patience, _CANCEL_POLL_SECONDS)
+            poll = CTRL_C_POLL_SECONDS if asked.cancelled is None else _CANCEL_POLL_SECONDS
+            patience = min(patience, poll)
             concurrent.futures.wait(
                 [started.future for started in pending.values()],
-                timeout=max(0.0, min(patience, threading.TIMEOUT_MAX)),
+                timeout=max(0.0, patience),
                 return_when=concurrent.futures.FIRST_COMPLETED,
             )
             for index, started in sorted(pending.items()):
