@@ -10,6 +10,8 @@ import functools
 import signal
 import sys
 import threading
+import time
+import traceback
 
 import pytest
 import torch
@@ -304,8 +306,15 @@ class TestCtrlC:
             finally:
                 ended.set()
 
+        def waits():
+            frame = sys._current_frames()[threading.main_thread().ident]
+            names = [frame.f_code.co_name for frame, _ in traceback.walk_stack(frame)]
+            return {"wait", "compute"} <= {*names}
+
         def presses_ctrl_c():
             if started.wait(60):
+                while not waits():
+                    time.sleep(0.001)
                 signal.pthread_kill(threading.get_ident(), signal.SIGINT)
 
         threading.Thread(target=presses_ctrl_c).start()
