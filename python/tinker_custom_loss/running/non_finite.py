@@ -156,11 +156,10 @@ def _is_zero(part: CheckedEvaluation, size: int) -> bool:
 
     A term of the catalogue, or one written with ``@term``, says how many tokens have a weight.
     """
-    if part.evaluation is None or part.norm != 0.0 or part.zeroed:
+    done = part.evaluation
+    if done is None or not done.differentiable or part.norm != 0.0 or part.zeroed:
         return False
-    if not part.evaluation.differentiable:
-        return False
-    return part.evaluation.metrics.get("tokens", size) != 0
+    return done.metrics.get("tokens", size) != 0
 
 
 def _index(token: tuple[int, ...]) -> str:

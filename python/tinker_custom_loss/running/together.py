@@ -116,7 +116,7 @@ class Together:
             with self._lock:
                 for index in self._inline:
                     asked.check_cancelled()
-                    if by_blocks and index in self._known:
+                    if index in by_blocks:
                         try:
                             term = in_blocks(asked.calls[index], asked.data, asked.batch)
                         except TermError as error:
